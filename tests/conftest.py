@@ -1,0 +1,18 @@
+"""What every test runs under."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # a mesh to shard over, anywhere
+jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasts are written out
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Same examples each run; no wall-clock deadline on a busy machine.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture
+def key():
+  return jax.random.key(0)

@@ -1,0 +1,161 @@
+"""The house itself: linters, types, imports, packaging, and what may not be in it."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from importlib import metadata
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
+PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
+COMMANDS = ["train", "sample", "evaluate", "prepare"]
+
+LINTERS = {
+  "ruff check": ["ruff", "check"],
+  "ruff format": ["ruff", "format", "--check"],
+  "pyright": ["pyright", "--pythonpath", sys.executable],
+  "import-linter": ["lint-imports", "--no-cache"],
+  "codespell": ["codespell"],
+}
+
+
+def is_ours(folder):
+  return folder == ".ci" or not (
+    folder in {"runs", "__pycache__", "build", "dist"}
+    or folder.startswith(".")
+    or folder.endswith(".egg-info")
+  )
+
+
+def project_files():
+  """Every text file of the project: what lies here, less caches, runs and builds."""
+  # Walked, not asked of git: a copy of the tree is held to the same rules.
+  for folder, folders, names in os.walk(ROOT):
+    folders[:] = filter(is_ours, folders)
+    paths = [pathlib.Path(folder, name) for name in names]
+    yield from (path for path in paths if b"\0" not in path.read_bytes()[:4096])
+
+
+def relative(path):
+  return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("linter", LINTERS)
+def test_is_clean_under(linter):
+  tool, *arguments = LINTERS[linter]
+  if tool == "codespell":
+    arguments = [relative(path) for path in project_files() if path.name != "LICENSE"]
+  done = subprocess.run(
+    [SCRIPTS / tool, *arguments],
+    cwd=ROOT,
+    # pyright would ask the network for a newer version of itself.
+    env={**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=relative)
+def test_a_file_opens_with_what_it_is_about(path):
+  assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_nothing_is_kept_in_an_attic():
+  attics = {"utils", "util", "helpers", "misc", "common_utils"}
+  assert [relative(path) for path in project_files() if path.stem in attics] == []
+
+
+@pytest.mark.parametrize(
+  "room",
+  [path.parent for path in PACKAGE if path.match("pixsigma_jax/*/__init__.py")],
+  ids=relative,
+)
+def test_a_room_that_is_a_command_can_be_run(room):
+  assert (room / "__main__.py").is_file() == (room.name in COMMANDS)
+
+
+def test_importing_the_package_brings_neither_torch_nor_tensorflow():
+  modules = [
+    relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for path in PACKAGE
+    if path.stem != "__main__"  # they import the others, and define flags
+  ]
+  code = (
+    f"import sys, {', '.join(modules)}\n"
+    "print(sorted({'torch', 'tensorflow', 'clu'} & set(sys.modules)))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def requirement_lines():
+  text = (ROOT / "requirements.txt").read_text()
+  lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+  return [line for line in lines if line]
+
+
+def pyproject():
+  return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_dependencies_stand_in_one_place_in_exact_versions():
+  settings = pyproject()
+  assert "dependencies" in settings["project"]["dynamic"]
+  assert settings["tool"]["setuptools"]["dynamic"]["dependencies"] == {
+    "file": ["requirements.txt"]
+  }
+  pins = requirement_lines() + settings["project"]["optional-dependencies"]["dev"]
+  exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
+  assert [pin for pin in pins if not exact.fullmatch(pin)] == []
+
+
+def test_what_the_package_imports_is_a_declared_dependency():
+  declared = {distribution_name(line) for line in requirement_lines()}
+  owners = metadata.packages_distributions()
+  undeclared = {
+    (relative(path), module)
+    for path in PACKAGE
+    for module in third_party_imports(path)
+    if not declared & {distribution_name(owner) for owner in owners.get(module, [])}
+  }
+  assert undeclared == set()
+
+
+def distribution_name(requirement):
+  return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def third_party_imports(path):
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name.partition(".")[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      names.add(node.module.partition(".")[0])
+  return names - sys.stdlib_module_names - {"pixsigma_jax", "configs"}
+
+
+def test_no_file_knows_the_machine_it_was_written_on():
+  # Homes and workplaces, package registries, folders beside the repository.
+  forbidden = re.compile(
+    r"(?<![\w.>-])/(?:home|Users|root|work)/\w"
+    r"|pypi\.org|pythonhosted\.org|registry\.npmjs\.org|index[-_]url|find[-]links"
+    r"|\.\./shared\b"
+  )
+  found = [
+    f"{relative(path)}:{number}: {line.strip()}"
+    for path in project_files()
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if forbidden.search(line)
+  ]
+  assert found == []
