@@ -1,0 +1,34 @@
+"""Which autoencoders there are: from what a checkpoint notes down to the object."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pixsigma_jax.models.pixels import PixelAutoencoder
+
+_NAMES = {"pixels": PixelAutoencoder}
+
+
+def autoencoder_from(
+  identity: Mapping[str, Any], scaling_factor: float
+) -> PixelAutoencoder:
+  """The autoencoder that an `identity` names, as records and checkpoints hold it.
+
+  Args:
+    scaling_factor: what its latents are multiplied with for the network.
+
+  Raises:
+    ValueError: there is none of that name, or it is of another version.
+  """
+  name = identity.get("name")
+  if name not in _NAMES:
+    raise ValueError(
+      f"Unknown autoencoder {name!r}: this version of pixsigma_jax knows "
+      f"{', '.join(_NAMES)}."
+    )
+  autoencoder = _NAMES[name](scaling_factor=scaling_factor)
+  if autoencoder.identity != dict(identity):
+    raise ValueError(
+      f"The autoencoder {dict(identity)} is not what this version of pixsigma_jax has "
+      f"under that name, {autoencoder.identity}: use the version that wrote it."
+    )
+  return autoencoder

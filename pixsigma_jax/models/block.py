@@ -1,0 +1,165 @@
+"""One transformer block: adaLN-single, self-attention, cross-attention, MLP.
+
+Reference: `PixArtMS.py: PixArtMSBlock`. The residual stream is float32; each branch
+computes in the block's dtype.
+"""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from pixsigma_jax.models import attention
+from pixsigma_jax.models.embeddings import XL_WIDTH
+from pixsigma_jax.models.kv_compression import (
+  KVCompression,
+  KVCompressor,
+  compressed_mask,
+)
+from pixsigma_jax.models.layers import (
+  Compute,
+  LayerNorm,
+  Linear,
+  layer_norm,
+  zeros_init,
+)
+from pixsigma_jax.models.tokens import token_mask
+
+LAYER_NORM_EPSILON = 1e-6
+
+# Name under which remat policies find what attention returned.
+ATTENTION_OUTPUT = "attention_output"
+
+
+def modulate(
+  x: Float32[Array, "b n d"], shift: Float32[Array, "b d"], scale: Float32[Array, "b d"]
+) -> Float32[Array, "b n d"]:
+  """Layer norm without parameters, then x·(1 + scale) + shift."""
+  x = layer_norm(x, LAYER_NORM_EPSILON)
+  return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+class SelfAttention(nn.Module):
+  """Attention among the image's tokens; keys and values may be compressed."""
+
+  num_heads: int
+  qk_norm: bool
+  compression: KVCompression
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    grid: Int[Array, "b 2"],
+    discard_key: Key[Array, ""] | None,
+  ) -> Float32[Array, "b n d"]:
+    n, width = x.shape[1:]
+    query, key, value = Linear(width, self.compute, copies=3, name="qkv")(x)
+    # Norms act on the full width, not per head, and come before compression.
+    if self.qk_norm:
+      query = LayerNorm(name="query_norm")(query)
+      key = LayerNorm(name="key_norm")(key)
+    if self.compression.layers:
+      key, value = KVCompressor(self.compression, self.compute, name="kv_compressor")(
+        key, value, discard_key
+      )
+      mask = compressed_mask(grid, self.compression.window, key.shape[1])
+    else:
+      mask = token_mask(grid, n)
+    return _attend_heads(self, query, key, value, mask)
+
+
+class CrossAttention(nn.Module):
+  """Attention from image tokens to caption tokens."""
+
+  num_heads: int
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    captions: Float[Array, "b t d"],
+    caption_mask: Bool[Array, "b t"],
+  ) -> Float32[Array, "b n d"]:
+    width = x.shape[-1]
+    query = Linear(width, self.compute, name="query")(x)
+    key, value = Linear(width, self.compute, copies=2, name="kv")(captions)
+    return _attend_heads(self, query, key, value, caption_mask, out_init=zeros_init)
+
+
+def _attend_heads(
+  module: SelfAttention | CrossAttention, query, key, value, mask, out_init=None
+) -> Float32[Array, "b n d"]:
+  """Splits heads, attends, joins heads and projects: the end of both attentions."""
+  compute = module.compute
+  query, key, value = (
+    einops.rearrange(
+      x.astype(compute.dtype), "b n (k f) -> b n k f", k=module.num_heads
+    )
+    for x in (query, key, value)
+  )
+  out = attention.attend(query, key, value, mask, compute.attention)
+  out = checkpoint_name(einops.rearrange(out, "b n k f -> b n (k f)"), ATTENTION_OUTPUT)
+  return Linear(out.shape[-1], compute, kernel_init=out_init, name="out")(out)
+
+
+class MLP(nn.Module):
+  """Two linear maps around a tanh-GELU."""
+
+  hidden: int
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
+    hidden = Linear(self.hidden, self.compute, name="in")(x)
+    hidden = jax.nn.gelu(hidden, approximate=True)
+    return Linear(x.shape[-1], self.compute, name="out")(hidden)
+
+
+# Scale-shift tables: the reference's N(0, 1/width), at XL/2's width.
+table_init = nn.initializers.normal(XL_WIDTH**-0.5)
+
+
+class Block(nn.Module):
+  """tokens → tokens; `(carry, …) → (carry, None)`, as `nn.scan` wants it."""
+
+  num_heads: int
+  mlp_ratio: float
+  qk_norm: bool
+  compression: KVCompression
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float32[Array, "b n d"],
+    modulation: Float32[Array, "b 6 d"],
+    grid: Int[Array, "b 2"],
+    captions: Float[Array, "b t d"],
+    caption_mask: Bool[Array, "b t"],
+    discard_key: Key[Array, ""] | None,
+  ) -> tuple[Float32[Array, "b n d"], None]:
+    width = x.shape[-1]
+    table = self.param("scale_shift_table", table_init, (6, width))
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.unstack(
+      modulation + table[None], axis=1
+    )
+    x = x + gate_msa[:, None, :] * SelfAttention(
+      self.num_heads,
+      self.qk_norm,
+      self.compression,
+      self.compute,
+      name="attention",
+    )(modulate(x, shift_msa, scale_msa), grid, discard_key)
+    # Neither norm nor gate: the reference lets the captions act on x as it is.
+    x = x + CrossAttention(self.num_heads, self.compute, name="cross_attention")(
+      x, captions, caption_mask
+    )
+    x = x + gate_mlp[:, None, :] * MLP(
+      round(width * self.mlp_ratio), self.compute, name="mlp"
+    )(modulate(x, shift_mlp, scale_mlp))
+    return x, None

@@ -1,0 +1,135 @@
+"""Key/value token compression for long image sequences (PixArt-Σ, section 3.3).
+
+Tokens come in window-major order (`models/tokens.py`), so merging a window is a reshape
+and a sum over its neighbours, the same numbers as the reference's strided depthwise
+convolution. Queries keep every token; keys and values become one token a window.
+"""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from pixsigma_jax.models.layers import Compute, LayerNorm
+from pixsigma_jax.models.tokens import Grid
+
+Operator: TypeAlias = Literal["conv", "average", "discard", "random_discard"]
+
+# The paper's ratio is tokens over compressed tokens. Ratio 2 has no square window and
+# no reference; neighbours in a row are its natural reading.
+WINDOWS: dict[int, Grid] = {1: (1, 1), 2: (1, 2), 4: (2, 2), 9: (3, 3), 16: (4, 4)}
+OPERATORS = ("conv", "average", "discard", "random_discard")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCompression:
+  """Which layers compress their keys and values, by how much, and how.
+
+  Attributes:
+    ratio: tokens per compressed token, a key of `WINDOWS`; 1 compresses nothing.
+    layers: 0-based indices of the layers that compress.
+    operator: `conv`, one learned filter a channel, shared by keys and values;
+      `average`, the mean of the window; `discard`, its first token; `random_discard`,
+      one of its tokens by a random key (the paper's "token discarding"; the published
+      code has only the fixed one).
+    norm: LayerNorm after the convolution, as in the reference; `conv` only. The paper's
+      0.018 % of parameters counts it.
+
+  Raises:
+    ValueError: an unknown ratio or operator, layers that repeat, or layers named for a
+      ratio that does nothing (or the other way round).
+  """
+
+  ratio: int = 1
+  layers: tuple[int, ...] = ()
+  operator: Operator = "conv"
+  norm: bool = True
+
+  def __post_init__(self):
+    object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+    if self.ratio not in WINDOWS:
+      raise ValueError(
+        f"KV compression ratio {self.ratio} is unknown; choose one of {list(WINDOWS)}."
+      )
+    if self.operator not in OPERATORS:
+      raise ValueError(
+        f"KV compression operator {self.operator!r} is unknown; "
+        f"choose one of {list(OPERATORS)}."
+      )
+    if len(set(self.layers)) != len(self.layers):
+      raise ValueError(f"KV compression layers {self.layers} name a layer twice.")
+    if (self.ratio == 1) != (not self.layers):
+      raise ValueError(
+        f"KV compression of ratio {self.ratio} in layers {self.layers} contradicts "
+        "itself: give a ratio above 1 and its layers, or ratio 1 and no layers."
+      )
+
+  @property
+  def window(self) -> Grid:
+    """Height and width, in tokens, of what becomes one compressed token."""
+    return WINDOWS[self.ratio]
+
+
+def compressed_mask(
+  grid: Int[Array, "b 2"], window: Grid, length: int
+) -> Bool[Array, "b m"]:
+  """True where a compressed token stands for a whole window of the image.
+
+  Trailing rows and columns that fill no window are cropped, as the reference does.
+  """
+  windows = jnp.prod(grid // jnp.asarray(window, grid.dtype)[None, :], axis=-1)
+  return jnp.arange(length)[None, :] < windows[:, None]
+
+
+class KVCompressor(nn.Module):
+  """Merges the tokens of each window of keys and of values, with shared parameters."""
+
+  compression: KVCompression
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self,
+    key: Float[Array, "b n d"],
+    value: Float[Array, "b n d"],
+    discard_key: Key[Array, ""] | None,
+  ) -> tuple[Float32[Array, "b m d"], Float32[Array, "b m d"]]:
+    window, width = self.compression.window, key.shape[-1]
+    r = window[0] * window[1]
+    m = key.shape[1] // r  # a last incomplete chunk is trailing tokens or padding
+    windows = einops.rearrange(
+      jnp.stack([key, value])[:, :, : m * r], "s b (m r) d -> s b m r d", r=r
+    )
+
+    operator = self.compression.operator
+    if operator == "discard":
+      merged = windows[:, :, :, 0].astype(jnp.float32)
+    elif operator == "random_discard":
+      # One draw a window, the same for every image: an image's result does not depend
+      # on its neighbours in the batch.
+      assert discard_key is not None, "PixArt passes one for this operator"
+      pick = jax.random.randint(discard_key, (m,), 0, r)
+      merged = (
+        jnp.take_along_axis(windows, pick.reshape(1, 1, m, 1, 1), axis=3)
+        .squeeze(3)
+        .astype(jnp.float32)
+      )
+    elif operator == "average":
+      merged = windows.astype(jnp.float32).mean(axis=3)
+    else:
+      kernel = self.param("kernel", nn.initializers.constant(1 / r), (*window, width))
+      bias = self.param("bias", nn.initializers.zeros, (width,))
+      kernel = einops.rearrange(kernel, "p q d -> (p q) d").astype(self.compute.dtype)
+      merged = jnp.einsum(
+        "sbmrd,rd->sbmd",
+        windows.astype(self.compute.dtype),
+        kernel,
+        preferred_element_type=jnp.float32,
+      ) + bias.reshape(1, 1, 1, -1)
+      if self.compression.norm:
+        merged = LayerNorm(name="norm")(merged)
+    return merged[0], merged[1]

@@ -1,0 +1,152 @@
+"""The two layers everything else is made of, and how they are to be computed.
+
+Parameters are float32. A matrix product takes its operands in the compute dtype and
+accumulates in float32, and both layers return float32: the caller casts where its own
+precision changes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from pixsigma_jax.models.attention import IMPLEMENTATIONS
+
+Initializer: TypeAlias = Callable[..., Array]
+
+REMATS = ("none", "block", "attention")
+
+zeros_init = nn.initializers.zeros
+
+
+def normal_init(fan_in: int, published_fan_in: int) -> Initializer:
+  """The reference's N(0, 0.02) at XL/2's sizes, and as large a signal at others.
+
+  0.02 suits sums over 1152 or 4096 inputs. Over a miniature's 64 it would leave
+  captions a hundredth of their size, and the network deaf to them for an hour.
+  """
+  return nn.initializers.normal(0.02 * (published_fan_in / fan_in) ** 0.5)
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
+  """Glorot's uniform initialiser with the fans named, whatever the kernel's shape.
+
+  The reference fuses q, k and v (and cross-attention's k and v) in one matrix, whose
+  fan-out is that of the fused matrix.
+  """
+  return uniform_init((6 / (fan_in + fan_out)) ** 0.5)
+
+
+def uniform_init(limit: float) -> Initializer:
+  """Draws from U(-limit, limit)."""
+
+  def init(
+    key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+  ) -> Float[Array, "..."]:
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+  """How a network is computed; what it computes does not depend on it but by rounding.
+
+  Attributes:
+    dtype: of matrix products and attention.
+    attention: implementation, see `models/attention.py`.
+    remat: what the backward pass recomputes: nothing; the whole of each block; each
+      block but for what its attentions returned.
+    unroll: write the layers out one by one instead of scanning over them. The program
+      grows with the depth, but on CPU a scan's stacked residuals cost more than half
+      of a training step.
+    merge_rows: matrix products merge batch and tokens in one axis, which halves the
+      time of the backward pass on CPU. A merged axis cannot be sharded over both, so
+      it is off where tokens are sharded.
+
+  Raises:
+    ValueError: an unknown attention implementation or remat.
+    TypeError: an unknown dtype.
+  """
+
+  dtype: DTypeLike = jnp.bfloat16
+  attention: str = "xla"
+  remat: str = "none"
+  unroll: bool = False
+  merge_rows: bool = True
+
+  def __post_init__(self):
+    choices = {"attention": IMPLEMENTATIONS, "remat": REMATS}
+    for name, known in choices.items():
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
+        )
+    jnp.dtype(self.dtype)
+
+  def matmul(self, x: Array, kernel: Array) -> Float32[Array, "..."]:
+    """x · kernel in `dtype`, accumulated in float32."""
+    rows = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1]) if self.merge_rows else x
+    out = jnp.matmul(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return out.reshape(*rows, -1)
+
+
+class Linear(nn.Module):
+  """x · kernel + bias. `copies` > 1 stacks that many maps of one input in one leaf.
+
+  A stacked kernel `[copies, in, out]` is the reference's fused matrix: one unit for
+  initialisation and for factored optimizer statistics, whose parts lie contiguously.
+  """
+
+  features: int
+  compute: Compute
+  copies: int = 1
+  kernel_init: Initializer | None = None  # Xavier over all copies
+  bias_init: Initializer = zeros_init
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b i"]) -> Float32[Array, "..."]:
+    fan_in, stack = x.shape[-1], (self.copies,) if self.copies > 1 else ()
+    init = self.kernel_init or xavier_uniform(fan_in, self.copies * self.features)
+    kernel = self.param("kernel", init, (*stack, fan_in, self.features))
+    bias = self.param("bias", self.bias_init, (*stack, self.features))
+    if not stack:
+      out = self.compute.matmul(x, kernel)
+      return out + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    parts = [self.compute.matmul(x, kernel[i]) for i in range(self.copies)]
+    return jnp.stack(parts) + jnp.expand_dims(bias, range(1, x.ndim))
+
+
+def layer_norm(x: Float[Array, "*b d"], epsilon: float) -> Float32[Array, "*b d"]:
+  """Normalises the last axis in float32, without parameters."""
+  x = x.astype(jnp.float32)
+  x = x - x.mean(axis=-1, keepdims=True)
+  variance = jnp.square(x).mean(axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(variance + epsilon)
+
+
+class LayerNorm(nn.Module):
+  """Layer norm with learned scale and bias, in float32.
+
+  The epsilon is torch's 1e-5, not Flax's 1e-6: released checkpoints were trained so.
+  """
+
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b d"]) -> Float32[Array, "*b d"]:
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", zeros_init, x.shape[-1:])
+    leading = (1,) * (x.ndim - 1)
+    x = layer_norm(x, self.epsilon)
+    return x * scale.reshape(*leading, -1) + bias.reshape(*leading, -1)

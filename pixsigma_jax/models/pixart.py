@@ -1,0 +1,330 @@
+"""PixArt-Σ: a diffusion transformer with adaLN-single and T5 cross-attention.
+
+Reference: `PixArt.py`, `PixArtMS.py` of PixArt-alpha/PixArt-sigma. The core takes token
+sequences, so that one program serves every aspect ratio of a resolution; the module's
+`__call__` wraps it for latents on one grid.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pixsigma_jax.models import positions, tokens
+from pixsigma_jax.models.block import ATTENTION_OUTPUT, Block, modulate, table_init
+from pixsigma_jax.models.embeddings import (
+  XL_WIDTH,
+  CaptionProjection,
+  PatchEmbedding,
+  ScalarEmbedding,
+  SizeConditions,
+)
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.layers import Compute, Linear, normal_init, zeros_init
+from pixsigma_jax.models.tokens import Grid
+
+_REMAT_POLICIES = {
+  "block": jax.checkpoint_policies.nothing_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+}
+
+VARIANTS: dict[str, dict[str, int]] = {
+  "XL/2": {"depth": 28, "width": 1152, "num_heads": 16, "patch_size": 2},
+  "Mini/2": {"depth": 4, "width": 96, "num_heads": 4, "patch_size": 2},
+  "Nano/2": {"depth": 2, "width": 48, "num_heads": 4, "patch_size": 2},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixArtConfig:
+  """What a checkpoint must agree on: everything that shapes parameters or outputs.
+
+  Attributes:
+    depth, width, num_heads, mlp_ratio, patch_size: size of the transformer.
+    in_channels: channels of the latents.
+    learn_variance: twice as many output channels, the second half variance logits.
+    caption_width: width of the text encoder's embeddings (4096 for T5-XXL).
+    caption_length: caption tokens the model was trained with (300; 120 for α).
+    base_size: token grid side of the training resolution (resolution / 16 for XL/2).
+    pe_interpolation: how many times finer than the 512 px field positions are laid.
+    qk_norm: LayerNorm on queries and keys.
+    size_conditions: α-1024's image size and aspect ratio conditions.
+    kv_compression: see `KVCompression`.
+
+  Raises:
+    ValueError: sizes that do not fit together, or compressed layers beyond the depth.
+  """
+
+  depth: int
+  width: int
+  num_heads: int
+  patch_size: int
+  base_size: int
+  pe_interpolation: float
+  mlp_ratio: float = 4.0
+  in_channels: int = 4
+  learn_variance: bool = True
+  caption_width: int = 4096
+  caption_length: int = 300
+  qk_norm: bool = False
+  size_conditions: bool = False
+  kv_compression: KVCompression = KVCompression()
+
+  def __post_init__(self):
+    if self.width % (4 * self.num_heads) or (self.size_conditions and self.width % 3):
+      thirds = " and 3" if self.size_conditions else ""
+      raise ValueError(
+        f"width {self.width} must be a multiple of 4 · num_heads "
+        f"(= {4 * self.num_heads}){thirds}."
+      )
+    if any(not 0 <= layer < self.depth for layer in self.kv_compression.layers):
+      raise ValueError(
+        f"KV compression names layers {self.kv_compression.layers}, "
+        f"but layers are 0 … {self.depth - 1}."
+      )
+
+  @classmethod
+  def from_variant(cls, variant: str, **fields: Any) -> "PixArtConfig":
+    """The named size of `VARIANTS` with the given other fields.
+
+    Raises:
+      ValueError: the variant is unknown.
+    """
+    if variant not in VARIANTS:
+      raise ValueError(f"Unknown variant {variant!r}; choose one of {list(VARIANTS)}.")
+    return cls(**VARIANTS[variant], **fields)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "PixArtConfig":
+    """The inverse of `to_dict`, also after a round trip through JSON."""
+    compression = dict(fields["kv_compression"])
+    compression["layers"] = tuple(compression["layers"])
+    return cls(**{**fields, "kv_compression": KVCompression(**compression)})
+
+  def to_dict(self) -> dict[str, Any]:
+    """As plain values, for a checkpoint's metadata."""
+    return dataclasses.asdict(self)
+
+  @property
+  def out_channels(self) -> int:
+    """Channels of the output: noise, and variance logits if they are learned."""
+    return self.in_channels * (2 if self.learn_variance else 1)
+
+  @property
+  def window(self) -> Grid:
+    """The window in whose order the model takes its tokens."""
+    return self.kv_compression.window
+
+  def segments(self) -> list[tuple[range, KVCompression]]:
+    """Runs of equal layers, each scanned over its stacked parameters."""
+    compressed = [i in self.kv_compression.layers for i in range(self.depth)]
+    starts = [0] + [
+      i for i in range(1, self.depth) if compressed[i] != compressed[i - 1]
+    ]
+    ends = [*starts[1:], self.depth]
+    return [
+      (range(a, b), self.kv_compression if compressed[a] else KVCompression())
+      for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def segment_name(layers: range) -> str:
+  """Name of a segment's stacked parameters: `blocks_FIRST_LAST`."""
+  return f"blocks_{layers.start:02d}_{layers.stop - 1:02d}"
+
+
+class PixArt(nn.Module):
+  """The network.
+
+  Attributes:
+    config: hyper-parameters.
+    compute: precision, attention implementation, rematerialisation.
+  """
+
+  config: PixArtConfig
+  compute: Compute = Compute()
+
+  def __call__(
+    self,
+    latents: Float[Array, "b h w c"],
+    timesteps: Array,
+    caption_embeddings: Float[Array, "b t e"],
+    caption_mask: Bool[Array, "b t"],
+    image_size: Float[Array, "b 2"] | None = None,
+    aspect_ratio: Float[Array, " b"] | None = None,
+  ) -> Float32[Array, "b h w o"]:
+    """Noise prediction ‖ variance logits for `[b h' w' c]` latents of one size.
+
+    Args:
+      latents: noisy latents, scaled.
+      timesteps: `[b]`, 0 … 999, integer or float.
+      caption_embeddings: the text encoder's output.
+      caption_mask: True where a caption token is to be seen.
+      image_size: (height, width) in pixels, and
+      aspect_ratio: height / width; both only with `size_conditions`.
+
+    Raises:
+      ValueError: sides that the patch size does not divide; conditions missing.
+    """
+    config, batch = self.config, latents.shape[0]
+    grid = tokens.token_grid((latents.shape[1], latents.shape[2]), config.patch_size)
+    prediction = self.on_tokens(
+      tokens.to_tokens(latents, config.patch_size, config.window),
+      jnp.tile(tokens.coordinates(grid, config.window)[None], (batch, 1, 1)),
+      jnp.tile(jnp.asarray(grid, jnp.int32)[None], (batch, 1)),
+      timesteps,
+      caption_embeddings,
+      caption_mask,
+      image_size,
+      aspect_ratio,
+    )
+    return tokens.from_tokens(prediction, grid, config.patch_size, config.window)
+
+  @nn.compact
+  def on_tokens(
+    self,
+    noisy_tokens: Float[Array, "b n c"],
+    coordinates: Int[Array, "b n 2"],
+    grid: Int[Array, "b 2"],
+    timesteps: Array,
+    caption_embeddings: Float[Array, "b t e"],
+    caption_mask: Bool[Array, "b t"],
+    image_size: Float[Array, "b 2"] | None = None,
+    aspect_ratio: Float[Array, " b"] | None = None,
+  ) -> Float32[Array, "b n o"]:
+    """The core: any mixture of aspect ratios, as sequences in window-major order.
+
+    Args:
+      noisy_tokens: patches of noisy latents, `models/tokens.py: to_tokens`, padded.
+      coordinates: (row, column) of each token.
+      grid: (h, w) in tokens of each image; h·w tokens are real, the rest padding,
+        whose contents change nothing.
+      timesteps, caption_embeddings, caption_mask, image_size, aspect_ratio: as in
+        `__call__`.
+    """
+    config, compute = self.config, self.compute
+    mask = tokens.token_mask(grid, noisy_tokens.shape[1])
+    # Padding enters as zeros, so whatever it held, NaN included, reaches nothing.
+    noisy_tokens = jnp.where(mask[..., None], noisy_tokens, 0)
+    caption_embeddings = jnp.where(caption_mask[..., None], caption_embeddings, 0)
+
+    x = PatchEmbedding(
+      config.width, config.patch_size, compute, name="patch_embedding"
+    )(noisy_tokens)
+    x = x + positions.sincos_2d(
+      coordinates,
+      grid,
+      config.width,
+      base_size=config.base_size,
+      pe_interpolation=config.pe_interpolation,
+    )
+
+    time = ScalarEmbedding(config.width, compute, name="timestep_embedding")(timesteps)
+    if config.size_conditions:
+      if image_size is None or aspect_ratio is None:
+        raise ValueError(
+          "A model with size_conditions needs image_size and aspect_ratio."
+        )
+      time = time + SizeConditions(config.width, compute, name="size_conditions")(
+        image_size, aspect_ratio
+      )
+    modulation = Linear(
+      6 * config.width,
+      compute,
+      kernel_init=normal_init(config.width, XL_WIDTH),
+      name="modulation",
+    )(jax.nn.silu(time))
+    modulation = modulation.reshape(-1, 6, config.width)
+
+    captions = CaptionProjection(config.width, compute, name="caption_projection")(
+      caption_embeddings
+    ).astype(compute.dtype)
+
+    discard_keys = None
+    if config.kv_compression.operator == "random_discard":
+      discard_keys = jax.random.split(self.make_rng("kv_discard"), config.depth)
+    for layers, compression in config.segments():
+      keys = discard_keys if discard_keys is None else discard_keys[np.array(layers)]
+      x = self._segment(
+        layers, compression, x, modulation, grid, captions, caption_mask, keys
+      )
+
+    # The final layer reads the timestep itself, not the blocks' modulation of it.
+    table = self.param("scale_shift_table", table_init, (2, config.width))
+    shift, scale = jnp.unstack(table[None] + time[:, None, :], axis=1)
+    return Linear(
+      config.patch_size**2 * config.out_channels,
+      compute,
+      kernel_init=zeros_init,
+      name="out",
+    )(modulate(x, shift, scale))
+
+  def _segment(
+    self, layers: range, compression: KVCompression, x: Array, *conditions: Any
+  ) -> Float32[Array, "b n d"]:
+    """Applies a run of equal blocks; the last of `conditions` has one entry a layer."""
+    config, compute, name = self.config, self.compute, segment_name(layers)
+    arguments = (
+      config.num_heads,
+      config.mlp_ratio,
+      config.qk_norm,
+      compression,
+      compute,
+    )
+    block = Block
+    if compute.remat != "none":
+      # Inside a scan XLA cannot undo the recomputation, outside it must be kept off.
+      policy = _REMAT_POLICIES[compute.remat]
+      block = nn.remat(block, prevent_cse=compute.unroll, policy=policy)
+
+    *shared, keys = conditions
+    if compute.unroll and not self.is_initializing():
+      stack = self.get_variable("params", name)
+      for i in range(len(layers)):
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        key = keys if keys is None else keys[i]
+        layer = block(*arguments, parent=None)
+        x, _ = layer.apply({"params": params}, x, *shared, key)
+      return x
+    scan = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(*[nn.broadcast] * len(shared), 0),  # pyright: ignore
+      length=len(layers),
+    )
+    x, _ = scan(*arguments, name=name)(x, *conditions)
+    return x
+
+
+def split_prediction(
+  output: Float[Array, "b n o"], config: PixArtConfig
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"] | None]:
+  """Output tokens `(p q 2c)` → noise prediction and variance logits, each `(p q c)`."""
+  if not config.learn_variance:
+    return output, None
+  b, n, _ = output.shape
+  halves = output.reshape(b, n, -1, 2, config.in_channels)
+  return halves[..., 0, :].reshape(b, n, -1), halves[..., 1, :].reshape(b, n, -1)
+
+
+def init_params(config: PixArtConfig, key: Array) -> Any:
+  """Fresh parameters (reference: `PixArt.py: initialize_weights`)."""
+  h, w = (side * config.patch_size for side in config.window)
+  latents = jnp.zeros((1, h, w, config.in_channels))
+  captions = jnp.zeros((1, 1, config.caption_width))
+  sizes = (jnp.ones((1, 2)), jnp.ones(1)) if config.size_conditions else ()
+  keys = {"params": key, "kv_discard": key}
+  model = PixArt(config, Compute(dtype=jnp.float32))
+  return model.init(
+    keys, latents, jnp.zeros(1), captions, jnp.ones((1, 1), bool), *sizes
+  )["params"]
+
+
+def abstract_params(config: PixArtConfig) -> Any:
+  """Shapes and dtypes of a model's parameters, without making them."""
+  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,303 @@
+"""The network against the published code's numbers, and its promises on sequences."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixsigma_jax import tree
+from pixsigma_jax.models import tokens
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.layers import Compute
+from pixsigma_jax.models.pixart import (
+  PixArt,
+  PixArtConfig,
+  abstract_params,
+  init_params,
+  split_prediction,
+)
+from tests.models import reference
+
+# The reference ran in float32: two float32 programs of this depth agree to this.
+RELATIVE = 2e-5
+FLOAT32 = Compute(dtype=jnp.float32)
+
+NANO = PixArtConfig.from_variant(
+  "Nano/2", base_size=4, pe_interpolation=1.0, caption_width=8, caption_length=5
+)
+
+
+def close(ours, theirs, floor=0.0):
+  atol = RELATIVE * np.abs(theirs).max() + floor
+  np.testing.assert_allclose(ours, theirs, rtol=RELATIVE, atol=atol)
+
+
+def inputs(arrays):
+  return {
+    "latents": jnp.asarray(reference.channels_last(arrays["in.x"])),
+    "timesteps": jnp.asarray(arrays["in.t"]),
+    "caption_embeddings": jnp.asarray(arrays["in.y"][:, 0]),
+    "caption_mask": jnp.asarray(arrays["in.mask"] > 0),
+    "image_size": jnp.asarray(arrays["in.img_hw"]),
+    "aspect_ratio": jnp.asarray(arrays["in.ar"][:, 0]),
+  }
+
+
+@pytest.mark.parametrize("case", reference.CASES)
+def test_output_and_every_gradient_are_the_references(case):
+  config, arrays = reference.load(case)
+  model = PixArt(config, FLOAT32)
+  params = reference.params_from(arrays, "w.", config)
+  target = reference.channels_last(arrays["in.target"])
+  arguments = inputs(arrays)
+
+  @jax.jit
+  def loss(params, latents):
+    out = model.apply({"params": params}, **{**arguments, "latents": latents})
+    return jnp.mean((out - target) ** 2), out
+
+  (value, out), (grads, latent_grad) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+    params, arguments["latents"]
+  )
+
+  close(out, reference.channels_last(arrays["out"]))
+  close(value, arrays["loss"])
+  close(latent_grad, reference.channels_last(arrays["grad.in.x"]))
+  expected = reference.params_from(arrays, "g.", config)
+  chex.assert_trees_all_equal_structs(grads, expected)
+  # Some gradients are zero but for rounding (softmax ignores a shift of all keys).
+  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+  floor = np.finfo(np.float32).eps * largest
+  jax.tree.map(lambda *pair: close(*pair, floor), grads, expected)
+
+
+def test_without_a_mask_all_caption_tokens_are_seen():
+  config, arrays = reference.load("ms_plain")
+  params = reference.params_from(arrays, "w.", config)
+  arguments = inputs(arrays)
+  arguments["caption_mask"] = jnp.ones_like(arguments["caption_mask"])
+  out = PixArt(config, FLOAT32).apply({"params": params}, **arguments)
+  close(out, reference.channels_last(arrays["out_nomask"]))
+
+
+@pytest.mark.parametrize(
+  ("extra", "parameters"),
+  [
+    ({}, 610_856_096),
+    ({"kv_compression": KVCompression(ratio=4, layers=tuple(range(14, 28)))}, 610_968_992),
+    ({"size_conditions": True}, 611_349_152),
+    ({"qk_norm": True}, 610_985_120),
+  ],
+  ids=["sigma", "compressed", "alpha-1024", "qk-norm"],
+)
+def test_the_full_model_has_as_many_parameters_as_the_published(extra, parameters):
+  config = PixArtConfig.from_variant("XL/2", base_size=64, pe_interpolation=2.0, **extra)
+  assert tree.size(abstract_params(config)) == parameters
+
+
+def trained_like(config, seed=0):
+  """Parameters of which none is zero, as after training."""
+  params = init_params(config, jax.random.key(seed))
+  leaves, treedef = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  noisy = [
+    x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+  ]
+  return jax.tree.unflatten(treedef, noisy)
+
+
+def captions(config, batch, key):
+  embeddings = jax.random.normal(key, (batch, config.caption_length, 8))
+  mask = jnp.arange(config.caption_length)[None] < jnp.arange(1, batch + 1)[:, None]
+  return embeddings, mask
+
+
+def as_sequences(config, images, length):
+  """Images of several sizes as one padded batch of the core's arguments."""
+  grids = [tokens.token_grid(x.shape[:2], config.patch_size) for x in images]
+  noisy, places = [], []
+  for image, grid in zip(images, grids, strict=True):
+    sequence = tokens.to_tokens(image, config.patch_size, config.window)
+    padding = ((0, length - len(sequence)), (0, 0))
+    noisy.append(np.pad(sequence, padding))
+    places.append(np.pad(tokens.coordinates(grid, config.window), padding))
+  return np.stack(noisy), np.stack(places), np.array(grids, np.int32)
+
+
+SIZES = [(4, 8), (6, 6), (8, 4), (6, 10)]
+WITH_WINDOWS = dataclasses.replace(
+  NANO, kv_compression=KVCompression(ratio=4, layers=(1,))
+)
+
+
+@pytest.mark.parametrize("config", [NANO, WITH_WINDOWS], ids=["plain", "compressed"])
+def test_an_image_in_a_padded_mixed_batch_is_what_it_is_alone(config, key):
+  params, model = {"params": trained_like(config)}, PixArt(config, FLOAT32)
+  embeddings, mask = captions(config, len(SIZES), key)
+  times = jnp.array([1.0, 250.0, 700.0, 999.0])
+  images = [
+    np.asarray(jax.random.normal(jax.random.key(i), (*size, 4)))
+    for i, size in enumerate(SIZES)
+  ]
+  noisy, places, grids = as_sequences(config, images, length=20)
+
+  together = model.apply(
+    params, noisy, places, grids, times, embeddings, mask, method="on_tokens"
+  )
+
+  for i, image in enumerate(images):
+    alone = model.apply(
+      params,
+      jnp.asarray(image)[None],
+      times[i : i + 1],
+      embeddings[i : i + 1],
+      mask[i : i + 1],
+    )
+    mine = tokens.from_tokens(
+      together[i], tuple(grids[i].tolist()), config.patch_size, config.window
+    )
+    # Sums over keys run in another order where padding lies between them.
+    np.testing.assert_allclose(mine, alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [1e6, np.nan, np.inf])
+def test_garbage_in_padding_changes_nothing_to_the_bit(key, garbage):
+  config = WITH_WINDOWS
+  params, model = trained_like(config), PixArt(config, FLOAT32)
+  embeddings, mask = captions(config, 2, key)
+  images = [np.ones((4, 8, 4), np.float32), np.ones((6, 6, 4), np.float32)]
+  noisy, places, grids = as_sequences(config, images, length=12)
+
+  @jax.jit
+  def gradients(params, noisy, embeddings):
+    def loss(params):
+      out = model.apply(
+        {"params": params},
+        noisy,
+        places,
+        grids,
+        jnp.array([3.0, 500.0]),
+        embeddings,
+        mask,
+        method="on_tokens",
+      )
+      valid = tokens.token_mask(jnp.asarray(grids), 12)
+      return jnp.where(valid[..., None], out**2, 0).sum()
+
+    return jax.value_and_grad(loss)(params)
+
+  dirty = noisy.copy()
+  dirty[0, 8:], dirty[1, 9:] = garbage, garbage
+  dirty_captions = jnp.where(mask[..., None], embeddings, garbage)
+  clean = gradients(params, noisy, embeddings)
+  chex.assert_trees_all_equal(gradients(params, dirty, dirty_captions), clean)
+
+
+def variants_of_compute():
+  yield "unrolled", Compute(dtype=jnp.float32, unroll=True)
+  yield "rows apart", Compute(dtype=jnp.float32, merge_rows=False)
+  yield "chunked", Compute(dtype=jnp.float32, attention="chunked")
+  yield "unrolled remat", Compute(dtype=jnp.float32, unroll=True, remat="block")
+  yield "scanned remat", Compute(dtype=jnp.float32, remat="attention")
+
+
+@pytest.mark.parametrize(
+  "compute",
+  [v for _, v in variants_of_compute()],
+  ids=[n for n, _ in variants_of_compute()],
+)
+def test_how_it_is_computed_does_not_change_what(compute, key):
+  config = dataclasses.replace(
+    WITH_WINDOWS,
+    kv_compression=KVCompression(ratio=4, layers=(1,), operator="random_discard"),
+  )
+  params = trained_like(config)
+  latents = jax.random.normal(key, (2, 6, 10, 4))
+  arguments = (latents, jnp.array([10.0, 900.0]), *captions(config, 2, key))
+
+  def gradients(compute):
+    def loss(params):
+      out = PixArt(config, compute).apply(
+        {"params": params}, *arguments, rngs={"kv_discard": key}
+      )
+      return (out**2).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+  ours, expected = gradients(compute), gradients(FLOAT32)
+  jax.tree.map(lambda *pair: close(*pair, floor=1e-5), ours, expected)
+
+
+def test_in_bfloat16_the_network_stays_within_its_precision(key):
+  params = {"params": trained_like(NANO)}
+  latents = jax.random.normal(key, (2, 6, 10, 4))
+  arguments = (latents, jnp.array([10.0, 900.0]), *captions(NANO, 2, key))
+  half = PixArt(NANO, Compute()).apply(params, *arguments)
+  full = PixArt(NANO, FLOAT32).apply(params, *arguments)
+  assert half.dtype == jnp.float32
+  error = np.sqrt(np.mean((half - full) ** 2) / np.mean(full**2))
+  assert 1e-5 < error < 0.01  # 0.4 % was measured with a float32 residual stream
+
+
+def test_layers_are_stacked_in_runs_of_equal_ones():
+  config = dataclasses.replace(
+    NANO, depth=7, kv_compression=KVCompression(ratio=4, layers=(1, 2, 5))
+  )
+  names = [name for name in abstract_params(config) if name.startswith("blocks")]
+  assert sorted(names) == [
+    "blocks_00_00",
+    "blocks_01_02",
+    "blocks_03_04",
+    "blocks_05_05",
+    "blocks_06_06",
+  ]
+
+
+def test_the_output_splits_into_noise_and_variance_of_each_pixel(key):
+  latents = jax.random.normal(key, (1, 4, 6, 8))  # as if an output: 4 + 4 channels
+  sequence = tokens.to_tokens(latents, 2, (1, 1))
+  noise, variance = split_prediction(sequence, NANO)
+  np.testing.assert_array_equal(
+    tokens.from_tokens(noise, (2, 3), 2, (1, 1)), latents[..., :4]
+  )
+  np.testing.assert_array_equal(
+    tokens.from_tokens(variance, (2, 3), 2, (1, 1)), latents[..., 4:]
+  )
+
+
+def test_a_config_survives_json():
+  assert PixArtConfig.from_dict(json.loads(json.dumps(WITH_WINDOWS.to_dict()))) == (
+    WITH_WINDOWS
+  )
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"width": 50}, r"width 50 must be a multiple of 4 · num_heads \(= 16\)"),
+    (
+      {"kv_compression": KVCompression(ratio=4, layers=(2,))},
+      r"names layers \(2,\), but layers are 0 … 1",
+    ),
+  ],
+)
+def test_sizes_that_do_not_fit_are_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(NANO, **fields)
+
+
+def test_an_unknown_variant_is_named():
+  with pytest.raises(ValueError, match="Unknown variant 'XXL/2'; choose one of"):
+    PixArtConfig.from_variant("XXL/2")
+
+
+def test_missing_conditions_are_named(key):
+  config, arrays = reference.load("ms_micro")
+  arguments = inputs(arrays) | {"image_size": None}
+  params = reference.params_from(arrays, "w.", config)
+  with pytest.raises(ValueError, match="needs image_size and aspect_ratio"):
+    PixArt(config, FLOAT32).apply({"params": params}, **arguments)
