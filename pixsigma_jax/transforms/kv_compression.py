@@ -1,0 +1,99 @@
+"""Adds key/value compression to a model trained without it (PixArt-Σ, section 3.3)."""
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArtConfig, segment_name
+
+Initialization: TypeAlias = Literal["average", "random"]
+
+
+def add_kv_compression(
+  config: PixArtConfig,
+  params: Any,
+  *,
+  ratio: int,
+  layers: tuple[int, ...],
+  operator: str = "conv",
+  norm: bool = True,
+  initialization: Initialization = "average",
+  seed: int = 0,
+) -> tuple[PixArtConfig, Any]:
+  """Gives `layers` a compressor and regroups the stacked blocks around them.
+
+  Args:
+    ratio, layers, operator, norm: see `KVCompression`.
+    initialization: of the convolution. `average`, the paper's "Conv Avg Init.", starts
+      from the mean of each window, so the model sees blurred keys, not noise; `random`
+      is torch's default for a convolution, what the paper compares it with.
+    seed: of the random initialisation.
+
+  Returns:
+    The new hyper-parameters and tree; leaves outside regrouped blocks are shared.
+
+  Raises:
+    ValueError: the model compresses already, or the arguments contradict each other.
+  """
+  if config.kv_compression.layers:
+    raise ValueError(
+      f"The model already compresses keys and values ({config.kv_compression}); "
+      "start from one that does not."
+    )
+  if initialization not in ("average", "random"):
+    raise ValueError(
+      f"Unknown initialization {initialization!r}; choose 'average' or 'random'."
+    )
+  compression = KVCompression(
+    ratio=ratio,
+    layers=tuple(layers),
+    operator=operator,  # pyright: ignore[reportArgumentType]: checked there
+    norm=norm,
+  )
+  target = dataclasses.replace(config, kv_compression=compression)
+
+  params = dict(params)
+  stack = params.pop(segment_name(range(config.depth)))
+  for segment, active in target.segments():
+    # A whole stack is handed on as it is, a part of it has to be cut out.
+    blocks = (
+      stack
+      if len(segment) == config.depth
+      else jax.tree.map(lambda leaf, s=segment: leaf[s.start : s.stop], stack)
+    )
+    if active.layers and operator == "conv":
+      compressor = _compressor(target, len(segment), initialization, segment, seed)
+      attention = {**blocks["attention"], "kv_compressor": compressor}
+      blocks = {**blocks, "attention": attention}
+    params[segment_name(segment)] = blocks
+  return target, params
+
+
+def _compressor(
+  config: PixArtConfig,
+  depth: int,
+  initialization: Initialization,
+  segment: range,
+  seed: int,
+) -> dict[str, Any]:
+  """Stacked parameters of `KVCompressor` for the layers of a segment."""
+  window, width = config.window, config.width
+  size = window[0] * window[1]
+  shape = (depth, *window, width)
+  if initialization == "average":
+    kernel = jnp.full(shape, 1 / size, jnp.float32)
+    bias = jnp.zeros((depth, width), jnp.float32)
+  else:
+    # torch.nn.Conv2d draws both from U(±1/√fan_in), and the fan-in is the window.
+    draw = np.random.default_rng([seed, segment.start])
+    limit = size**-0.5
+    kernel = jnp.asarray(draw.uniform(-limit, limit, shape), jnp.float32)
+    bias = jnp.asarray(draw.uniform(-limit, limit, (depth, width)), jnp.float32)
+  if not config.kv_compression.norm:
+    return {"kernel": kernel, "bias": bias}
+  norm = {"scale": jnp.ones((depth, width)), "bias": jnp.zeros((depth, width))}
+  return {"kernel": kernel, "bias": bias, "norm": norm}
