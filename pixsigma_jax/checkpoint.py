@@ -1,0 +1,277 @@
+"""Saving and restoring; the only file that knows Orbax.
+
+A *checkpoint* is everything a run needs to go on: train state, position in the data,
+metadata. A *snapshot* is the model for use: EMA parameters, null caption, metadata.
+
+  WORKDIR/checkpoints/STEP/{state, data, metadata}
+  WORKDIR/snapshots/STEP/{model, metadata}
+
+Orbax writes a step under a temporary name and renames it when it is whole, so a run
+that dies while saving leaves its earlier steps as they were.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from pixsigma_jax import sharding
+from pixsigma_jax.metadata import Metadata
+from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+
+
+class SavingError(OSError):
+  """A step could not be saved; what had been saved before is untouched."""
+
+
+class Checkpoints:
+  """The checkpoints of one run."""
+
+  def __init__(self, workdir: str | pathlib.Path, *, keep_last: int, keep_every: int):
+    """Opens or makes WORKDIR/checkpoints.
+
+    Args:
+      keep_last: how many of the newest steps stay.
+      keep_every: steps divisible by this stay for good; 0 keeps none for good.
+    """
+    self.directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+    with _saving(self.directory):
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep_last,
+          keep_period=keep_every or None,
+          enable_async_checkpointing=True,
+        ),
+      )
+
+  def latest_step(self) -> int | None:
+    """The newest complete step, None before the first."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, position: Any, metadata: Metadata) -> None:
+    """Starts saving a step in the background; a second save waits for the first.
+
+    Args:
+      state: the train state, of which a copy is taken before this returns.
+      position: place in the data, as JSON.
+
+    Raises:
+      SavingError: this save, or one that was still under way, failed.
+    """
+    with _saving(self.directory):
+      # Asked first: Orbax finds a disk full in the middle, and says so in pages.
+      needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+      free = shutil.disk_usage(self.directory).free
+      if free < needed:
+        raise OSError(f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free")
+      self._manager.save(
+        step,
+        force=True,  # else a step below the newest is passed over without a word
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(state),
+          data=ocp.args.JsonSave(position),
+          metadata=ocp.args.JsonSave(metadata.to_json()),
+        ),
+      )
+
+  def wait(self) -> None:
+    """Returns when what was being saved is on the disk.
+
+    Raises:
+      SavingError: it could not be saved.
+    """
+    with _saving(self.directory):
+      self._manager.wait_until_finished()
+
+  def metadata(self, step: int) -> Metadata:
+    """What the checkpoint of `step` says about itself."""
+    with _reading(self.directory / str(step)):
+      args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+      restored: Any = self._manager.restore(step, args=args)
+      return Metadata.from_json(restored.metadata)
+
+  def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
+    """Train state and position of `step`, onto the shardings of `abstract_state`.
+
+    These may belong to another mesh or number of devices than the checkpoint's.
+
+    Raises:
+      ValueError: the files are damaged or of another tree.
+    """
+    with _reading(self.directory / str(step)):
+      restored: Any = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            item=abstract_state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+          ),
+          data=ocp.args.JsonRestore(),
+        ),
+      )
+      return restored.state, restored.data
+
+  def close(self) -> None:
+    """Waits for what is being saved and lets go of the directory."""
+    with _saving(self.directory):
+      self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snapshot:
+  """A model for use.
+
+  Attributes:
+    path: the directory it was read from.
+    step: optimizer updates done in its stage.
+    metadata: what it says about itself.
+    config: hyper-parameters, out of the metadata.
+    params: EMA parameters, float32.
+    null_caption: `[t e]`, what a dropped caption is replaced with.
+  """
+
+  path: pathlib.Path
+  step: int
+  metadata: Metadata
+  config: PixArtConfig
+  params: Any
+  null_caption: Any
+
+
+def save_snapshot(
+  workdir: str | pathlib.Path,
+  step: int,
+  *,
+  params: Any,
+  null_caption: Any,
+  metadata: Metadata,
+) -> None:
+  """Writes WORKDIR/snapshots/STEP and returns when it is on the disk.
+
+  A snapshot of that step that is there already is left as it is.
+
+  Raises:
+    SavingError: it could not be saved.
+  """
+  directory = pathlib.Path(workdir).absolute() / SNAPSHOTS
+  with _saving(directory), ocp.CheckpointManager(directory) as manager:
+    if step in manager.all_steps():
+      return
+    manager.save(
+      step,
+      force=True,  # as above
+      args=ocp.args.Composite(
+        model=ocp.args.PyTreeSave({"params": params, "null_caption": null_caption}),
+        metadata=ocp.args.JsonSave(metadata.to_json()),
+      ),
+    )
+    manager.wait_until_finished()
+
+
+def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
+  """WORKDIR/snapshots/STEP for a workdir (its newest), its snapshots, or one of them.
+
+  Raises:
+    FileNotFoundError: there is none; says what is there instead.
+  """
+  path = pathlib.Path(path).absolute()
+  if not path.is_dir():
+    raise FileNotFoundError(f"There is no checkpoint at {path}: no such directory.")
+  for directory in (path / SNAPSHOTS, path):
+    steps = [int(p.name) for p in directory.glob("[0-9]*") if _is_snapshot(p)]
+    if steps:
+      return directory / str(max(steps))
+  if _is_snapshot(path):
+    return path
+  if (path / CHECKPOINTS).is_dir():
+    raise FileNotFoundError(
+      f"The run in {path} has no snapshot yet: its stage has not ended. Train on with "
+      f"--workdir={path}, or set config.checkpoint.snapshot_every."
+    )
+  found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+  raise FileNotFoundError(
+    f"{path} is not a checkpoint of pixsigma_jax: it holds {found}. Give a run's "
+    f"--workdir, its {SNAPSHOTS}/ or {SNAPSHOTS}/STEP."
+  )
+
+
+def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapshot:
+  """Reads a model for use, straight into its shards when a mesh is given.
+
+  Args:
+    path: see `find_snapshot`.
+    mesh: where the parameters go; None puts them on the first device.
+
+  Raises:
+    FileNotFoundError: see `find_snapshot`.
+    ValueError: the files are damaged, or of another format.
+  """
+  path = find_snapshot(path)
+  with _reading(path), ocp.CheckpointManager(path.parent) as manager:
+    step = int(path.name)
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    metadata = Metadata.from_json(manager.restore(step, args=args).metadata)
+    config = PixArtConfig.from_dict(metadata.model)
+    null_caption = jax.ShapeDtypeStruct(
+      (config.caption_length, config.caption_width), np.float32
+    )
+    item = {"params": abstract_params(config), "null_caption": null_caption}
+    places = sharding.shardings(item, mesh or sharding.single_device_mesh())
+    item = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      item,
+      places,
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+    model = manager.restore(step, args=ocp.args.Composite(model=args)).model
+  return Snapshot(path=path, step=step, metadata=metadata, config=config, **model)
+
+
+def _is_snapshot(path: pathlib.Path) -> bool:
+  return path.name.isdigit() and (path / "model").is_dir()
+
+
+@contextlib.contextmanager
+def _saving(directory: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # Orbax and TensorStore raise many types
+    # Asked of the disk: Orbax counts a step in from the moment its saving starts.
+    kept = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    raise SavingError(
+      f"Could not save to {directory}: {_first_line(error)} "
+      f"Complete steps there: {kept or 'none'}; none of them was touched. Make room "
+      "or choose another --workdir, and start the same command again."
+    ) from error
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:
+    others = sorted(
+      int(p.name) for p in path.parent.glob("[0-9]*") if p.name.isdigit() and p != path
+    )
+    raise ValueError(
+      f"Could not read the checkpoint {path}: {_first_line(error)} Its files are "
+      f"damaged or not of pixsigma_jax; other steps beside it: {others or 'none'}. "
+      "Move it away to go on from the newest of those."
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+  # TensorStore says at the end of a long line what the system answered.
+  return (line if len(line) <= 400 else f"{line[:150]} … {line[-250:]}") + "."
