@@ -1,0 +1,86 @@
+"""What all commands share: how they start, show how far they are, and end in an error.
+
+A mistake in what the user gave ends in one line on stderr and exit code 1; a mistake in
+the program keeps its traceback.
+"""
+
+import functools
+import logging as python_logging
+import pathlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from absl import app, flags, logging
+from tqdm import tqdm
+
+_PACKAGE = pathlib.Path(__file__).parent
+_SECONDS_BETWEEN_LINES = 10
+
+_TRACEBACK = flags.DEFINE_bool(
+  "traceback", False, "Show where in the program an error arose."
+)
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Parses the flags, runs `main` and exits.
+
+  One line instead of a traceback is all that a user sees of: a file that cannot be
+  opened or written (OSError), a ValueError that this package raised itself, and an
+  exception of a type that this package defines. `--traceback` shows the rest.
+  """
+  handler = logging.get_absl_handler()
+  if handler is not None:
+    handler.addFilter(_is_for_the_user)
+  app.run(functools.partial(_run, main))
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+  """Hands `items` on and shows how many: a bar on a terminal, lines elsewhere."""
+  if sys.stderr.isatty():
+    yield from tqdm(items, total=total, desc=what)
+    return
+  shown = time.monotonic()
+  for done, item in enumerate(items, 1):
+    yield item
+    if done == total or time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
+      shown = time.monotonic()
+      logging.info("%s: %d of %d", what, done, total)
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Not a flag: {' '.join(argv[1:])}")
+  try:
+    main(argv)
+  except Exception as error:
+    if _TRACEBACK.value or not _is_users(error):
+      raise
+    logging.flush()
+    print("Error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    sys.exit(1)
+
+
+def _is_users(error: Exception) -> bool:
+  """Whether what the user gave is at fault, as far as an exception can tell."""
+  if isinstance(error, OSError):
+    return True
+  if type(error).__module__.partition(".")[0] == _PACKAGE.name:
+    return True
+  # A ValueError out of NumPy or JAX is of our making: what a user can get wrong is
+  # checked and worded by this package.
+  innermost = traceback.extract_tb(error.__traceback__)[-1]
+  return isinstance(error, ValueError) and _is_ours(innermost.filename)
+
+
+def _is_ours(filename: str) -> bool:
+  return pathlib.Path(filename).is_relative_to(_PACKAGE)
+
+
+def _is_for_the_user(record: python_logging.LogRecord) -> bool:
+  # Orbax and Grain tell everything that they do at this level.
+  return record.levelno != python_logging.INFO or _is_ours(record.pathname)

@@ -1,0 +1,5 @@
+"""From prompts to pictures with a trained model."""
+
+from pixsigma_jax.sample.pipeline import Output, Pipeline
+
+__all__ = ["Output", "Pipeline"]

@@ -1,0 +1,132 @@
+"""Arrays to pictures: PNG files that say how they were made, and sheets of many."""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+_GAP = 2  # pixels between the pictures of a grid
+_READABLE_SIDE = 96  # pixels; smaller pictures are enlarged in a grid
+_FONT_SIZE, _LINE_HEIGHT, _MARGIN = 11, 13, 6  # pixels
+
+
+def to_picture(image: Float[np.ndarray, "H W 3"]) -> Image.Image:
+  """An image in [-1, 1], clipped to it, in eight bits a channel."""
+  levels = np.round((image.astype(np.float64) + 1) * 127.5)
+  return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+
+
+def from_picture(picture: Image.Image) -> Float[np.ndarray, "H W 3"]:
+  """The inverse of `to_picture`, to half of one of its 255 levels."""
+  return np.asarray(picture, np.float32) / 127.5 - 1
+
+
+def next_number(directory: pathlib.Path) -> int:
+  """The number after the highest of `directory`/NNNNN.png, 0 if there are none."""
+  names = (path.name for path in directory.iterdir())
+  numbers = [int(name[:-4]) for name in names if re.fullmatch(r"\d{5,}\.png", name)]
+  return max(numbers, default=-1) + 1
+
+
+def save(path: pathlib.Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:
+  """Writes a PNG, whole or not at all, with text chunks that say how it was made.
+
+  The chunks are `prompt` and `seed`, where `settings` has them, and `settings`, all of
+  them as JSON.
+
+  Raises:
+    FileExistsError: there is a file of that name.
+    OSError: the file cannot be written.
+  """
+  chunks = PngInfo()
+  for name in ("prompt", "seed"):
+    if name in settings:
+      chunks.add_text(name, str(settings[name]))
+  chunks.add_text("settings", json.dumps(dict(settings), ensure_ascii=False))
+  partial = path.with_name(f"{path.name}.partial")
+  try:
+    picture.save(partial, format="png", pnginfo=chunks)
+    if path.exists():
+      raise FileExistsError(f"{path} exists already and is left as it is.")
+    partial.rename(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def grid(
+  pictures: Sequence[Image.Image],
+  columns: int | None = None,
+  labels: Sequence[str] | None = None,
+) -> Image.Image:
+  """Lays pictures out in rows on black, in reading order.
+
+  Tiny ones are enlarged, all by the same whole number, with square pixels.
+
+  Args:
+    columns: pictures in a row; by default about as many as there are rows.
+    labels: a text to stand under each picture.
+
+  Raises:
+    ValueError: there are no pictures, no columns, or not a label for each picture.
+  """
+  if not pictures:
+    raise ValueError("A grid needs at least one picture.")
+  if columns is None:
+    columns = math.ceil(len(pictures) ** 0.5)
+  if columns < 1:
+    raise ValueError(f"A grid needs at least 1 column, not {columns}.")
+  if labels is not None and len(labels) != len(pictures):
+    raise ValueError(
+      f"{len(labels)} labels cannot stand under {len(pictures)} pictures."
+    )
+
+  width, height = (
+    max(sides) for sides in zip(*(p.size for p in pictures), strict=True)
+  )
+  scale = max(1, _READABLE_SIDE // max(width, height))
+  width, height = scale * width, scale * height
+  texts = [_wrapped(label, width - _MARGIN) for label in labels or []]
+  label_height = _LINE_HEIGHT * max((len(lines) for lines in texts), default=0)
+  rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
+  step_x, step_y = width + _GAP, height + label_height + _GAP
+  sheet = Image.new("RGB", (columns * step_x - _GAP, rows * step_y - _GAP))
+  for i, picture in enumerate(pictures):
+    x, y = i % columns * step_x, i // columns * step_y
+    side = (scale * picture.width, scale * picture.height)
+    corner = (x + (width - side[0]) // 2, y + (height - side[1]) // 2)
+    sheet.paste(picture.resize(side, Image.Resampling.NEAREST), corner)
+    if texts:
+      sheet.paste(_label(texts[i], (width, label_height)), (x, y + height))
+  return sheet
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+  return ImageFont.load_default(_FONT_SIZE)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+  """Lines of whole words, no wider than `width` pixels where a word is not alone."""
+  lines, font = [""], _font()
+  for word in text.split():
+    longer = f"{lines[-1]} {word}".strip()
+    if lines[-1] and font.getlength(longer) > width:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return lines
+
+
+def _label(lines: list[str], size: tuple[int, int]) -> Image.Image:
+  # A picture of its own, so that a word too long is cut off at its picture's edge.
+  label = Image.new("RGB", size)
+  draw = ImageDraw.Draw(label)
+  for i, line in enumerate(lines):
+    draw.text((0, i * _LINE_HEIGHT), line, fill=(200, 200, 200), font=_font())
+  return label

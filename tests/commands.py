@@ -1,0 +1,36 @@
+"""Runs a command of the package in this process, from its argv to its exit code."""
+
+import runpy
+import sys
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+
+import pixsigma_jax.command  # noqa: F401  (its flag is there before and after)
+
+
+class Done(NamedTuple):
+  """What a command left behind."""
+
+  code: int
+  out: str
+  err: str
+
+
+def run(capsys, monkeypatch, module, *arguments):
+  """`python -m pixsigma_jax.MODULE ARGUMENTS`, without starting another Python."""
+  monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+  capsys.readouterr()
+  try:
+    with pytest.raises(SystemExit) as exit_:
+      runpy.run_module(f"pixsigma_jax.{module}", run_name="__main__", alter_sys=True)
+  finally:
+    # The command's own flags make place for those of the next.
+    known = flags.FLAGS.flags_by_module_dict()
+    for name in [n for n in known if n.endswith("__main__.py")]:
+      for flag in list(known[name]):
+        delattr(flags.FLAGS, flag.name)
+    flags.FLAGS.unparse_flags()
+  out, err = capsys.readouterr()
+  return Done(int(exit_.value.code or 0), out, err)

@@ -1,0 +1,120 @@
+"""Pictures: eight bits, PNG files that remember, and sheets of many."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixsigma_jax.sample import pictures
+
+SETTINGS = {
+  "prompt": "a réd सात\nleft of 二 🐶",
+  "seed": 7,
+  "guidance_scale": 4.5,
+  "height": 8,
+}
+
+
+def plain(color, size=(8, 8)):
+  return Image.new("RGB", size, color)
+
+
+def test_black_grey_and_white_are_the_ends_and_the_middle_and_beyond_is_clipped():
+  image = np.array([[[-1, 0, 1], [-1.5, 0.997, 80]]], np.float32)
+  assert np.asarray(pictures.to_picture(image)).tolist() == [
+    [[0, 128, 255], [0, 255, 255]]
+  ]
+
+
+def test_every_level_survives_the_way_back_and_forth():
+  levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=-1)
+  image = pictures.from_picture(Image.fromarray(levels))
+  assert (image.min(), image.max()) == (-1, 1)
+  np.testing.assert_array_equal(np.asarray(pictures.to_picture(image)), levels)
+
+
+def test_a_png_remembers_pixels_prompt_seed_and_settings_in_any_script(tmp_path):
+  picture = pictures.to_picture(
+    np.random.default_rng(0).uniform(-1, 1, (4, 6, 3)).astype(np.float32)
+  )
+  pictures.save(tmp_path / "a.png", picture, SETTINGS)
+  with Image.open(tmp_path / "a.png") as read:
+    assert np.array_equal(np.asarray(read), np.asarray(picture))
+    text = read.text
+  assert text["prompt"] == SETTINGS["prompt"]
+  assert text["seed"] == "7"
+  assert json.loads(text["settings"]) == SETTINGS
+
+
+def test_a_file_that_is_there_is_never_overwritten(tmp_path):
+  path = tmp_path / "00000.png"
+  pictures.save(path, plain("red"), SETTINGS)
+  before = path.read_bytes()
+  with pytest.raises(FileExistsError, match=r"00000\.png exists already"):
+    pictures.save(path, plain("blue"), SETTINGS)
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
+  def full(self, path, **_):
+    path.write_bytes(b"half a picture")
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(Image.Image, "save", full)
+  with pytest.raises(OSError, match="No space left"):
+    pictures.save(tmp_path / "00000.png", plain("red"), SETTINGS)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_go_on_after_the_highest(tmp_path):
+  assert pictures.next_number(tmp_path) == 0
+  for name in ("00002.png", "100000.png", "grid.png", "7.png", "200000.png.partial"):
+    (tmp_path / name).touch()
+  assert pictures.next_number(tmp_path) == 100001
+
+
+def test_a_grid_shows_every_picture_in_its_place_enlarged_without_a_blur():
+  colors = ["red", "lime", "blue", "white", "yellow"]
+  sheet = pictures.grid([plain(color) for color in colors], columns=2)
+  assert sheet.size == (2 * 96 + 2, 3 * 96 + 4)  # 8 pixels, twelve times as large
+  for i, color in enumerate(colors):
+    x, y = i % 2 * 98, i // 2 * 98
+    cell = np.asarray(sheet.crop((x, y, x + 96, y + 96)))
+    assert (cell == plain(color).getpixel((0, 0))).all()
+  assert not np.asarray(sheet)[:, 96:98].any()  # the gap is black
+  assert not np.asarray(sheet)[196:, 98:].any()  # so is a place that is left over
+
+
+def test_pictures_of_several_sizes_keep_their_shape_in_a_grid():
+  sheet = pictures.grid([plain("red", (16, 8)), plain("blue", (8, 16))])
+  pixels = np.asarray(sheet)
+  assert sheet.size == (2 * 96 + 2, 96)  # the longest side becomes 96
+  rows, columns = np.nonzero(pixels[..., 0])
+  assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (48, 96)
+  rows, columns = np.nonzero(pixels[..., 2])
+  assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (96, 48)
+
+
+def test_a_label_stands_under_its_picture_and_touches_no_other():
+  labels = ["a red seven to the left of a blue two", "", "incomprehensibilities" * 9]
+  sheet = pictures.grid([plain("black")] * 3, columns=3, labels=labels)
+  pixels = np.asarray(sheet)
+  assert not pixels[:96].any()
+  written = [pixels[96:, x : x + 96].any() for x in (0, 98, 196)]
+  assert written == [True, False, True]
+  assert not pixels[:, 96:98].any()
+
+
+def test_large_pictures_are_not_enlarged():
+  assert pictures.grid([plain("red", (128, 64))]).size == (128, 64)
+
+
+def test_a_grid_that_makes_no_sense_is_refused():
+  with pytest.raises(ValueError, match="at least one picture"):
+    pictures.grid([])
+  with pytest.raises(ValueError, match="at least 1 column, not 0"):
+    pictures.grid([plain("red")], columns=0)
+  with pytest.raises(ValueError, match="2 labels cannot stand under 1 pictures"):
+    pictures.grid([plain("red")], labels=["a", "b"])

@@ -1,0 +1,442 @@
+"""The pipeline: what its pictures depend on, and what they are where that is known."""
+
+import dataclasses
+import itertools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pixsigma_jax
+from pixsigma_jax import checkpoint
+from pixsigma_jax.diffusion.schedule import linear_schedule
+from pixsigma_jax.diffusion.solvers import dpm_solver_pp
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArt
+from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import pipeline as module
+from pixsigma_jax.sample.pipeline import Pipeline
+from tests.sample import models
+from tests.sample.models import ENCODER, SCALING_FACTOR
+
+STEPS = 3
+# An exact model's x_0 comes out of (x_t - σ ε) / α with α = 0.006 in the first step.
+EXACT = 1e-4
+_UNIQUE = itertools.count(5.0)
+
+
+@pytest.fixture
+def drawn_by(monkeypatch):
+  """Puts a stand-in in the network's place, and gives what a call decodes."""
+
+  def draw(clean, prompt, *, config=None, fields=None, **arguments):
+    monkeypatch.setattr(module, "PixArt", models.exact(clean))
+    # Hyper-parameters of its own, so that it finds no other network's program.
+    config = dataclasses.replace(config or models.nano(), mlp_ratio=next(_UNIQUE))
+    subject = models.pipeline(config, params={}, **(fields or {}))
+    output = subject(prompt, num_inference_steps=STEPS, **arguments)
+    return subject.autoencoder.decoded, output
+
+  return draw
+
+
+@pytest.fixture(scope="module")
+def real():
+  """A real network; three rows a program."""
+  return models.pipeline(batch_size=3)
+
+
+def latents_of(subject, *arguments, **more):
+  subject.autoencoder.decoded.clear()
+  output = subject(*arguments, num_inference_steps=STEPS, **more)
+  return [x * SCALING_FACTOR for x in subject.autoencoder.decoded], output
+
+
+# ------------------------------------------------------------ what a picture depends on
+
+
+def test_a_picture_is_the_same_alone_in_a_batch_and_in_any_place(real):
+  prompts = ["a red seven", "a blue two", "nothing", "a blue two", "one more"]
+  together, output = latents_of(real, prompts, seed=5)
+  assert [about["seed"] for about in output.settings] == [5, 6, 7, 8, 9]
+  alone, _ = latents_of(real, "a blue two", seed=8)
+  shifted, _ = latents_of(real, ["another", "a blue two", "others"], seed=7)
+  np.testing.assert_array_equal(alone[0], together[3])  # row 0 of a second batch
+  np.testing.assert_array_equal(alone[0], shifted[1])
+  assert not np.array_equal(together[1], together[3])  # same prompt, other seed
+
+
+def test_a_picture_is_the_same_among_pictures_of_other_sizes(real):
+  sizes = {"height": [8, 16, 8], "width": [16, 8, 8]}
+  mixed, output = latents_of(real, ["a one"] * 3, seed=3, **sizes)
+  assert [image.size for image in output.images] == [(16, 8), (8, 16), (8, 8)]
+  wide, _ = latents_of(real, "a one", seed=3, height=8, width=16)
+  square, _ = latents_of(real, "a one", seed=5)
+  np.testing.assert_array_equal(wide[0], mixed[0])
+  np.testing.assert_array_equal(square[0], mixed[2])
+
+
+def by_hand(config, params, prompt, negative, scale, seed, size):
+  """The same picture by a plain loop over the network, one image, no sequences."""
+  embeddings, mask = ENCODER.encode([prompt], config.caption_length)
+  model = PixArt(config, models.FLOAT32)
+
+  @jax.jit
+  def noise_in(latents, timestep, embeddings, mask):
+    output = model.apply({"params": params}, latents, timestep, embeddings, mask)
+    return output[..., : config.in_channels]
+
+  table = dpm_solver_pp(linear_schedule(), STEPS, "diffusers")
+  shape = (*size, config.in_channels)
+  latents, previous = jax.random.normal(jax.random.key(seed), shape)[None], 0.0
+  for row in zip(*table, strict=True):
+    timestep, signal, noise_scale, carry, current, before = row
+    conditional = noise_in(latents, timestep[None], embeddings, mask)
+    unconditional = noise_in(latents, timestep[None], *negative(mask))
+    noise = unconditional + scale * (conditional - unconditional)
+    clean = (latents - noise_scale * noise) / signal
+    latents = carry * latents + current * clean + before * previous
+    previous = clean
+  return np.asarray(latents[0])
+
+
+def test_draws_what_a_plain_loop_over_the_network_draws(real):
+  scale, config = 3.0, real.config
+  (ours,), _ = latents_of(real, "a red seven", seed=11, guidance_scale=scale)
+  theirs = by_hand(
+    config,
+    real.params,
+    "a red seven",
+    lambda mask: (models.null_caption(config)[None], mask),
+    scale,
+    seed=11,
+    size=(8, 8),
+  )
+  # Measured 1e-6: float32 through six calls of a network of two layers.
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+  assert np.abs(theirs).std() > 0.1
+
+
+def test_one_program_serves_every_prompt_seed_scale_shape_and_checkpoint(real, caplog):
+  caplog.set_level(logging.INFO, logger="absl")
+
+  def compilations():
+    return sum("Compiling the sampler" in record.message for record in caplog.records)
+
+  wide_and_high = {"height": [8, 16], "width": [16, 8]}
+  steps = {"num_inference_steps": 5}  # as in no other test
+  ours = real(["a two", "a one"], **wide_and_high, **steps)
+  assert compilations() == 1
+  assert "batch 3 of 32 tokens, 5 steps, with guidance" in caplog.text
+  real("a six", height=16, width=8, guidance_scale=7.0, **steps)
+  real("a six", height=16, width=8, sampler="dpm++-reference", **steps)
+  real("a six", height=16, width=8, negative_prompt="a blue", **steps)
+  other = real.replace(params=models.random_params(real.config, seed=1))
+  theirs = other(["a two", "a one"], **wide_and_high, **steps)
+  assert compilations() == 1
+  assert not np.array_equal(ours.images[0], theirs.images[0])
+
+
+def test_tokens_discarded_at_random_are_the_same_in_every_drawing():
+  compression = KVCompression(ratio=4, layers=(1,), operator="random_discard")
+  subject = models.pipeline(models.nano(kv_compression=compression), batch_size=2)
+  (alone,), _ = latents_of(subject, "a one", seed=4)
+  together, _ = latents_of(subject, ["a two", "a one"], seed=3)
+  np.testing.assert_array_equal(alone, together[1])
+  assert np.isfinite(alone).all()
+
+
+# ------------------------------------------------------ what it is, where that is known
+
+
+def landscape(height, width):
+  """A picture without symmetry, as a formula of row, column and channel."""
+  y, x, c = np.meshgrid(
+    np.arange(height), np.arange(width), np.arange(3), indexing="ij"
+  )
+  return np.sin(0.7 * y + 1) * np.cos(0.3 * x) * (1 - 0.3 * c)
+
+
+def landscape_tokens(inputs):
+  """The same, from the coordinates of 2x2 patches in the order (p q c)."""
+  p, q, c = (part.reshape(-1) for part in np.indices((2, 2, 3)))
+  row, column = inputs["coordinates"][..., :1], inputs["coordinates"][..., 1:]
+  y, x = 2 * row + p[None, None], 2 * column + q[None, None]
+  return jnp.sin(0.7 * y + 1) * jnp.cos(0.3 * x) * (1 - 0.3 * c[None, None])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (6, 10), (12, 10)])
+@pytest.mark.parametrize("base_size", [4, 8])
+def test_a_model_that_knows_the_picture_draws_it_at_any_size(drawn_by, base_size, size):
+  # At base size 8, sequences are padded to multiples of 4: 15 tokens to 16, 30 to 32.
+  decoded, output = drawn_by(
+    landscape_tokens,
+    "a landscape",
+    config=models.nano(base_size=base_size),
+    height=size[0],
+    width=size[1],
+  )
+  truth = landscape(*size) / SCALING_FACTOR
+  np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=EXACT)
+  levels = np.asarray(output.images[0], int)
+  assert np.abs(levels - (truth + 1) * 127.5).max() < 0.5 + 127.5 * EXACT
+
+
+def test_pictures_of_several_sizes_come_back_in_the_order_of_their_prompts(drawn_by):
+  heights, widths = [8, 16, 8, 8], [8, 8, 16, 8]
+  _, output = drawn_by(
+    landscape_tokens,
+    ["a", "b", "c", "d"],
+    height=heights,
+    width=widths,
+    fields={"batch_size": 2},
+  )
+  assert [about["prompt"] for about in output.settings] == ["a", "b", "c", "d"]
+  for image, height, width in zip(output.images, heights, widths, strict=True):
+    expected = pictures.to_picture(landscape(height, width) / SCALING_FACTOR)
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
+
+
+def caption_mean(inputs):
+  """x_0 is the mean of what the captions' visible tokens hold: shows who saw what."""
+  mask = inputs["mask"][..., None]
+  total = jnp.where(mask, inputs["captions"][..., :1], 0).sum(axis=1, keepdims=True)
+  return total / mask.sum(axis=1, keepdims=True)
+
+
+def mean_under(embeddings, mask):
+  return embeddings[0, mask[0], 0].mean()
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "some blue"])
+@pytest.mark.parametrize("scale", [0.0, 4.5])
+def test_guidance_leads_from_the_negative_caption_to_the_prompt_and_beyond(
+  drawn_by, scale, negative_prompt
+):
+  """The null caption is seen under the prompt's mask, a negative prompt under its own.
+
+  ε is linear in x_0, so guided x_0 = x_0⁻ + scale · (x_0⁺ - x_0⁻).
+  """
+  config, prompt = models.nano(), "a red seven above it"
+  decoded, _ = drawn_by(
+    caption_mean, prompt, guidance_scale=scale, negative_prompt=negative_prompt
+  )
+  embeddings, mask = ENCODER.encode([prompt], config.caption_length)
+  null, end = ENCODER.encode([negative_prompt], config.caption_length)
+  positive = mean_under(embeddings, mask)
+  negative = mean_under(null, end if negative_prompt else mask)
+  truth = (negative + scale * (positive - negative)) / SCALING_FACTOR
+  np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=10 * EXACT)
+
+
+def test_each_picture_of_a_batch_has_its_own_captions_mask(drawn_by):
+  config, prompts = models.nano(), ["one", "one two three four five"]
+  decoded, _ = drawn_by(
+    caption_mean, prompts, guidance_scale=2.0, fields={"batch_size": 2}
+  )
+  null = models.null_caption(config)[None]
+  for picture, prompt in zip(decoded, prompts, strict=True):
+    embeddings, mask = ENCODER.encode([prompt], config.caption_length)
+    positive, negative = mean_under(embeddings, mask), mean_under(null, mask)
+    truth = (2 * positive - negative) / SCALING_FACTOR
+    np.testing.assert_allclose(picture, truth, rtol=0, atol=10 * EXACT)
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 3), (1, 3), (2.0, 6)])
+def test_without_guidance_there_is_no_unconditional_half(drawn_by, scale, rows):
+  seen = []
+
+  def clean(inputs):
+    seen.append(len(inputs["noisy"]))
+    return caption_mean(inputs)
+
+  decoded, _ = drawn_by(
+    clean, "a seven", guidance_scale=scale, fields={"batch_size": 3}
+  )
+  assert set(seen) == {rows}
+  if scale == 1:
+    embeddings, mask = ENCODER.encode(["a seven"], models.nano().caption_length)
+    truth = mean_under(embeddings, mask) / SCALING_FACTOR
+    np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=EXACT)
+
+
+def test_the_network_is_told_size_and_aspect_ratio_in_pixels_height_first(drawn_by):
+  def clean(inputs):
+    height, width = jnp.unstack(inputs["image_size"], axis=-1)
+    ratio = inputs["aspect_ratio"]
+    return (height / 10 + width / 100 + ratio / 1000)[:, None, None]
+
+  decoded, _ = drawn_by(clean, "a", height=16, width=8)
+  truth = (1.6 + 0.08 + 0.002) / SCALING_FACTOR
+  np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=EXACT)
+
+
+def test_the_default_size_is_that_of_the_training(drawn_by):
+  _, output = drawn_by(landscape_tokens, "a")
+  assert output.images[0].size == (8, 8)
+
+
+def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(drawn_by):
+  _, output = drawn_by(
+    landscape_tokens,
+    ["a", "b"],
+    num_images_per_prompt=2,
+    seed=4,
+    height=[8, 16],
+    width=8,
+    negative_prompt="c",
+    guidance_scale=2.5,
+    sampler="dpm++",
+    fields={"origin": {"checkpoint": "runs/x", "step": 3}},
+  )
+  rows = [(s["prompt"], s["seed"], s["height"], s["width"]) for s in output.settings]
+  assert rows == [("a", 4, 8, 8), ("a", 5, 8, 8), ("b", 6, 16, 8), ("b", 7, 16, 8)]
+  del output.settings[0]["prompt"], output.settings[0]["seed"]
+  assert output.settings[0] == {
+    "height": 8,
+    "width": 8,
+    "negative_prompt": "c",
+    "num_inference_steps": STEPS,
+    "guidance_scale": 2.5,
+    "sampler": "dpm++",
+    "dtype": "float32",
+    "batch_size": 1,
+    "pixsigma_jax": pixsigma_jax.__version__,
+    "checkpoint": "runs/x",
+    "step": 3,
+  }
+
+
+def test_the_reference_sampler_leaves_a_hundredth_of_noise(drawn_by):
+  clean = lambda inputs: jnp.zeros((1, 1, 1))  # noqa: E731
+  to_the_end, _ = drawn_by(clean, "a", seed=3)
+  reference, _ = drawn_by(clean, "a", seed=3, sampler="dpm++-reference")
+  assert np.abs(to_the_end[0]).max() < EXACT
+  # Fractions of a timestep fall between this model's: it takes some noise for picture.
+  left = reference[0].std() * SCALING_FACTOR
+  assert 0.002 < left < 0.05
+
+
+def test_a_picture_that_is_not_finite_is_refused(drawn_by):
+  with pytest.raises(ValueError, match=r"picture of 'a' \(seed 5\) is not made of fin"):
+    drawn_by(lambda inputs: jnp.full((1, 1, 1), jnp.nan), "a", seed=5)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"height": 9}, "9 x 8 pixels .* multiples of 2, for example 8 x 8"),
+    ({"width": 0}, "8 x 0 pixels .* multiples of 2, for example 8 x 2"),
+    ({"height": [8, 8]}, "height has 2 values for 1 prompts"),
+    (
+      {"height": 18, "width": 18},
+      "18 x 18 pixels .* 9 x 9 tokens, .* base_size=4, .* near 8 x 8, "
+      "or .* interpolate_pe with base_size=9",
+    ),
+    ({"height": 2, "width": 4}, "1 x 2 tokens, .* base_size=4"),
+    ({"num_inference_steps": 0}, "at least 1 step, not num_steps=0"),
+    ({"sampler": "euler"}, r"Unknown sampler 'euler'; choose one of dpm\+\+, dpm"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+    ({"seed": -1}, "1 pictures from seed -1 on: seeds must lie in 0"),
+    ({"seed": 2**32}, "seeds must lie in 0 … 4294967295"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
+    ({"prompt": []}, "no prompt to draw"),
+    ({"prompt": "a b c d e f g h"}, "'a b c d e f g h' has 9 tokens.* limit is 8"),
+    ({"negative_prompt": "a b c d e f g h"}, "has 9 tokens"),
+  ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is(real, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    real.stream(
+      **(
+        {
+          "prompt": "a",
+          "negative_prompt": "",
+          "height": None,
+          "width": None,
+          "num_inference_steps": 2,
+          "guidance_scale": 2.0,
+          "seed": 0,
+          "sampler": "dpm++",
+          "num_images_per_prompt": 1,
+        }
+        | arguments
+      )
+    )
+
+
+def test_an_unusual_area_is_remarked_upon_and_a_usual_one_is_not(drawn_by, caplog):
+  drawn_by(landscape_tokens, ["a", "b"], height=[8, 16], width=[16, 8])
+  assert "area" not in caplog.text
+  drawn_by(landscape_tokens, "a", height=16, width=16)
+  assert "16 x 16 pixels has 4 times the area" in caplog.text
+  assert "(8 x 8)" in caplog.text
+
+
+def test_parts_that_were_not_trained_together_are_refused():
+  with pytest.raises(ValueError, match="latent channels 4 and the autoencoder 3"):
+    models.pipeline(models.nano(in_channels=4), params={})
+  with pytest.raises(ValueError, match="caption width 8 and the text encoder 16"):
+    models.pipeline(models.nano(caption_width=8), params={})
+  with pytest.raises(ValueError, match=r"null caption \(8, 16\) .*\(7, 16\)"):
+    models.pipeline(params={}, null_caption=np.zeros((7, 16), np.float32))
+  with pytest.raises(ValueError, match="batch_size 0"):
+    models.pipeline(params={}, batch_size=0)
+
+
+# ---------------------------------------------------------------------- from a snapshot
+
+
+def test_a_snapshot_draws_what_the_model_in_memory_draws(real, tmp_path):
+  checkpoint.save_snapshot(
+    tmp_path,
+    12,
+    params=real.params,
+    null_caption=real.null_caption,
+    metadata=models.metadata(real.config),
+  )
+  read = Pipeline.from_checkpoint(
+    tmp_path, compute=real.compute, batch_size=real.batch_size
+  )
+  ours = real("a red one", num_inference_steps=STEPS)
+  theirs = read("a red one", num_inference_steps=STEPS)
+  np.testing.assert_array_equal(ours.images[0], theirs.images[0])
+  assert theirs.settings[0]["step"] == 12
+  assert theirs.settings[0]["stage"] == "test"
+  assert theirs.settings[0]["checkpoint"] == str(tmp_path / "snapshots" / "12")
+
+
+@pytest.mark.parametrize(
+  ("identity", "message"),
+  [
+    ({"text_encoder": {"name": "t6"}}, "Unknown text encoder 't6'.* hashed-words"),
+    ({"autoencoder": {"name": "sdxm"}}, "Unknown autoencoder 'sdxm'.* pixels"),
+    (
+      {"autoencoder": {"name": "pixels", "version": 99}},
+      "'version': 99.* is not what this version",
+    ),
+    (
+      {"text_encoder": ENCODER.identity | {"version": 99}},
+      "'version': 99.* is not what this version",
+    ),
+  ],
+)
+def test_a_snapshot_of_unknown_parts_is_refused(
+  real, tmp_path, monkeypatch, identity, message
+):
+  snapshot = checkpoint.Snapshot(
+    path=tmp_path,
+    step=1,
+    metadata=models.metadata(real.config, **identity),
+    config=real.config,
+    params=real.params,
+    null_caption=real.null_caption,
+  )
+  monkeypatch.setattr(checkpoint, "read_snapshot", lambda path: snapshot)
+  with pytest.raises(ValueError, match=message):
+    Pipeline.from_checkpoint(tmp_path)

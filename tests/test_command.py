@@ -1,0 +1,135 @@
+"""Commands: one line for a mistake of the user's, a traceback for one of ours."""
+
+import logging
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl import logging as absl_logging
+
+from pixsigma_jax import command
+from pixsigma_jax.data.records import open_dataset
+from pixsigma_jax.models.pixels import PixelAutoencoder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+  """Runs a main function as a command does, with arguments."""
+
+  def run(main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    command.run(main)
+
+  yield run
+  flags.FLAGS.unparse_flags()
+
+
+def wrong_data(_):
+  open_dataset("nowhere/at all")
+
+
+def wrong_value(_):
+  PixelAutoencoder().encode(np.zeros((1, 8, 8, 4)))
+
+
+def full_disk(_):
+  raise OSError(28, "No space left on device")
+
+
+class OwnError(ArithmeticError):
+  """Stands for an exception type of the package."""
+
+
+OwnError.__module__ = "pixsigma_jax.train.loop"
+
+
+def own_type(_):
+  raise OwnError("the loss is\nnot finite")
+
+
+@pytest.mark.parametrize(
+  ("main", "message"),
+  [
+    (wrong_data, "There is no dataset at"),
+    (wrong_value, "The pixel autoencoder takes images of shape"),
+    (full_disk, "No space left on device"),
+    (own_type, "the loss is not finite"),
+  ],
+)
+def test_a_mistake_of_the_users_ends_in_one_line_and_exit_code_1(
+  run, capsys, main, message
+):
+  with pytest.raises(SystemExit) as exit_:
+    run(main)
+  out, err = capsys.readouterr()
+  assert exit_.value.code == 1
+  assert out == ""
+  assert err.startswith("Error: ")
+  assert message in err
+  assert err.count("\n") == 1
+
+
+def test_where_it_arose_is_shown_to_those_who_ask(run):
+  with pytest.raises(OSError, match="No space left"):
+    run(full_disk, "--traceback")
+
+
+@pytest.mark.parametrize(
+  ("main", "kind"),
+  [
+    (lambda _: np.zeros(3).reshape(2, 2), ValueError),
+    (lambda _: {}["prompt"], KeyError),
+    (lambda _: len(3), TypeError),
+  ],
+)
+def test_a_mistake_of_ours_keeps_its_traceback(run, main, kind):
+  with pytest.raises(kind):
+    run(main)
+
+
+def test_what_is_not_a_flag_is_refused(run, capsys):
+  with pytest.raises(SystemExit) as exit_:
+    run(lambda _: None, "a prompt without its flag")
+  assert exit_.value.code == 1
+  assert "Not a flag: a prompt without its flag" in "".join(capsys.readouterr())
+
+
+def test_a_finished_command_exits_with_0(run):
+  with pytest.raises(SystemExit) as exit_:
+    run(lambda _: None)
+  assert not exit_.value.code
+
+
+def test_other_packages_are_heard_only_when_they_warn(run):
+  with pytest.raises(SystemExit):
+    run(lambda _: None)
+  handler = absl_logging.get_absl_handler()
+
+  def heard(level, path):
+    record = logging.LogRecord("absl", level, path, 1, "text", None, None)
+    return bool(handler.filter(record))
+
+  ours, theirs = command.__file__, logging.__file__
+  assert heard(logging.INFO, ours)
+  assert not heard(logging.INFO, theirs)
+  assert heard(logging.WARNING, theirs)
+
+
+def test_progress_hands_on_every_item_and_counts_them_in_lines(caplog, monkeypatch):
+  caplog.set_level(logging.INFO, logger="absl")
+  assert list(command.progress(iter("abc"), 3, "Letters")) == ["a", "b", "c"]
+  assert [r.message for r in caplog.records] == ["Letters: 3 of 3"]
+
+  clock = iter(range(0, 1000, 6))  # seconds
+  monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+  caplog.clear()
+  list(command.progress(range(5), 5, "Numbers"))
+  assert caplog.messages[-1] == "Numbers: 5 of 5"
+  assert 1 < len(caplog.messages) < 5
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+  assert list(command.progress(range(3), 3, "Numbers")) == [0, 1, 2]
+  assert "Numbers: 100%" in capsys.readouterr().err
