@@ -1,0 +1,138 @@
+"""The records of the miniature: captioned pictures of handwritten digits."""
+
+import dataclasses
+import pathlib
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from pixsigma_jax import command, metadata
+from pixsigma_jax.data import digits
+from pixsigma_jax.data.digits import Scene
+from pixsigma_jax.data.records import Dataset, Record, RecordWriter, open_dataset
+from pixsigma_jax.models.hashed_words import HashedWordEncoder
+from pixsigma_jax.models.pixels import PixelAutoencoder
+
+# Pairs are harder to draw than single digits, and there are 63 times as many of them.
+WEIGHTS = {"single": 0.2, "left_of": 0.4, "above": 0.4}
+CAPTION_LENGTH = 16  # tokens; the longest phrase of the miniature has 11
+
+_COMPARED = 16  # records by which a finished dataset is known again
+
+
+def prepare_digits(
+  directory: pathlib.Path,
+  *,
+  resolution: int,
+  count: int,
+  seed: int,
+  scaling_factor: float,
+) -> bool:
+  """Writes `count` pictures with all their captions.
+
+  Args:
+    directory: new, empty, or left behind by an interrupted run, which starts over.
+    resolution: pixels along a side of one digit's cell; a multiple of 8.
+    count: records.
+    seed: which scenes and handwriting; the same at every resolution.
+    scaling_factor: what the trainer multiplies latents with.
+
+  Returns:
+    Whether anything was written; False if the very same dataset was there already.
+
+  Raises:
+    ValueError: an argument is out of its range.
+    FileExistsError: the directory holds another dataset, or files of someone else.
+    OSError: a file cannot be written.
+  """
+  if resolution < digits.CELL or resolution % digits.CELL:
+    raise ValueError(
+      f"resolution {resolution} must be a multiple of {digits.CELL}, the side of a "
+      "scanned digit in pixels."
+    )
+  if count < 1:
+    raise ValueError(f"count {count} must be at least 1.")
+  if seed < 0:
+    raise ValueError(f"seed {seed} must not be negative.")
+  if not (np.isfinite(scaling_factor) and scaling_factor > 0):
+    raise ValueError(f"scaling_factor {scaling_factor} must be positive.")
+  autoencoder, text_encoder = PixelAutoencoder(scaling_factor), HashedWordEncoder()
+  facts: dict[str, Any] = {
+    "kind": "latents",
+    "channels": autoencoder.channels,
+    "resolution": resolution,
+    "autoencoder": autoencoder.identity,
+    "scaling_factor": scaling_factor,
+    "text_encoder": text_encoder.identity,
+  }
+  if (directory / "manifest.json").exists():
+    _check_same(open_dataset(directory), facts, resolution, count, seed)
+    return False
+  null_captions, _ = text_encoder.encode([""], CAPTION_LENGTH)
+  with RecordWriter(directory, null_caption=null_captions[0], **facts) as writer:
+    records = _records(resolution, count, seed, range(count))
+    for record in command.progress(records, count, "Records"):
+      writer.write(record)
+  return True
+
+
+def _records(
+  resolution: int, count: int, seed: int, numbers: Container[int]
+) -> Iterator[Record]:
+  """Those of the `count` records whose number is among `numbers`."""
+  scenes = digits.training_scenes(seed, count, WEIGHTS)
+  for i, (scene, glyphs) in enumerate(scenes):
+    if i in numbers:
+      yield _record(f"digits-{seed}-{i:06d}", scene, glyphs, resolution)
+
+
+def _record(
+  name: str, scene: Scene, glyphs: tuple[int, ...], resolution: int
+) -> Record:
+  """One picture and all the ways to ask for it."""
+  image = digits.render(scene, glyphs, resolution)
+  captions = [
+    (caption, kind)
+    for kind, texts in digits.captions(scene).items()
+    for caption in texts
+  ]
+  texts, kinds = zip(*captions, strict=True)
+  embeddings, mask = HashedWordEncoder().encode(texts, CAPTION_LENGTH)
+  return Record(
+    id=name,
+    captions=texts,
+    caption_kinds=kinds,
+    caption_lengths=mask.sum(axis=-1, dtype=np.int32),
+    caption_embeddings=embeddings[mask].astype(np.float16),
+    original_size=np.array(image.shape[:2], np.int32),
+    latents=PixelAutoencoder().encode(image[None])[0].astype(np.float16),
+  )
+
+
+def _check_same(
+  dataset: Dataset, facts: Mapping[str, Any], resolution: int, count: int, seed: int
+) -> None:
+  """Refuses a finished dataset that is not the one that was asked for."""
+  have = {name: getattr(dataset.manifest, name) for name in facts}
+  lines = metadata.disagreements(
+    {**have, "count": len(dataset), "caption_length": len(dataset.null_caption)},
+    {**facts, "count": count, "caption_length": CAPTION_LENGTH},
+  )
+  if not lines:
+    numbers = np.unique(np.linspace(0, count - 1, _COMPARED).astype(int)).tolist()
+    asked = _records(resolution, count, seed, numbers)
+    for there, here in zip(dataset.read(numbers), asked, strict=True):
+      if not _same(there, here):
+        lines = [f"record {there.id} → {here.id}, of another seed or version"]
+        break
+  if lines:
+    raise FileExistsError(
+      f"{dataset.directory} already holds another finished dataset than the one asked "
+      f"for (have → want): {'; '.join(lines)}. Choose another --output, or delete it."
+    )
+
+
+def _same(a: Record, b: Record) -> bool:
+  names = (field.name for field in dataclasses.fields(Record))
+  return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
