@@ -1,0 +1,74 @@
+"""What the stages of the quickstart share: every field of a training config.
+
+Not a stage itself: `low.py`, `high.py` and `compressed.py` are.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The fields of all stages; a stage sets its own name, data, parent and length."""
+  return ml_collections.ConfigDict(
+    {
+      "stage": "",
+      "seed": 0,
+      "total_steps": 0,
+      "batch_size": 64,
+      "model": {
+        "variant": "Mini/2",
+        "base_size": 4,
+        "pe_interpolation": 1.0,
+        "mlp_ratio": 4.0,
+        "in_channels": 3,
+        "learn_variance": True,
+        "caption_width": 64,
+        "caption_length": 12,
+        "qk_norm": False,
+        "size_conditions": False,
+        "kv_compression": {
+          "ratio": 1,
+          "layers": (),
+          "operator": "conv",
+          "norm": True,
+        },
+      },
+      "compute": {
+        "dtype": "float32",
+        "attention": "xla",
+        "remat": "none",
+        "unroll": True,
+      },
+      "data": {"path": "", "long_caption_ratio": 0.6, "num_threads": 1},
+      "loss": {"caption_dropout": 0.1, "snr_switch": False, "min_snr_gamma": None},
+      "optimizer": {
+        "name": "adamw",
+        "learning_rate": 2e-3,
+        "schedule": "cosine",
+        "warmup_steps": 100,
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+      },
+      "ema_decay": 0.995,
+      "init": {"parent": "", "transforms": ()},
+      "mesh": {"data": -1, "fsdp": 1, "context": 1},
+      "checkpoint": {
+        "every": 500,
+        "keep_last": 2,
+        "keep_every": 0,
+        "snapshot_every": 0,
+      },
+      "log": {
+        "every": 50,
+        "sample_every": 1000,
+        "prompts": (
+          "a red seven",
+          "a white three",
+          "a blue two left of a yellow five",
+          "a green three above a white eight",
+        ),
+      },
+    }
+  )

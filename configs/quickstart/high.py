@@ -1,0 +1,29 @@
+"""Quickstart, stage 2 of 3: twice the resolution, by PE interpolation.
+
+  python -m pixsigma_jax.prepare --dataset=digits --resolution=16 --count=20000 --output=runs/quickstart/data/16px
+  python -m pixsigma_jax.train --config=configs/quickstart/high.py --workdir=runs/quickstart/high
+
+With the argument `:extended` positions go on at their old spacing instead, as they do
+without interpolation: the baseline of PixArt-Σ's figure 8b.
+"""
+
+from configs.quickstart import base
+
+
+def get_config(positions: str = "interpolated"):
+  """The low model at 16×16, 16×32 and 32×16 pixels, 64 to 128 tokens."""
+  transform = {"interpolated": "interpolate_pe", "extended": "extend_pe"}[positions]
+  config = base.get_config()
+  config.stage = f"quickstart/high_{positions}"
+  config.total_steps = 300
+  config.data.path = "runs/quickstart/data/16px"
+  config.init.parent = "runs/quickstart/low"
+  config.init.transforms = ({"name": transform, "base_size": 8},)
+  config.model.base_size = 8
+  config.model.pe_interpolation = 2.0 if positions == "interpolated" else 1.0
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 20
+  config.ema_decay = 0.98
+  config.checkpoint.every = 100
+  config.log.sample_every = 0
+  return config

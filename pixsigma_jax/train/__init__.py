@@ -1,0 +1,1 @@
+"""Training: joins data, network, mathematics and mesh into a run that resumes."""

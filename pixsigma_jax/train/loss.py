@@ -1,0 +1,119 @@
+"""The loss of a batch: draws, noises, predicts, compares."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
+
+from pixsigma_jax.diffusion import process
+from pixsigma_jax.diffusion.loss import iddpm_loss
+from pixsigma_jax.diffusion.schedule import Schedule
+from pixsigma_jax.models import tokens
+from pixsigma_jax.models.pixart import PixArt, split_prediction
+
+Batch: TypeAlias = dict[str, Array]
+PerExample: TypeAlias = dict[str, Array]
+LossFn: TypeAlias = Callable[
+  [Any, Array, Batch, Array], tuple[Float32[Array, ""], PerExample]
+]
+
+
+def make_loss(
+  model: PixArt,
+  schedule: Schedule,
+  *,
+  scaling_factor: float,
+  caption_dropout: float,
+  snr_switch: bool,
+  min_snr_gamma: float | None,
+) -> LossFn:
+  """Builds `loss(params, null_caption, batch, key) → (mean, per example)`.
+
+  Every draw of an example comes from `key` and its `row` in the global batch, so it
+  does not depend on hosts, mesh or padding.
+
+  Args:
+    scaling_factor: multiplies the autoencoder's latents.
+    caption_dropout: probability that an example's caption becomes the null caption,
+      under the caption's own mask, as the reference trains.
+    snr_switch, min_snr_gamma: see `iddpm_loss`.
+  """
+  config = model.config
+
+  def loss(
+    params: Any,
+    null_caption: Float[Array, "t e"],
+    batch: Batch,
+    key: Key[Array, ""],
+  ) -> tuple[Float32[Array, ""], PerExample]:
+    mask = tokens.token_mask(batch["grid"], batch["coordinates"].shape[1])
+    key, discard_key = jax.random.split(key)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["row"])
+    posterior_key, drop_key, time_key, noise_key = jnp.unstack(
+      jax.vmap(lambda row_key: jax.random.split(row_key, 4))(row_keys), axis=1
+    )
+    latents = scaling_factor * _sample_latents(batch, config.in_channels, posterior_key)
+    timesteps = jax.vmap(
+      lambda k: jax.random.randint(k, (), 0, schedule.num_timesteps)
+    )(time_key)
+    noise = _normal(noise_key, latents)
+    noisy_latents = process.add_noise(schedule, latents, noise, timesteps)
+    dropped = jax.vmap(lambda k: jax.random.bernoulli(k, caption_dropout))(drop_key)
+    captions = jnp.where(
+      dropped[:, None, None],
+      null_caption[None],
+      batch["caption_embeddings"].astype(jnp.float32),
+    )
+    sizes = (
+      (batch["original_size"], batch["aspect_ratio"]) if config.size_conditions else ()
+    )
+
+    output: Any = model.apply(
+      {"params": params},
+      noisy_latents,
+      batch["coordinates"],
+      batch["grid"],
+      timesteps,
+      captions,
+      batch["caption_mask"],
+      *sizes,
+      method="on_tokens",
+      rngs={"kv_discard": discard_key},
+    )
+    prediction, variance_logits = split_prediction(output, config)
+    per_example = iddpm_loss(
+      schedule,
+      latents=latents,
+      noise=noise,
+      noisy_latents=noisy_latents,
+      timesteps=timesteps,
+      prediction=prediction,
+      variance_logits=variance_logits,
+      mask=mask,
+      snr_switch=snr_switch,
+      min_snr_gamma=min_snr_gamma,
+    )
+    return per_example["loss"].mean(), {**per_example, "timesteps": timesteps}
+
+  return loss
+
+
+def _sample_latents(
+  batch: Batch, channels: int, keys: Key[Array, " b"]
+) -> Float32[Array, "b n c"]:
+  """Latents as stored, or drawn anew from the stored posterior `(p q 2c)`."""
+  if "latents" in batch:
+    return batch["latents"].astype(jnp.float32)
+  moments = batch["latent_moments"].astype(jnp.float32)
+  b, n, _ = moments.shape
+  moments = moments.reshape(b, n, -1, 2, channels)
+  mean, log_variance = (moments[..., i, :].reshape(b, n, -1) for i in range(2))
+  # The bounds of the published autoencoders' posterior.
+  deviation = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
+  return mean + deviation * _normal(keys, mean)
+
+
+def _normal(keys: Key[Array, " b"], like: Array) -> Float32[Array, "b n c"]:
+  return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:]))(keys)

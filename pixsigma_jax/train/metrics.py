@@ -1,0 +1,140 @@
+"""What a run writes about itself: JSON lines always, TensorBoard where it is there."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class MetricWriter:
+  """Appends JSON objects, one a line, to WORKDIR/metrics.jsonl; scalars to TensorBoard.
+
+  A resumed run goes back to its checkpoint: lines of later steps are dropped first, so
+  each step stands in the file once.
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, first_step: int):
+    self.path = pathlib.Path(workdir) / "metrics.jsonl"
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    if self.path.exists():
+      kept = [line for line in _lines(self.path) if line["step"] <= first_step]
+      temporary = self.path.with_suffix(".tmp")
+      temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+      os.replace(temporary, self.path)
+    self._file = self.path.open("a")
+    self._board: Any = None
+    if importlib.util.find_spec("tensorboardX"):
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(
+        str(self.path.parent / "tensorboard"), purge_step=first_step + 1
+      )
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes scalars, and lists of scalars (as `name/i` on TensorBoard)."""
+    plain = {name: _plain(value) for name, value in values.items()}
+    self._file.write(json.dumps({"step": step, **plain}) + "\n")
+    self._file.flush()
+    if self._board is None:
+      return
+    for name, value in plain.items():
+      scalars = value if isinstance(value, list) else [value]
+      for i, scalar in enumerate(scalars):
+        tag = f"{name}/{i}" if isinstance(value, list) else name
+        if isinstance(scalar, int | float):
+          self._board.add_scalar(tag, scalar, step)
+    self._board.flush()
+
+  def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+    """An `[H W 3]` uint8 image, on TensorBoard alone."""
+    if self._board is not None:
+      self._board.add_image(name, image, step, dataformats="HWC")
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The whole lines of a metrics file; a kill may have cut the last one short."""
+  lines = []
+  for text in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(text))
+    except json.JSONDecodeError:
+      break
+  return lines
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, np.ndarray):
+    return [_plain(x) for x in value.tolist()]
+  value = value.item() if isinstance(value, np.generic) else value
+  # JSON has no NaN: a tenth of the timesteps that no example fell in. Nor infinity.
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Window:
+  """What happened since the last report: means of the steps, and where time went."""
+
+  def __init__(self, batch_size: int):
+    self._batch_size = batch_size
+    self._reset()
+
+  def _reset(self) -> None:
+    self._steps: list[Mapping[str, Any]] = []
+    self._began = time.perf_counter()
+    self._waited = 0.0
+
+  def add(self, metrics: Mapping[str, Any]) -> None:
+    """Takes the metrics of one step, on the host."""
+    self._steps.append(metrics)
+
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    """Time in here counts as waiting for data."""
+    began = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - began
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Time in here is none of the training's."""
+    began = time.perf_counter()
+    yield
+    self._began += time.perf_counter() - began
+
+  def close(self) -> dict[str, Any]:
+    """The report of this window, which starts a new one.
+
+    `decile_loss` has the mean loss of each tenth of the timesteps, NaN where no example
+    fell.
+    """
+    seconds = time.perf_counter() - self._began
+    steps = len(self._steps)
+    sums = {
+      name: np.sum([metrics[name] for metrics in self._steps], axis=0)
+      for name in self._steps[0]
+      if name != "example_loss"
+    }
+    count = sums.pop("decile_count")
+    with np.errstate(invalid="ignore"):
+      deciles = sums.pop("decile_loss") / count
+    report = {name: float(total) / steps for name, total in sums.items()}
+    report |= {
+      "decile_loss": deciles,
+      "step_time": seconds / steps,
+      "images_per_second": steps * self._batch_size / seconds,
+      "data_share": self._waited / seconds,
+    }
+    self._reset()
+    return report

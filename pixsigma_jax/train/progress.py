@@ -1,0 +1,45 @@
+"""How far a run is: a bar in a terminal or notebook, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from tqdm.auto import tqdm
+
+_SHOWN = ("loss", "learning_rate", "images_per_second", "data_share")
+
+
+class Progress:
+  """Steps done of a total, with the time that the rest will take."""
+
+  def __init__(self, start: int, total: int):
+    self._start, self._total = start, total
+    self._began = time.monotonic()
+    in_notebook = "ipykernel" in sys.modules
+    self._bar = None
+    if in_notebook or sys.stderr.isatty():
+      self._bar = tqdm(initial=start, total=total, unit="step")
+
+  def advance(self, step: int) -> None:
+    """Moves the bar, if there is one."""
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
+
+  def report(self, step: int, values: Mapping[str, Any]) -> None:
+    """Shows a step's metrics."""
+    shown = {name: f"{values[name]:.3g}" for name in _SHOWN}
+    if self._bar is not None:
+      self._bar.set_postfix(shown, refresh=False)
+      self.advance(step)
+      return
+    rate = (time.monotonic() - self._began) / (step - self._start)
+    left = tqdm.format_interval(rate * (self._total - step))
+    text = "  ".join(f"{name} {value}" for name, value in shown.items())
+    logging.info("step %d/%d  %s  eta %s", step, self._total, text, left)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()
