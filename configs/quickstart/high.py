@@ -1,6 +1,6 @@
 """Quickstart, stage 2 of 3: twice the resolution, by PE interpolation.
 
-  python -m pixsigma_jax.prepare --dataset=digits --resolution=16 --count=20000 --output=runs/quickstart/data/16px
+  python -m pixsigma_jax.prepare --dataset=digits --resolution=16 --count=10000 --seed=1 --output=runs/quickstart/data/16px
   python -m pixsigma_jax.train --config=configs/quickstart/high.py --workdir=runs/quickstart/high
 
 With the argument `:extended` positions go on at their old spacing instead, as they do
@@ -15,13 +15,14 @@ def get_config(positions: str = "interpolated"):
   transform = {"interpolated": "interpolate_pe", "extended": "extend_pe"}[positions]
   config = base.get_config()
   config.stage = f"quickstart/high_{positions}"
-  config.total_steps = 300
+  config.total_steps = 200
+  config.batch_size = 16
   config.data.path = "runs/quickstart/data/16px"
   config.init.parent = "runs/quickstart/low"
   config.init.transforms = ({"name": transform, "base_size": 8},)
   config.model.base_size = 8
   config.model.pe_interpolation = 2.0 if positions == "interpolated" else 1.0
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 20
   config.ema_decay = 0.98
   config.checkpoint.every = 100

@@ -34,7 +34,7 @@ _REMAT_POLICIES = {
 
 VARIANTS: dict[str, dict[str, int]] = {
   "XL/2": {"depth": 28, "width": 1152, "num_heads": 16, "patch_size": 2},
-  "Mini/2": {"depth": 4, "width": 96, "num_heads": 4, "patch_size": 2},
+  "Mini/2": {"depth": 4, "width": 64, "num_heads": 4, "patch_size": 2},
   "Nano/2": {"depth": 2, "width": 48, "num_heads": 4, "patch_size": 2},
 }
 

@@ -1,6 +1,7 @@
 """The network against the published code's numbers, and its promises on sequences."""
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -26,6 +27,7 @@ from tests.models import reference
 RELATIVE = 2e-5
 FLOAT32 = Compute(dtype=jnp.float32)
 
+DEEP = tuple(range(14, 28))
 NANO = PixArtConfig.from_variant(
   "Nano/2", base_size=4, pe_interpolation=1.0, caption_width=8, caption_length=5
 )
@@ -80,7 +82,7 @@ def test_without_a_mask_all_caption_tokens_are_seen():
   params = reference.params_from(arrays, "w.", config)
   arguments = inputs(arrays)
   arguments["caption_mask"] = jnp.ones_like(arguments["caption_mask"])
-  out = PixArt(config, FLOAT32).apply({"params": params}, **arguments)
+  out = apply(PixArt(config, FLOAT32), {"params": params}, *arguments.values())
   close(out, reference.channels_last(arrays["out_nomask"]))
 
 
@@ -88,26 +90,35 @@ def test_without_a_mask_all_caption_tokens_are_seen():
   ("extra", "parameters"),
   [
     ({}, 610_856_096),
-    ({"kv_compression": KVCompression(ratio=4, layers=tuple(range(14, 28)))}, 610_968_992),
+    (
+      {"kv_compression": KVCompression(ratio=4, layers=tuple(range(14, 28)))},
+      610_968_992,
+    ),
     ({"size_conditions": True}, 611_349_152),
     ({"qk_norm": True}, 610_985_120),
   ],
   ids=["sigma", "compressed", "alpha-1024", "qk-norm"],
 )
 def test_the_full_model_has_as_many_parameters_as_the_published(extra, parameters):
-  config = PixArtConfig.from_variant("XL/2", base_size=64, pe_interpolation=2.0, **extra)
+  config = PixArtConfig.from_variant(
+    "XL/2", base_size=64, pe_interpolation=2.0, **extra
+  )
   assert tree.size(abstract_params(config)) == parameters
 
 
-def trained_like(config, seed=0):
+@functools.cache
+def trained_like(config):
   """Parameters of which none is zero, as after training."""
-  params = init_params(config, jax.random.key(seed))
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  noisy = [
-    x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
-  ]
-  return jax.tree.unflatten(treedef, noisy)
+  noise = np.random.default_rng(0)
+  params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+  return jax.tree.map(
+    lambda x: x + jnp.asarray(0.05 * noise.normal(size=x.shape), x.dtype), params
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def apply(model, params, *arguments, method="__call__"):
+  return model.apply(params, *arguments, method=method)
 
 
 def captions(config, batch, key):
@@ -125,10 +136,10 @@ def as_sequences(config, images, length):
     padding = ((0, length - len(sequence)), (0, 0))
     noisy.append(np.pad(sequence, padding))
     places.append(np.pad(tokens.coordinates(grid, config.window), padding))
-  return np.stack(noisy), np.stack(places), np.array(grids, np.int32)
+  return jnp.stack(noisy), jnp.stack(places), jnp.array(grids, jnp.int32)
 
 
-SIZES = [(4, 8), (6, 6), (8, 4), (6, 10)]
+SIZES = [(4, 8), (8, 4), (6, 10)]
 WITH_WINDOWS = dataclasses.replace(
   NANO, kv_compression=KVCompression(ratio=4, layers=(1,))
 )
@@ -138,19 +149,20 @@ WITH_WINDOWS = dataclasses.replace(
 def test_an_image_in_a_padded_mixed_batch_is_what_it_is_alone(config, key):
   params, model = {"params": trained_like(config)}, PixArt(config, FLOAT32)
   embeddings, mask = captions(config, len(SIZES), key)
-  times = jnp.array([1.0, 250.0, 700.0, 999.0])
+  times = jnp.array([1.0, 250.0, 999.0])
   images = [
     np.asarray(jax.random.normal(jax.random.key(i), (*size, 4)))
     for i, size in enumerate(SIZES)
   ]
-  noisy, places, grids = as_sequences(config, images, length=20)
+  noisy, places, grids = as_sequences(config, images, length=16)
 
-  together = model.apply(
-    params, noisy, places, grids, times, embeddings, mask, method="on_tokens"
+  together = apply(
+    model, params, noisy, places, grids, times, embeddings, mask, method="on_tokens"
   )
 
   for i, image in enumerate(images):
-    alone = model.apply(
+    alone = apply(
+      model,
       params,
       jnp.asarray(image)[None],
       times[i : i + 1],
@@ -185,13 +197,12 @@ def test_garbage_in_padding_changes_nothing_to_the_bit(key, garbage):
         mask,
         method="on_tokens",
       )
-      valid = tokens.token_mask(jnp.asarray(grids), 12)
+      valid = tokens.token_mask(grids, 12)
       return jnp.where(valid[..., None], out**2, 0).sum()
 
     return jax.value_and_grad(loss)(params)
 
-  dirty = noisy.copy()
-  dirty[0, 8:], dirty[1, 9:] = garbage, garbage
+  dirty = noisy.at[0, 8:].set(garbage).at[1, 9:].set(garbage)
   dirty_captions = jnp.where(mask[..., None], embeddings, garbage)
   clean = gradients(params, noisy, embeddings)
   chex.assert_trees_all_equal(gradients(params, dirty, dirty_captions), clean)
@@ -236,8 +247,8 @@ def test_in_bfloat16_the_network_stays_within_its_precision(key):
   params = {"params": trained_like(NANO)}
   latents = jax.random.normal(key, (2, 6, 10, 4))
   arguments = (latents, jnp.array([10.0, 900.0]), *captions(NANO, 2, key))
-  half = PixArt(NANO, Compute()).apply(params, *arguments)
-  full = PixArt(NANO, FLOAT32).apply(params, *arguments)
+  half = apply(PixArt(NANO, Compute()), params, *arguments)
+  full = apply(PixArt(NANO, FLOAT32), params, *arguments)
   assert half.dtype == jnp.float32
   error = np.sqrt(np.mean((half - full) ** 2) / np.mean(full**2))
   assert 1e-5 < error < 0.01  # 0.4 % was measured with a float32 residual stream
