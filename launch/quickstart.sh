@@ -43,8 +43,11 @@ checkpoints=$runs/low
 for stage in high high_extended compressed compressed_random; do
   checkpoints+=,$runs/$stage/snapshots/0,$runs/$stage
 done
-run evaluate --checkpoints="$checkpoints" --task=digits --output=$runs/accuracy.json
+run evaluate --checkpoints="$checkpoints" --task=digits --per_task=25 \
+  --dtype=float32 --output=$runs/accuracy.json
 
+# Three prompts each of one digit, of two side by side, of two above each other.
 run sample --checkpoint=$runs/compressed --prompts_file=configs/quickstart/prompts.txt \
-  --seed=1 --output=$runs/samples --grid
+  --height={16,16,16,16,16,16,32,32,32} --width={16,16,16,32,32,32,16,16,16} \
+  --dtype=float32 --seed=1 --output=$runs/samples --grid
 echo "Pictures: $runs/samples/grid.png   Accuracy: $runs/accuracy.json"

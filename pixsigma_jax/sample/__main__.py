@@ -27,8 +27,10 @@ _PROMPTS_FILE = flags.DEFINE_string(
 _NEGATIVE_PROMPT = flags.DEFINE_string(
   "negative_prompt", "", "What guidance leads away from."
 )
-_HEIGHT = flags.DEFINE_integer("height", None, "Pixels; the training's if not given.")
-_WIDTH = flags.DEFINE_integer("width", None, "Pixels; the training's if not given.")
+_HEIGHT = flags.DEFINE_multi_integer(
+  "height", None, "Pixels: once for all prompts, or once for each; the training's else."
+)
+_WIDTH = flags.DEFINE_multi_integer("width", None, "As --height.")
 _NUM_INFERENCE_STEPS = flags.DEFINE_integer(
   "num_inference_steps", 20, "Calls of the network."
 )
@@ -68,8 +70,8 @@ def main(_: list[str]) -> None:
   drawn = pipeline.stream(
     prompts,
     negative_prompt=_NEGATIVE_PROMPT.value,
-    height=_HEIGHT.value,
-    width=_WIDTH.value,
+    height=_side(_HEIGHT.value),
+    width=_side(_WIDTH.value),
     num_inference_steps=_NUM_INFERENCE_STEPS.value,
     guidance_scale=_GUIDANCE_SCALE.value,
     seed=_SEED.value,
@@ -95,6 +97,10 @@ def main(_: list[str]) -> None:
     about = {"prompts": prompts, "first": f"{first:05d}.png"}
     pictures.save(path, output.grid(), about)
     print(path)
+
+
+def _side(values: list[int] | None) -> int | list[int] | None:
+  return values[0] if values is not None and len(values) == 1 else values
 
 
 def _read_prompts(path: pathlib.Path) -> list[str]:
