@@ -3,7 +3,7 @@
   python -m pixsigma_jax.prepare --dataset=digits --resolution=8 --count=10000 --seed=1 --output=runs/quickstart/data/8px
   python -m pixsigma_jax.train --config=configs/quickstart/low.py --workdir=runs/quickstart/low
 
-It runs on two CPU cores in about four minutes; RESULTS says what it reached.
+README.md says how long it takes on two CPU cores, and what it reached.
 """
 
 from configs.quickstart import base

@@ -70,8 +70,7 @@ class Compute:
       it is off where tokens are sharded.
 
   Raises:
-    ValueError: an unknown attention implementation or remat.
-    TypeError: an unknown dtype.
+    ValueError: an unknown dtype, attention implementation or remat.
   """
 
   dtype: DTypeLike = jnp.bfloat16
@@ -87,7 +86,12 @@ class Compute:
         raise ValueError(
           f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
         )
-    jnp.dtype(self.dtype)
+    try:
+      jnp.dtype(self.dtype)
+    except TypeError:
+      raise ValueError(
+        f"Unknown dtype {self.dtype!r}; choose float32 or bfloat16."
+      ) from None
 
   def matmul(self, x: Array, kernel: Array) -> Float32[Array, "..."]:
     """x · kernel in `dtype`, accumulated in float32."""

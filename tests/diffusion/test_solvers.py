@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixsigma_jax.diffusion.guidance import classifier_free
+from pixsigma_jax.diffusion.guidance import guide
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import SolverTable, dpm_solver_pp, solve
 
@@ -38,12 +38,15 @@ def test_reference_mode_makes_the_references_samples(num_steps):
     level = caption.mean(axis=(1, 2, 3), keepdims=True)
     return mixed + 0.9 * latents * (0.6 + 0.1 * wave) + 0.3 * level + 0.05 * wave
 
-  guided = classifier_free(
-    denoise,
-    unconditional=jnp.asarray(golden["uncond"]),
-    conditional=jnp.asarray(golden["cond"]),
-    scale=4.5,
+  unconditional, conditional = (
+    jnp.asarray(golden["uncond"]),
+    jnp.asarray(golden["cond"]),
   )
+
+  def guided(latents, timestep):
+    halves = (denoise(latents, timestep, c) for c in conditions)
+    return guide(*halves, 4.5)
+
   table = dpm_solver_pp(SCHEDULE, num_steps)
   latents = solve(guided, jnp.asarray(golden["z"]), table)
 
