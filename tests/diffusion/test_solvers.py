@@ -38,10 +38,7 @@ def test_reference_mode_makes_the_references_samples(num_steps):
     level = caption.mean(axis=(1, 2, 3), keepdims=True)
     return mixed + 0.9 * latents * (0.6 + 0.1 * wave) + 0.3 * level + 0.05 * wave
 
-  unconditional, conditional = (
-    jnp.asarray(golden["uncond"]),
-    jnp.asarray(golden["cond"]),
-  )
+  conditions = [jnp.asarray(golden[name]) for name in ("uncond", "cond")]
 
   def guided(latents, timestep):
     halves = (denoise(latents, timestep, c) for c in conditions)
