@@ -73,7 +73,9 @@ class Checkpoints:
       needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
       free = shutil.disk_usage(self.directory).free
       if free < needed:
-        raise OSError(f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free")
+        raise OSError(
+          f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free"
+        )
       self._manager.save(
         step,
         force=True,  # else a step below the newest is passed over without a word

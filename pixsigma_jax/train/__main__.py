@@ -45,4 +45,5 @@ if __name__ == "__main__":
     # A config is read while flags are parsed, before `command` looks at errors.
     if flags.FLAGS.is_parsed() or "--traceback" in sys.argv:
       raise
-    sys.exit(_one_line(error))
+    print(_one_line(error), file=sys.stderr)
+    sys.exit(1)

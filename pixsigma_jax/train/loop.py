@@ -472,9 +472,9 @@ def _check_finite(
     which = f"the examples {', '.join(names)}"
     which += f" and {len(bad) - 8} more" if len(bad) > 8 else ""
   raise NonFiniteError(
-    f"{', '.join(f'{name} {float(metrics[name])}' for name in watched)} at step {step}, "
-    f"from {which} of {dataset.directory}. Nothing of this step is "
-    f"saved. Look at these records, or lower config.optimizer.learning_rate; the same "
+    f"{', '.join(f'{name} {float(metrics[name])}' for name in watched)} at step "
+    f"{step}, from {which} of {dataset.directory}. Nothing of this step is saved. "
+    f"Look at these records, or lower config.optimizer.learning_rate; the same "
     f"command goes on from the newest checkpoint in {workdir}."
   )
 

@@ -1,7 +1,7 @@
 """Adds key/value compression to a model trained without it (PixArt-Σ, section 3.3)."""
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,6 @@ import numpy as np
 
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig, segment_name
-
-Initialization: TypeAlias = Literal["average", "random"]
 
 
 def add_kv_compression(
@@ -21,7 +19,7 @@ def add_kv_compression(
   layers: tuple[int, ...],
   operator: str = "conv",
   norm: bool = True,
-  initialization: Initialization = "average",
+  initialization: str = "average",
   seed: int = 0,
 ) -> tuple[PixArtConfig, Any]:
   """Gives `layers` a compressor and regroups the stacked blocks around them.
@@ -76,7 +74,7 @@ def add_kv_compression(
 def _compressor(
   config: PixArtConfig,
   depth: int,
-  initialization: Initialization,
+  initialization: str,
   segment: range,
   seed: int,
 ) -> dict[str, Any]:

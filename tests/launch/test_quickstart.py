@@ -1,0 +1,93 @@
+"""The quickstart and the README: every command they name is one that can be given."""
+
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+from configs.quickstart import compressed, high, low
+from tests import commands
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# In the place of launch/venv.sh: no installation, and a Python that only writes down
+# what it is asked to run.
+VENV = """
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/python
+make_venv() { :; }
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+  """What the script runs, command by command."""
+  root = tmp_path_factory.mktemp("clone")
+  (root / "launch").mkdir()
+  shutil.copy(ROOT / "launch" / "quickstart.sh", root / "launch")
+  (root / "launch" / "venv.sh").write_text(VENV)
+  (root / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> log\n')
+  (root / "python").chmod(0o755)
+  subprocess.run(["bash", "launch/quickstart.sh"], cwd=root, check=True)
+  return [
+    shlex.split(line.removeprefix("-m pixsigma_jax."))
+    for line in (root / "log").read_text().splitlines()
+  ]
+
+
+def given(arguments, name):
+  return [a.partition("=")[2] for a in arguments if a.startswith(f"--{name}=")]
+
+
+def test_it_runs_the_chain_in_order(script):
+  assert [command for command, *_ in script] == (
+    ["prepare", "train", "prepare"] + ["train"] * 4 + ["evaluate", "sample"]
+  )
+
+
+def test_each_stage_finds_its_data_and_its_parent(script):
+  configs = {
+    "low.py": low.get_config(),
+    "high.py": high.get_config(),
+    "high.py:extended": high.get_config("extended"),
+    "compressed.py": compressed.get_config(),
+    "compressed.py:random": compressed.get_config("random"),
+  }
+  there = set()
+  for command, *arguments in script:
+    if command == "prepare":
+      there.update(given(arguments, "output"))
+    if command == "train":
+      [file], [workdir] = given(arguments, "config"), given(arguments, "workdir")
+      config = configs.pop(file.rpartition("/")[2])
+      assert config.data.path in there
+      assert config.init.parent in {*there, ""}
+      there.add(workdir)
+    if command in ("evaluate", "sample"):
+      paths = given(arguments, "checkpoints" if command == "evaluate" else "checkpoint")
+      runs = {path.removesuffix("/snapshots/0") for path in paths[0].split(",")}
+      assert runs <= there
+  assert not configs
+
+
+def readme_commands():
+  text = (ROOT / "README.md").read_text().replace("\\\n", "")
+  for line in re.findall(r"^.*python -m pixsigma_jax\..*$", text, re.MULTILINE):
+    if "`" not in line:  # the table names commands, it does not give them
+      yield shlex.split(line.partition("pixsigma_jax.")[2])
+
+
+def test_the_readme_gives_commands():
+  assert [command for command, *_ in readme_commands()] == ["sample"]
+
+
+# Of train, the flags are the config files that test_configs.py runs.
+def test_every_flag_is_one_that_its_command_knows(script, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  for command, *arguments in [*script, *readme_commands()]:
+    if command != "train":
+      done = commands.run(capsys, monkeypatch, command, *arguments, "--only_check_args")
+      assert done.code == 0, done.err

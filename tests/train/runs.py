@@ -1,0 +1,213 @@
+"""Training runs as small as they come, and what they leave on the disk."""
+
+import contextlib
+import copy
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import warnings
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs.quickstart import low as low_stage
+from pixsigma_jax.prepare.digits import prepare_digits
+from pixsigma_jax.train import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECORDS, BATCH = 48, 8  # an epoch is six steps
+
+# The low stage of most tests. Its program does not depend on the number of steps.
+LOW = {
+  "model.variant": "Nano/2",
+  "total_steps": 6,
+  "batch_size": BATCH,
+  "optimizer.schedule": "constant",
+  "optimizer.warmup_steps": 1,
+  "checkpoint.every": 2,
+  "checkpoint.keep_last": 10,
+  "log.every": 1,
+  "log.prompts": (),
+}
+
+
+def prepare(directory, resolution=8):
+  """Pictures in three aspect ratios, with captions of nine words at most."""
+  prepare_digits(
+    directory, resolution=resolution, count=RECORDS, seed=1, scaling_factor=2.0
+  )
+  return directory
+
+
+def shrink(config, data, parent="", changes=()):
+  """A stage as its file has it, in everything but size: two steps of a nano model."""
+  config = copy.deepcopy(config)
+  config.model.variant = "Nano/2"
+  if config.model.kv_compression.layers:
+    config.model.kv_compression.layers = (1,)
+    config.init.transforms = tuple(
+      {**transform, "layers": (1,)} if "layers" in transform else transform
+      for transform in config.init.transforms
+    )
+  fields = {
+    "total_steps": 2,
+    "batch_size": BATCH,
+    "data.path": str(data),
+    "init.parent": str(parent),
+    "optimizer.warmup_steps": 1,
+    "log.every": 1,
+    "log.sample_every": 0,
+    "log.prompts": (),
+  }
+  config.update_from_flattened_dict(fields | dict(changes))
+  return config
+
+
+def low(data, **changes):
+  """The run of most tests; `checkpoint__every=1` sets `config.checkpoint.every`."""
+  changes = {name.replace("__", "."): value for name, value in changes.items()}
+  return shrink(low_stage.get_config(), data, changes=LOW | changes)
+
+
+@functools.cache
+def _compiled():
+  """A directory, until the tests end, of the programs that they have compiled."""
+  return tempfile.TemporaryDirectory(prefix="pixsigma_jax_programs_")
+
+
+def compilation_environment():
+  """What spares another process the compilation, and most of LLVM's efforts."""
+  return {
+    "JAX_COMPILATION_CACHE_DIR": _compiled().name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  }
+
+
+@contextlib.contextmanager
+def quick_compilation():
+  """The same for this process."""
+  options = {
+    "jax_compilation_cache_dir": _compiled().name,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_disable_most_optimizations": True,
+  }
+  before = {name: jax.config.values[name] for name in options}
+  try:
+    for name, value in options.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def first_devices(count=1):
+  """Lets a run believe that the process has no more devices than these."""
+  chosen = jax.devices()[:count]
+  return mock.patch.object(jax, "devices", return_value=chosen)
+
+
+def train(config, workdir, devices=1):
+  """Trains in this process, on its first few devices."""
+  with quick_compilation(), first_devices(devices):
+    loop.train(config.to_dict(), workdir)
+
+
+def flags(data, workdir, **changes):
+  """The command line of `low(data, **changes)`."""
+  changes = {name.replace("__", "."): value for name, value in changes.items()}
+  fields = LOW | {"data.path": data} | changes
+  return [
+    f"--config={ROOT / 'configs/quickstart/low.py'}",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in fields.items()),
+  ]
+
+
+def start(arguments, log, *, prefix=("-m", "pixsigma_jax.train")):
+  """Trains in a process of its own, which writes into the file `log`."""
+  with log.open("w") as stderr:
+    return subprocess.Popen(
+      [sys.executable, *prefix, *arguments],
+      cwd=ROOT,
+      env=os.environ | compilation_environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=stderr,
+    )
+
+
+def steps(workdir, what="checkpoints"):
+  """The complete ones."""
+  return sorted(int(p.name) for p in (workdir / what).glob("*") if p.name.isdigit())
+
+
+def arrays(workdir, step, what="checkpoints"):
+  """Every array of a checkpoint or a snapshot, by name."""
+  item = {"checkpoints": "state", "snapshots": "model"}[what]
+  path = pathlib.Path(workdir) / what / str(step) / item
+  with warnings.catch_warnings(action="ignore"):  # onto the devices it came from
+    restored = ocp.PyTreeCheckpointer().restore(path.absolute())
+  return named(restored)
+
+
+def named(tree):
+  """The leaves of a tree by name, on the host."""
+  return {
+    jax.tree_util.keystr(name, simple=True, separator="/"): _numbers(leaf)
+    for name, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _numbers(leaf):
+  if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+    leaf.dtype, jax.dtypes.prng_key
+  ):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(leaf)
+
+
+def part(arrays, name):
+  """Those of a subtree."""
+  return {
+    key.removeprefix(f"{name}/"): array
+    for key, array in arrays.items()
+    if key.startswith(f"{name}/")
+  }
+
+
+def position(workdir, step):
+  """The place in the data that a checkpoint holds."""
+  path = workdir / "checkpoints" / str(step) / "data" / "metadata"
+  return json.loads(path.read_text())
+
+
+def assert_same(have, want):
+  """Equal to the bit."""
+  assert have.keys() == want.keys()
+  for name, array in want.items():
+    np.testing.assert_array_equal(have[name], array, err_msg=name)
+
+
+def metrics(workdir):
+  """The lines of metrics.jsonl."""
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def measured(workdir):
+  """What of them is not a matter of time."""
+  timed = ("step_time", "images_per_second", "data_share")
+  return [
+    {name: value for name, value in line.items() if name not in timed}
+    for line in metrics(workdir)
+  ]

@@ -1,0 +1,292 @@
+"""The loss of a batch: what is drawn, for whom, and from which key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixsigma_jax.diffusion import process
+from pixsigma_jax.diffusion.loss import iddpm_loss
+from pixsigma_jax.diffusion.schedule import linear_schedule
+from pixsigma_jax.models import tokens
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArt
+from pixsigma_jax.train import loss as module
+from pixsigma_jax.train.loss import make_loss
+from tests.sample import models
+from tests.train import runs
+
+SCHEDULE = linear_schedule()
+CONFIG = models.nano()
+NULL = jnp.full((CONFIG.caption_length, CONFIG.caption_width), -7.0)
+MANY = 20_000  # rows, where chances are counted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  with runs.quick_compilation():
+    yield
+
+
+def batch_of(rows, grid=(2, 2), length=None, moments=False, caption=(8, 16)):
+  """The given rows of an endless batch; each row's contents depend on the row alone."""
+  n = grid[0] * grid[1]
+  length = length or n
+
+  def values(row, *shape):
+    return np.random.default_rng([9, row]).normal(size=shape)
+
+  latents = np.stack([values(row, n, 24 if moments else 12) for row in rows])
+  latents = np.pad(latents, ((0, 0), (0, length - n), (0, 0)), constant_values=5.0)
+  places = np.zeros((len(rows), length, 2), np.int32)
+  places[:, :n] = tokens.coordinates(grid, CONFIG.window)
+  batch = {
+    "latent_moments" if moments else "latents": latents.astype(np.float16),
+    "coordinates": places,
+    "grid": np.tile(np.array([grid], np.int32), (len(rows), 1)),
+    "caption_embeddings": np.stack([values(row, *caption) for row in rows]),
+    "caption_mask": np.arange(caption[0])[None] <= np.array(rows)[:, None] % 8,
+    "row": np.array(rows, np.int32),
+    "original_size": np.stack([values(row, 2) for row in rows]).astype(np.float32),
+    "aspect_ratio": np.array(rows, np.float32),
+  }
+  batch["caption_embeddings"] = batch["caption_embeddings"].astype(np.float16)
+  return jax.tree.map(jnp.asarray, batch)
+
+
+def crowd(latents=0.0):
+  """MANY rows, one token and one caption token each."""
+  batch = {
+    "latents": np.full((MANY, 1, 12), latents, np.float32),
+    "coordinates": np.zeros((MANY, 1, 2), np.int32),
+    "grid": np.ones((MANY, 2), np.int32),
+    "caption_embeddings": np.zeros((MANY, 1, 1), np.float16),
+    "caption_mask": np.ones((MANY, 1), bool),
+    "row": np.arange(MANY, dtype=np.int32),
+  }
+  return jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.fixture
+def watch(monkeypatch, key):
+  """Runs the loss with a network that predicts 0; returns all that anyone saw."""
+  seen = {}
+  names = ("noisy", "coordinates", "grid", "timesteps", "captions", "caption_mask")
+  names += ("original_size", "aspect_ratio")
+
+  def network(self, variables, *inputs, method, rngs):
+    assert method == "on_tokens"
+    seen["network"] = dict(zip(names, inputs, strict=False)) | {"rngs": rngs}
+    rows, length, channels = inputs[0].shape
+    return jnp.zeros((rows, length, 2 * channels))
+
+  def compare(schedule, **inputs):
+    seen.update(inputs)
+    return iddpm_loss(schedule, **inputs)
+
+  monkeypatch.setattr(PixArt, "apply", network)
+  monkeypatch.setattr(module, "iddpm_loss", compare)
+
+  def run(batch, key=key, null_caption=NULL, config=CONFIG, **fields):
+    settings = {
+      "scaling_factor": 1.0,
+      "caption_dropout": 0.0,
+      "snr_switch": False,
+      "min_snr_gamma": None,
+    }
+    loss = make_loss(PixArt(config, models.FLOAT32), SCHEDULE, **(settings | fields))
+    seen["mean"], seen["per_example"] = loss({}, null_caption, batch, key)
+    return dict(seen)
+
+  return run
+
+
+def test_what_a_row_draws_depends_on_neither_order_nor_size_nor_padding(watch):
+  for moments in (False, True):
+    settings = {"caption_dropout": 0.5, "scaling_factor": 0.5}
+    alone = watch(batch_of([0, 1, 2, 3], moments=moments), **settings)
+    other = watch(batch_of([3, 1], length=7, moments=moments), **settings)
+    for name in ("noise", "latents", "noisy_latents"):
+      np.testing.assert_array_equal(
+        other[name][:, :4], alone[name][jnp.array([3, 1])], err_msg=name
+      )
+    np.testing.assert_array_equal(
+      other["timesteps"], alone["timesteps"][jnp.array([3, 1])]
+    )
+    np.testing.assert_array_equal(
+      other["network"]["captions"], alone["network"]["captions"][jnp.array([3, 1])]
+    )
+    np.testing.assert_allclose(
+      other["per_example"]["loss"],
+      alone["per_example"]["loss"][jnp.array([3, 1])],
+      rtol=1e-6,
+    )
+
+
+def test_every_row_every_token_and_every_key_has_its_own_noise(watch):
+  batch = batch_of(range(4), moments=True)
+  first = watch(batch)
+  second = watch(batch, key=jax.random.key(1))
+  for name in ("noise", "latents"):
+    drawn = np.concatenate([np.ravel(first[name]), np.ravel(second[name])])
+    assert len(np.unique(drawn)) == drawn.size, name
+  assert (first["timesteps"] != second["timesteps"]).any()
+
+
+def test_noise_and_posterior_are_standard_normal_and_drawn_apart(watch):
+  batch = crowd()
+  batch["latent_moments"] = jnp.zeros((MANY, 1, 24))  # mean 0, log-variance 0
+  del batch["latents"]
+  seen = watch(batch, caption_dropout=0.5)
+  timesteps = np.asarray(seen["timesteps"], np.float64)
+  dropped = np.asarray(seen["network"]["captions"] == -7).mean(axis=(1, 2))
+  draws = {
+    "noise": np.asarray(seen["noise"], np.float64)[:, 0],
+    "posterior": np.asarray(seen["latents"], np.float64)[:, 0],
+  }
+  for name, draw in draws.items():
+    error = 5 / np.sqrt(draw.size)  # five standard errors
+    assert abs(draw.mean()) < error, name
+    assert abs(draw.var() - 1) < 1.5 * error, name
+  # No draw tells anything of another: a key used twice would.
+  columns = [draws["noise"], draws["posterior"], timesteps[:, None], dropped[:, None]]
+  correlation = np.corrcoef(np.concatenate(columns, axis=1), rowvar=False)
+  assert np.abs(correlation - np.eye(26)).max() < 6 / np.sqrt(MANY)
+
+
+def test_timesteps_are_uniform_from_0_to_999(watch):
+  timesteps = np.asarray(watch(crowd())["timesteps"])
+  assert timesteps.dtype == np.int32
+  assert (timesteps.min(), timesteps.max()) == (0, 999)
+  counts = np.histogram(timesteps, bins=10, range=(0, 1000))[0]
+  assert np.abs(counts - MANY / 10).max() < 5 * np.sqrt(MANY * 0.1 * 0.9)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.1, 1.0])
+def test_captions_drop_with_their_probability(watch, chance):
+  null_caption = jnp.full((1, 1), -7.0)
+  seen = watch(crowd(), null_caption=null_caption, caption_dropout=chance)
+  share = float(jnp.mean(seen["network"]["captions"] == -7.0))
+  assert abs(share - chance) <= 5 * np.sqrt(chance * (1 - chance) / MANY)
+
+
+def test_a_dropped_caption_is_the_null_caption_under_the_captions_own_mask(watch):
+  batch = batch_of(range(4))
+  network = watch(batch, caption_dropout=0.5)["network"]
+  np.testing.assert_array_equal(network["caption_mask"], batch["caption_mask"])
+  own = batch["caption_embeddings"].astype(jnp.float32)
+  kept = (network["captions"] == own).all(axis=(1, 2))
+  null = (network["captions"] == NULL[None]).all(axis=(1, 2))
+  np.testing.assert_array_equal(kept, ~null)
+  assert 0 < kept.sum() < 4
+
+
+def test_latents_are_mean_plus_deviation_times_a_draw_pixel_by_pixel(watch):
+  batch = batch_of(range(4))
+  mean, log_variance = (
+    np.random.default_rng(seed).normal(size=(4, 4, 2, 2, 3)) for seed in (1, 2)
+  )
+
+  def drawn(mean, log_variance, **fields):
+    # Token order (p q 2c): each pixel has its means, then its log-variances.
+    moments = np.concatenate([mean, log_variance], axis=-1).reshape(4, 4, 24)
+    stored = {**batch, "latent_moments": jnp.asarray(moments, jnp.float32)}
+    del stored["latents"]
+    return watch(stored, **fields)["latents"]
+
+  zero = np.zeros_like(mean)
+  unit = np.asarray(drawn(zero, zero)).reshape(mean.shape)
+  expected = 0.25 * (mean + np.exp(log_variance / 2) * unit)
+  found = drawn(mean, log_variance, scaling_factor=0.25)
+  np.testing.assert_allclose(found, expected.reshape(4, 4, 12), rtol=1e-5, atol=1e-6)
+
+
+def test_a_log_variance_beyond_the_published_bounds_is_cut_there(watch):
+  batch = batch_of(range(4))
+  del batch["latents"]
+
+  def drawn(log_variance):
+    pixel = np.array([0.0] * 3 + [log_variance] * 3, np.float32)
+    stored = {**batch, "latent_moments": jnp.tile(pixel, (4, 4, 4))}
+    return watch(stored)["latents"]
+
+  np.testing.assert_array_equal(drawn(60.0), drawn(20.0))
+  np.testing.assert_array_equal(drawn(-90.0), drawn(-30.0))
+
+
+def test_stored_latents_are_scaled_and_noised_as_the_schedule_says(watch):
+  batch = batch_of(range(4))
+  seen = watch(batch, scaling_factor=0.125)
+  np.testing.assert_array_equal(seen["latents"], batch["latents"] / jnp.float16(8))
+  expected = process.add_noise(
+    SCHEDULE, seen["latents"], seen["noise"], seen["timesteps"]
+  )
+  np.testing.assert_array_equal(seen["network"]["noisy"], expected)
+  np.testing.assert_array_equal(seen["network"]["noisy"], seen["noisy_latents"])
+  for name in ("timesteps", "coordinates", "grid"):
+    wanted = seen["timesteps"] if name == "timesteps" else batch[name]
+    np.testing.assert_array_equal(seen["network"][name], wanted)
+
+
+def test_the_loss_is_the_mean_over_rows_and_padding_is_left_out(watch):
+  batch = batch_of(range(4), length=7)
+  seen = watch(batch)
+  np.testing.assert_allclose(seen["mean"], seen["per_example"]["loss"].mean(), 1e-6)
+  # The network of this test predicts 0: the error is the noise of the 4 real tokens.
+  expected = jnp.square(seen["noise"][:, :4]).mean(axis=(1, 2))
+  np.testing.assert_allclose(seen["per_example"]["mse"], expected, rtol=1e-5)
+  np.testing.assert_array_equal(seen["per_example"]["timesteps"], seen["timesteps"])
+  spoilt = {**batch, "latents": batch["latents"].at[:, 4:].set(jnp.nan)}
+  np.testing.assert_array_equal(watch(spoilt)["mean"], seen["mean"])
+
+
+@pytest.mark.parametrize("fields", [{"snr_switch": True}, {"min_snr_gamma": 5.0}])
+def test_a_weighting_reaches_the_loss(watch, fields):
+  plain = watch(batch_of(range(4)))
+  weighted = watch(batch_of(range(4)), **fields)
+  assert (weighted["per_example"]["mse"] != plain["per_example"]["mse"]).any()
+  np.testing.assert_array_equal(weighted["noise"], plain["noise"])
+
+
+def test_a_model_with_size_conditions_is_given_them(watch):
+  batch = batch_of(range(4))
+  config = models.nano(size_conditions=True)
+  network = watch(batch, config=config)["network"]
+  np.testing.assert_array_equal(network["original_size"], batch["original_size"])
+  np.testing.assert_array_equal(network["aspect_ratio"], batch["aspect_ratio"])
+  assert "original_size" not in watch(batch)["network"]
+
+
+def test_each_key_discards_other_tokens(watch):
+  batch = batch_of(range(4))
+  keys = [
+    watch(batch, key=jax.random.key(seed))["network"]["rngs"]["kv_discard"]
+    for seed in (0, 1)
+  ]
+  assert keys[0] != keys[1]
+
+
+def test_gradients_of_a_batch_are_the_mean_over_its_rows():
+  """Of the real network, whose rows share everything but parameters."""
+  config = models.nano(
+    kv_compression=KVCompression(ratio=4, layers=(0, 1), operator="average")
+  )
+  loss = make_loss(
+    PixArt(config, models.FLOAT32),
+    SCHEDULE,
+    scaling_factor=1.0,
+    caption_dropout=0.5,
+    snr_switch=False,
+    min_snr_gamma=None,
+  )
+  gradient = jax.jit(jax.grad(lambda *arguments: loss(*arguments)[0]))
+  params, key = models.random_params(config), jax.random.key(0)
+  # Pairs of one row twice, so that one program serves all three.
+  both, first, second = (
+    gradient(params, NULL, batch_of(rows), key) for rows in ((0, 5), (0, 0), (5, 5))
+  )
+  for whole, one, other in zip(
+    *map(jax.tree.leaves, (both, first, second)), strict=True
+  ):
+    scale = float(jnp.abs(whole).max()) + 1e-6
+    np.testing.assert_allclose(whole, (one + other) / 2, rtol=1e-4, atol=1e-5 * scale)

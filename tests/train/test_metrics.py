@@ -1,0 +1,163 @@
+"""What a run writes about itself: each step once, whatever happened in between."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from pixsigma_jax.train import metrics
+from pixsigma_jax.train.metrics import MetricWriter, Window
+
+
+def lines_of(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  assert text.endswith("\n")
+  # Strict: NaN and Infinity are no JSON.
+  return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def write(workdir, first_step, steps, **values):
+  writer = MetricWriter(workdir, first_step)
+  for step in steps:
+    writer.write(step, {"loss": step / 8, **values})
+  writer.close()
+
+
+def test_a_line_is_on_the_disk_when_write_returns(tmp_path):
+  writer = MetricWriter(tmp_path, 0)
+  writer.write(3, {"loss": np.float32(0.5), "steps": np.int64(7)})
+  assert lines_of(tmp_path) == [{"step": 3, "loss": 0.5, "steps": 7}]
+  writer.close()
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+  write(tmp_path, 0, [10, 20, 30, 40])
+  write(tmp_path, 20, [30])
+  assert lines_of(tmp_path) == [
+    {"step": 10, "loss": 1.25},
+    {"step": 20, "loss": 2.5},
+    {"step": 30, "loss": 3.75},
+  ]
+
+
+def test_a_last_line_that_a_kill_cut_short_is_dropped(tmp_path):
+  write(tmp_path, 0, [10, 20])
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text()[:-5])
+  write(tmp_path, 20, [30])
+  assert [line["step"] for line in lines_of(tmp_path)] == [10, 30]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+  deciles = np.array([0.5, np.nan, np.inf])
+  write(tmp_path, 0, [1], decile_loss=deciles, norm=float("nan"), top=np.float32("inf"))
+  [line] = lines_of(tmp_path)
+  assert line["decile_loss"] == [0.5, None, None]
+  assert (line["norm"], line["top"]) == (None, None)
+
+
+def test_without_tensorboardx_the_lines_are_written_all_the_same(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+  write(tmp_path, 0, [1])
+  writer = MetricWriter(tmp_path, 1)
+  writer.write_image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.close()
+  assert lines_of(tmp_path) == [{"step": 1, "loss": 0.125}]
+  assert not (tmp_path / "tensorboard").exists()
+
+
+def events(workdir):
+  """Every event of TensorBoard's files, oldest first (TFRecord framing)."""
+  event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      yield event_pb2.Event.FromString(data[12 : 12 + length])
+      data = data[16 + length :]
+
+
+def test_tensorboard_gets_scalars_lists_by_index_and_images(tmp_path):
+  write(tmp_path, 0, [7], decile_loss=np.array([0.25, np.nan]))
+  values = {
+    (event.step, value.tag): value.simple_value
+    for event in events(tmp_path)
+    for value in event.summary.value
+  }
+  assert values == {(7, "loss"): 0.875, (7, "decile_loss/0"): 0.25}
+
+
+def test_tensorboard_gets_images_as_they_are(tmp_path):
+  writer = MetricWriter(tmp_path, 0)
+  writer.write_image(5, "samples", np.zeros((2, 6, 3), np.uint8))
+  writer.close()
+  [value] = [value for event in events(tmp_path) for value in event.summary.value]
+  assert (value.tag, value.image.height, value.image.width) == ("samples", 2, 6)
+
+
+def test_tensorboard_is_told_to_forget_what_came_after_the_checkpoint(tmp_path):
+  writer = MetricWriter(tmp_path, 20)
+  writer.write(30, {"loss": 1.0})
+  writer.close()
+  starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
+  assert starts == [21]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  now = [50.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  return now
+
+
+def step_metrics(loss, decile, examples=4):
+  losses, counts = np.zeros(10), np.zeros(10)
+  losses[decile], counts[decile] = examples * loss, examples
+  return {
+    "loss": np.float32(loss),
+    "decile_loss": losses,
+    "decile_count": counts,
+    "example_loss": np.full(examples, loss),
+  }
+
+
+def test_a_window_means_over_steps_and_over_the_examples_of_each_tenth(clock):
+  window = Window(batch_size=4)
+  window.add(step_metrics(1.0, 0))
+  window.add(step_metrics(3.0, 0, examples=12))
+  window.add(step_metrics(8.0, 9))
+  clock[0] += 6.0
+  report = window.close()
+  assert report["loss"] == 4.0
+  assert report["decile_loss"][[0, 9]].tolist() == [2.5, 8.0]
+  assert np.isnan(report["decile_loss"][1:9]).all()
+  assert "example_loss" not in report
+  assert "decile_count" not in report
+
+
+def test_a_window_counts_waiting_as_its_own_and_pauses_as_nobodys(clock):
+  window = Window(batch_size=4)
+  for _ in range(2):
+    window.add(step_metrics(1.0, 0))
+  clock[0] += 3.0
+  with window.waiting_for_data():
+    clock[0] += 1.0
+  with window.paused():
+    clock[0] += 100.0
+  report = window.close()
+  assert report["step_time"] == 2.0
+  assert report["images_per_second"] == 2.0
+  assert report["data_share"] == 0.25
+
+
+def test_a_closed_window_starts_anew(clock):
+  window = Window(batch_size=4)
+  window.add(step_metrics(1.0, 0))
+  with window.waiting_for_data():
+    clock[0] += 1.0
+  window.close()
+  clock[0] += 2.0
+  window.add(step_metrics(5.0, 3))
+  report = window.close()
+  assert (report["loss"], report["step_time"], report["data_share"]) == (5.0, 2.0, 0.0)
