@@ -160,7 +160,8 @@ def save_snapshot(
 ) -> None:
   """Writes WORKDIR/snapshots/STEP and returns when it is on the disk.
 
-  A snapshot of that step that is there already is left as it is.
+  The same snapshot, by its metadata, is left as it is; another run's is replaced: a
+  workdir that never got as far as a checkpoint may be started over with other settings.
 
   Raises:
     SavingError: it could not be saved.
@@ -168,7 +169,11 @@ def save_snapshot(
   directory = pathlib.Path(workdir).absolute() / SNAPSHOTS
   with _saving(directory), ocp.CheckpointManager(directory) as manager:
     if step in manager.all_steps():
-      return
+      args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+      there: Any = manager.restore(step, args=args)
+      if Metadata.from_json(there.metadata) == metadata:
+        return
+      manager.delete(step)
     manager.save(
       step,
       force=True,  # as above
@@ -191,7 +196,8 @@ def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(f"There is no checkpoint at {path}: no such directory.")
   for directory in (path / SNAPSHOTS, path):
     steps = [int(p.name) for p in directory.glob("[0-9]*") if _is_snapshot(p)]
-    if steps:
+    # Step 0 is a parent before any training: nobody means that by the run's name.
+    if any(steps):
       return directory / str(max(steps))
   if _is_snapshot(path):
     return path

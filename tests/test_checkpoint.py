@@ -1,6 +1,7 @@
 """Saving and restoring: what a month-long run and a stranger's checkpoint rely on."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import pathlib
@@ -355,6 +356,24 @@ def test_a_snapshot_that_is_there_stays_as_it_is_and_an_older_step_is_written(tm
   assert_equal_to_the_bit(checkpoint.read_snapshot(tmp_path).params, first)
   save_snapshot(tmp_path, 4)
   assert steps_in(tmp_path / "snapshots") == [4, 5]
+
+
+def test_a_snapshot_of_other_settings_makes_place(tmp_path):
+  save_snapshot(tmp_path, 5)
+  other = dataclasses.replace(ABOUT, stage="another")
+  params = models.random_params(CONFIG, seed=77)
+  save_snapshot(tmp_path, 5, params=params, about=other)
+  snapshot = checkpoint.read_snapshot(tmp_path)
+  assert snapshot.metadata == other
+  assert_equal_to_the_bit(snapshot.params, params)
+
+
+def test_a_parent_before_any_training_is_only_meant_by_its_own_path(tmp_path):
+  save_snapshot(tmp_path, 0)
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(FileNotFoundError, match="has no snapshot yet: its stage has not"):
+    checkpoint.find_snapshot(tmp_path)
+  assert checkpoint.find_snapshot(tmp_path / "snapshots" / "0").name == "0"
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):

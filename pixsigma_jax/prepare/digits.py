@@ -15,7 +15,7 @@ from pixsigma_jax.models.hashed_words import HashedWordEncoder
 from pixsigma_jax.models.pixels import PixelAutoencoder
 
 # Pairs are harder to draw than single digits, and there are 63 times as many of them.
-WEIGHTS = {"single": 0.1, "left_of": 0.5, "above": 0.4}
+WEIGHTS = {"single": 0.2, "left_of": 0.4, "above": 0.4}
 CAPTION_LENGTH = 16  # tokens; the longest phrase of the miniature has 11
 
 _COMPARED = 16  # records by which a finished dataset is known again
