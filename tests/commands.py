@@ -21,6 +21,9 @@ class Done(NamedTuple):
 def run(capsys, monkeypatch, module, *arguments):
   """`python -m pixsigma_jax.MODULE ARGUMENTS`, without starting another Python."""
   monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+  # With the suite's type checks in it, a `__main__` must not be cached as bytecode: a
+  # Python without them would read it.
+  monkeypatch.setattr(sys, "dont_write_bytecode", True)
   capsys.readouterr()
   try:
     with pytest.raises(SystemExit) as exit_:
