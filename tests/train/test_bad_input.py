@@ -21,7 +21,7 @@ from tests.train import runs
 pytestmark = [
   # ml_collections loads config files in a way that Python is about to drop.
   pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
-  # A failed restore leaves Orbax's other reads unawaited, for the collector to complain.
+  # A failed restore leaves Orbax's other reads unawaited; the collector complains.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
