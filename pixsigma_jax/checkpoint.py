@@ -98,9 +98,7 @@ class Checkpoints:
   def metadata(self, step: int) -> Metadata:
     """What the checkpoint of `step` says about itself."""
     with _reading(self.directory / str(step)):
-      args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-      restored: Any = self._manager.restore(step, args=args)
-      return Metadata.from_json(restored.metadata)
+      return _metadata(self._manager, step)
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
     """Train state and position of `step`, onto the shardings of `abstract_state`.
@@ -169,9 +167,7 @@ def save_snapshot(
   directory = pathlib.Path(workdir).absolute() / SNAPSHOTS
   with _saving(directory), ocp.CheckpointManager(directory) as manager:
     if step in manager.all_steps():
-      args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-      there: Any = manager.restore(step, args=args)
-      if Metadata.from_json(there.metadata) == metadata:
+      if _metadata(manager, step) == metadata:
         return
       manager.delete(step)
     manager.save(
@@ -227,23 +223,25 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
   path = find_snapshot(path)
   with _reading(path), ocp.CheckpointManager(path.parent) as manager:
     step = int(path.name)
-    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    metadata = Metadata.from_json(manager.restore(step, args=args).metadata)
+    metadata = _metadata(manager, step)
     config = PixArtConfig.from_dict(metadata.model)
     null_caption = jax.ShapeDtypeStruct(
       (config.caption_length, config.caption_width), np.float32
     )
     item = {"params": abstract_params(config), "null_caption": null_caption}
-    places = sharding.shardings(item, mesh or sharding.single_device_mesh())
-    item = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      item,
-      places,
+    item = sharding.placed(
+      item, sharding.shardings(item, mesh or sharding.single_device_mesh())
     )
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
     model = manager.restore(step, args=ocp.args.Composite(model=args)).model
   return Snapshot(path=path, step=step, metadata=metadata, config=config, **model)
+
+
+def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:
+  args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+  restored: Any = manager.restore(step, args=args)
+  return Metadata.from_json(restored.metadata)
 
 
 def _is_snapshot(path: pathlib.Path) -> bool:

@@ -105,6 +105,15 @@ def shardings(abstract_tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   return tree.map_with_name(place, abstract_tree)
 
 
+def placed(abstract_tree: Any, places: Any) -> Any:
+  """Shapes and dtypes with the `shardings` that they are to be read or made onto."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    abstract_tree,
+    places,
+  )
+
+
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
   """Rows over `data` and `fsdp` together, tokens over `context`."""
   rows = ("data", "fsdp")

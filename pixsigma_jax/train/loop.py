@@ -134,11 +134,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   first_example = 0
   if start is not None:
     logging.info("Resuming %s from step %d.", workdir, start)
-    placed = jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      abstract_state,
-      places,
-    )
+    placed = sharding.placed(abstract_state, places)
     state, position = checkpoints.restore(start, placed)
     first_example = data_pipeline.resume_from(position, dataset, seed=config["seed"])
   elif parent is not None:
