@@ -1,0 +1,344 @@
+"""T5 from transformers' files: its weights, straight to their devices; its tokenizer.
+
+A tensor is read, cast and split, and forgotten before the next is read: XXL, 19 GB in
+float32, passes through the memory of a small host, and never through torch.
+"""
+
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from pixsigma_jax import sharding, tree
+from pixsigma_jax.convert.files import Weights, open_weights, read_json
+from pixsigma_jax.models.t5 import (
+  END,
+  PAD,
+  T5Config,
+  T5TextEncoder,
+  abstract_t5_params,
+  layer_name,
+  t5_shardings,
+)
+
+# Ours ↔ theirs. Kernels of ours are [in, out], theirs [out, in]; the rest is the same.
+_OUTSIDE: dict[str, str] = {
+  "embedding": "shared.weight",
+  "relative_bias": (
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+  ),
+  "final_norm/scale": "encoder.final_layer_norm.weight",
+}
+_LAYER: dict[str, str] = {
+  "attention_norm/scale": "layer.0.layer_norm.weight",
+  "attention/q/kernel": "layer.0.SelfAttention.q.weight",
+  "attention/k/kernel": "layer.0.SelfAttention.k.weight",
+  "attention/v/kernel": "layer.0.SelfAttention.v.weight",
+  "attention/out/kernel": "layer.0.SelfAttention.o.weight",
+  "mlp_norm/scale": "layer.1.layer_norm.weight",
+  "mlp/gate/kernel": "layer.1.DenseReluDense.wi_0.weight",
+  "mlp/in/kernel": "layer.1.DenseReluDense.wi_1.weight",
+  "mlp/out/kernel": "layer.1.DenseReluDense.wo.weight",
+}
+# The embedding table's second name: some files have only this one, some have both.
+_TIED = "encoder.embed_tokens.weight"
+# The other half of a full T5, which makes text and is of no use here.
+_DECODER = ("decoder.", "lm_head.")
+
+_ARCHITECTURES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
+_SIZES = {
+  "width": "d_model",
+  "num_layers": "num_layers",
+  "num_heads": "num_heads",
+  "head_width": "d_kv",
+  "hidden": "d_ff",
+  "vocabulary": "vocab_size",
+}
+# What the encoder in models/t5.py is: a field of config.json, its value there, and what
+# transformers takes if the field is missing.
+_REQUIRED: tuple[tuple[str, Any, Any], ...] = (
+  ("model_type", "t5", None),
+  ("feed_forward_proj", "gated-gelu", "relu"),
+  ("dense_act_fn", "gelu_new", "gelu_new"),
+  ("is_gated_act", True, True),
+  ("layer_norm_epsilon", 1e-6, 1e-6),
+  ("quantization_config", None, None),
+)
+
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+# Every letter: a vocabulary of whatever language that T5 ever had can spell it.
+_SENTENCE = "the quick brown fox jumps over a lazy dog."
+
+
+def t5_names(config: T5Config) -> dict[str, str]:
+  """Every leaf of ours by name → the tensor of transformers that holds it."""
+  return _OUTSIDE | {
+    f"{layer_name(i)}/{ours}": f"encoder.block.{i}.{theirs}"
+    for i in range(config.num_layers)
+    for ours, theirs in _LAYER.items()
+  }
+
+
+def t5_from_weights(
+  weights: Weights, config: T5Config, *, dtype: DTypeLike, mesh: Mesh | None = None
+) -> dict[str, Any]:
+  """Parameters from transformers' names, each tensor placed as soon as it is read.
+
+  Of a full T5, `decoder.*` and `lm_head.*` are left out. `encoder.embed_tokens.weight`
+  may stand for `shared.weight`, or beside it if the two are equal.
+
+  Args:
+    weights: names → tensors, read one at a time.
+    dtype: of every parameter.
+    mesh: where they go, split by `models.t5.RULES`; without one, the first device.
+
+  Raises:
+    ValueError: tensors are missing, left over, of another shape or not of floating
+      point; names them.
+  """
+  mesh = sharding.single_device_mesh() if mesh is None else mesh
+  names = t5_names(config)
+  if names["embedding"] not in weights and _TIED in weights:
+    names["embedding"] = _TIED
+  _check_names(weights, names, config)
+
+  def place(ours: str, leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.Array:
+    array = weights[names[ours]]
+    _check_array(names[ours], array, _their_shape(ours, leaf.shape))
+    array = array.T if _is_kernel(ours) else array
+
+    def part(index: Any) -> np.ndarray:
+      # A copy always: a view would keep the whole tensor, or its file, in use.
+      return np.array(array[index], dtype, order="C")
+
+    return jax.make_array_from_callback(leaf.shape, where, part)
+
+  places = tree.named_leaves(t5_shardings(config, mesh))
+  params = tree.map_with_name(
+    # Waited for, lest many tensors wait for their devices in the host's memory.
+    lambda ours, leaf: jax.block_until_ready(place(ours, leaf, places[ours])),
+    abstract_t5_params(config),
+  )
+  if _TIED in weights and names["embedding"] != _TIED:
+    first, second = (_checksum(weights[name]) for name in (names["embedding"], _TIED))
+    if first != second:
+      raise ValueError(
+        f"{names['embedding']} and {_TIED} differ: T5 has one table of embeddings "
+        "under both names, and which of them is meant cannot be told."
+      )
+  return params
+
+
+def t5_to_weights(params: Mapping[str, Any], config: T5Config) -> dict[str, np.ndarray]:
+  """The inverse of `t5_from_weights`, equal to the bit, in the dtype of `params`.
+
+  All tensors are in the host's memory at once.
+  """
+  names = t5_names(config)
+  return {
+    names[ours]: np.ascontiguousarray(
+      np.asarray(leaf).T if _is_kernel(ours) else np.asarray(leaf)
+    )
+    for ours, leaf in tree.named_leaves(params).items()
+  }
+
+
+def _is_kernel(ours: str) -> bool:
+  return ours.endswith("/kernel")
+
+
+def _their_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  return shape[::-1] if _is_kernel(ours) else shape
+
+
+def _check_names(weights: Weights, names: Mapping[str, str], config: T5Config) -> None:
+  known = {*names.values(), _TIED}
+  missing = [name for name in names.values() if name not in weights]
+  left_over = [
+    name for name in weights if name not in known and not name.startswith(_DECODER)
+  ]
+  problems = [f"{name} is missing" for name in missing]
+  problems += [f"{name} is not used" for name in left_over]
+  if problems:
+    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+    raise ValueError(
+      f"These are not the weights of a T5 v1.1 encoder of {config.num_layers} layers: "
+      f"{'; '.join(problems[:6])}{more}."
+    )
+
+
+def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+  if array.shape != shape:
+    raise ValueError(
+      f"{name} has shape {list(array.shape)}, and config.json makes it {list(shape)}: "
+      "weights and config are of different models."
+    )
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise ValueError(
+      f"{name} is {array.dtype}: quantised weights cannot be used. Take float32, "
+      "bfloat16 or float16."
+    )
+
+
+def _checksum(array: np.ndarray) -> int:
+  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def t5_config_from(content: Mapping[str, Any]) -> T5Config:
+  """Sizes from the content of transformers' config.json.
+
+  Raises:
+    ValueError: it is of another network than a T5 v1.1 or Flan-T5; says in what.
+  """
+  architectures = content.get("architectures") or [_ARCHITECTURES[0]]
+  if not set(architectures) & set(_ARCHITECTURES):
+    raise ValueError(
+      f"config.json is of {', '.join(architectures)}; a T5 encoder is one of "
+      f"{', '.join(_ARCHITECTURES)}."
+    )
+  for field, want, assumed in _REQUIRED:
+    have = content.get(field, assumed)
+    if have != want:
+      raise ValueError(
+        f"config.json has {field}={have!r}, where T5 v1.1 and Flan-T5 have {want!r}: "
+        "other T5s are not supported."
+      )
+  sizes = {ours: content.get(theirs) for ours, theirs in _SIZES.items()}
+  bad = [
+    f"{_SIZES[ours]}={size!r}"
+    for ours, size in sizes.items()
+    if not isinstance(size, int) or size < 1
+  ]
+  if bad:
+    raise ValueError(
+      f"config.json must give every size as a whole number from 1 on, and has "
+      f"{', '.join(bad)}."
+    )
+  return T5Config(
+    **sizes,  # pyright: ignore[reportArgumentType]
+    num_buckets=content.get("relative_attention_num_buckets", 32),
+    max_distance=content.get("relative_attention_max_distance", 128),
+  )
+
+
+def load_text_encoder(
+  folder: str | os.PathLike[str],
+  tokenizer_folder: str | os.PathLike[str],
+  *,
+  dtype: DTypeLike,
+  mesh: Mesh | None = None,
+) -> T5TextEncoder:
+  """T5 from a `text_encoder/` and a `tokenizer/` as diffusers and transformers save it.
+
+  Args:
+    folder: with config.json and the weights, in one file or in shards.
+    tokenizer_folder: with tokenizer.json or spiece.model; may be the same folder.
+    dtype: of parameters and matrix products: bfloat16 or float32. XXL overflows in
+      float16.
+    mesh: see `t5_from_weights`.
+
+  Raises:
+    FileNotFoundError: files are missing; says which.
+    ValueError: the files are of another network or damaged, the tokenizer does not
+      belong to T5, or `dtype` is float16.
+  """
+  folder = pathlib.Path(folder)
+  dtype = jnp.dtype(dtype)
+  if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+    raise ValueError(f"T5 runs in bfloat16 or float32, not in {dtype.name}.")
+  mesh = sharding.single_device_mesh() if mesh is None else mesh
+  try:
+    config = t5_config_from(read_json(folder / "config.json"))
+    # Before the weights, which take minutes.
+    tokenizer = load_tokenizer(tokenizer_folder)
+    _check_vocabulary(tokenizer, tokenizer_folder, config)
+    params = t5_from_weights(open_weights(folder), config, dtype=dtype, mesh=mesh)
+  except ValueError as error:
+    raise ValueError(f"Could not load the text encoder of {folder}: {error}") from error
+  return T5TextEncoder(
+    config=config, params=params, tokenizer=tokenizer, dtype=dtype, mesh=mesh
+  )
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+  """T5's tokenizer from a folder on the disk, tried on a sentence.
+
+  transformers answers a folder without a vocabulary with a dummy of 104 tokens that
+  turns every caption into blanks and unknowns, and says nothing.
+
+  Raises:
+    FileNotFoundError: there is no vocabulary in `folder`.
+    ValueError: what is there cannot be read, is another model's or does not work.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(f"There is no tokenizer at {folder}: no such folder.")
+  if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+      f"{folder} has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)}, found "
+      f"{found}."
+    )
+  # Here, because it takes a second and imports torch where that is installed.
+  from transformers import AutoTokenizer
+
+  try:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+  except Exception as error:  # tokenizers raises bare Exceptions
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    way_out = (
+      ""
+      if (folder / "tokenizer.json").is_file()
+      else " spiece.model alone needs the package sentencepiece: install that, or take "
+      "a folder with tokenizer.json."
+    )
+    raise ValueError(
+      f"Could not read the tokenizer of {folder}: {reason[0]}{way_out}"
+    ) from error
+  _check_tokenizer(tokenizer, folder)
+  return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
+  if not tokenizer.is_fast:
+    raise ValueError(
+      f"The tokenizer of {folder} is a {type(tokenizer).__name__}, which does not tell "
+      "where in a text a token stands: T5's SentencePiece vocabulary is needed."
+    )
+  special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+  if special != (PAD, END):
+    raise ValueError(
+      f"The tokenizer of {folder} pads with {special[0]} and ends with {special[1]}; "
+      f"T5's pads with {PAD} and ends with {END}. It is another model's, or lacks its "
+      "tokenizer_config.json."
+    )
+  *ids, last = tokenizer(_SENTENCE)["input_ids"]
+  # Words of their own, not one mark repeated; and nothing that it does not know.
+  if tokenizer.unk_token_id in ids or len(set(ids)) < len(_SENTENCE.split()):
+    raise ValueError(
+      f"The tokenizer of {folder} ({len(tokenizer)} tokens) turns {_SENTENCE!r} into "
+      f"{[*ids, last][:12]}: its vocabulary is missing or damaged."
+    )
+  if last != END:
+    raise ValueError(
+      f"The tokenizer of {folder} ends a text with {last}, not with </s> ({END}), as "
+      "every caption of PixArt's does."
+    )
+
+
+def _check_vocabulary(
+  tokenizer: Any, folder: str | os.PathLike[str], config: T5Config
+) -> None:
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= config.vocabulary:
+    raise ValueError(
+      f"the tokenizer of {folder} has ids up to {largest}, and T5 only "
+      f"{config.vocabulary} embeddings: they are of different models."
+    )
