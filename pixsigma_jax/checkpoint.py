@@ -137,7 +137,8 @@ class Snapshot:
     metadata: what it says about itself.
     config: hyper-parameters, out of the metadata.
     params: EMA parameters, float32.
-    null_caption: `[t e]`, what a dropped caption is replaced with.
+    null_caption: `[t e]`, what a dropped caption is replaced with; None in a converted
+      model whose source does not hold it.
   """
 
   path: pathlib.Path
@@ -165,6 +166,9 @@ def save_snapshot(
     SavingError: it could not be saved.
   """
   directory = pathlib.Path(workdir).absolute() / SNAPSHOTS
+  model = {"params": params}
+  if null_caption is not None:
+    model["null_caption"] = null_caption
   with _saving(directory), ocp.CheckpointManager(directory) as manager:
     if step in manager.all_steps():
       if _metadata(manager, step) == metadata:
@@ -174,7 +178,7 @@ def save_snapshot(
       step,
       force=True,  # as above
       args=ocp.args.Composite(
-        model=ocp.args.PyTreeSave({"params": params, "null_caption": null_caption}),
+        model=ocp.args.PyTreeSave(model),
         metadata=ocp.args.JsonSave(metadata.to_json()),
       ),
     )
@@ -192,8 +196,9 @@ def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(f"There is no checkpoint at {path}: no such directory.")
   for directory in (path / SNAPSHOTS, path):
     steps = [int(p.name) for p in directory.glob("[0-9]*") if _is_snapshot(p)]
-    # Step 0 is a parent before any training: nobody means that by the run's name.
-    if any(steps):
+    # Step 0 of a run is its parent before any training: nobody means that by the run's
+    # name. Step 0 where nothing was ever trained is a converted model.
+    if any(steps) or (steps and not (directory.parent / CHECKPOINTS).exists()):
       return directory / str(max(steps))
   if _is_snapshot(path):
     return path
@@ -221,21 +226,36 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
     ValueError: the files are damaged, or of another format.
   """
   path = find_snapshot(path)
-  with _reading(path), ocp.CheckpointManager(path.parent) as manager:
+  handlers = {
+    "model": ocp.PyTreeCheckpointHandler(),
+    "metadata": ocp.JsonCheckpointHandler(),
+  }
+  with (
+    _reading(path),
+    ocp.CheckpointManager(path.parent, item_handlers=handlers) as manager,
+  ):
     step = int(path.name)
     metadata = _metadata(manager, step)
     config = PixArtConfig.from_dict(metadata.model)
-    null_caption = jax.ShapeDtypeStruct(
-      (config.caption_length, config.caption_width), np.float32
-    )
-    item = {"params": abstract_params(config), "null_caption": null_caption}
+    item = {"params": abstract_params(config)}
+    if "null_caption" in manager.item_metadata(step).model.tree:
+      item["null_caption"] = jax.ShapeDtypeStruct(
+        (config.caption_length, config.caption_width), np.float32
+      )
     item = sharding.placed(
       item, sharding.shardings(item, mesh or sharding.single_device_mesh())
     )
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
     model = manager.restore(step, args=ocp.args.Composite(model=args)).model
-  return Snapshot(path=path, step=step, metadata=metadata, config=config, **model)
+  return Snapshot(
+    path=path,
+    step=step,
+    metadata=metadata,
+    config=config,
+    params=model["params"],
+    null_caption=model.get("null_caption"),
+  )
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:

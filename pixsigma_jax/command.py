@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from absl import app, flags, logging
@@ -26,8 +26,8 @@ _TRACEBACK = flags.DEFINE_bool(
 T = TypeVar("T")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-  """Parses the flags, runs `main` and exits.
+def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> None:
+  """Parses the flags, runs `main` on the arguments that are `positional`, and exits.
 
   One line instead of a traceback is all that a user sees of: a file that cannot be
   opened or written (OSError), a ValueError that this package raised itself, and an
@@ -36,7 +36,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   handler = logging.get_absl_handler()
   if handler is not None:
     handler.addFilter(_is_for_the_user)
-  app.run(functools.partial(_run, main))
+  app.run(functools.partial(_run, main, positional))
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -52,11 +52,16 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
       logging.info("%s: %d of %d", what, done, total)
 
 
-def _run(main: Callable[[list[str]], None], argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"Not a flag: {' '.join(argv[1:])}")
+def _run(
+  main: Callable[[list[str]], None], positional: Sequence[str], argv: list[str]
+) -> None:
+  arguments = argv[1:]
+  if len(arguments) > len(positional):
+    raise app.UsageError(f"Not a flag: {' '.join(arguments[len(positional) :])}")
+  if len(arguments) < len(positional):
+    raise app.UsageError(f"Missing: {' '.join(positional[len(arguments) :])}")
   try:
-    main(argv)
+    main(arguments)
   except Exception as error:
     if _TRACEBACK.value or not _is_users(error):
       raise

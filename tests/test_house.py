@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
-COMMANDS = ["train", "sample", "evaluate", "prepare"]
+COMMANDS = ["train", "sample", "evaluate", "prepare", "convert"]
 
 LINTERS = {
   "ruff check": ["ruff", "check"],
@@ -90,7 +90,8 @@ def test_importing_the_package_brings_neither_torch_nor_tensorflow():
   ]
   code = (
     f"import sys, {', '.join(modules)}\n"
-    "print(sorted({'torch', 'tensorflow', 'clu'} & set(sys.modules)))"
+    "heavy = {'torch', 'diffusers', 'tensorflow', 'clu'}\n"
+    "print(sorted(heavy & set(sys.modules)))"
   )
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
@@ -114,13 +115,17 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
   assert settings["tool"]["setuptools"]["dynamic"]["dependencies"] == {
     "file": ["requirements.txt"]
   }
-  pins = requirement_lines() + settings["project"]["optional-dependencies"]["dev"]
+  extras = settings["project"]["optional-dependencies"]
+  pins = requirement_lines() + extras["dev"] + extras["convert"]
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
+  pins.remove("pixsigma-jax[convert]")
   assert [pin for pin in pins if not exact.fullmatch(pin)] == []
 
 
 def test_what_the_package_imports_is_a_declared_dependency():
-  declared = {distribution_name(line) for line in requirement_lines()}
+  # The extra of a room goes for that room alone: import-linter sees to it.
+  extra = pyproject()["project"]["optional-dependencies"]["convert"]
+  declared = {distribution_name(line) for line in requirement_lines() + extra}
   owners = metadata.packages_distributions()
   undeclared = {
     (relative(path), module)

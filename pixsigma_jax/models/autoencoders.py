@@ -32,3 +32,23 @@ def autoencoder_from(
       f"under that name, {autoencoder.identity}: use the version that wrote it."
     )
   return autoencoder
+
+
+# Scaling factor → whose latents: the two autoencoders that PixArt was trained with.
+_VAE_NAMES = {0.13025: "sdxl-vae", 0.18215: "sd-vae"}
+
+
+def vae_identity(
+  scaling_factor: float, channels: int, downsampling: int
+) -> dict[str, Any]:
+  """The identity of a VAE with learned weights, by what configs say of it.
+
+  Args:
+    channels: of its latents.
+    downsampling: pixels to a latent, along a side.
+  """
+  return {
+    "name": _VAE_NAMES.get(scaling_factor, "kl-vae"),
+    "latent_channels": channels,
+    "downsampling": downsampling,
+  }

@@ -1,0 +1,250 @@
+"""A whole model in any of the three formats: read, written, run.
+
+  orbax      WORKDIR/snapshots/STEP, see `checkpoint.py`
+  pixart     a .pth of the official repository
+  diffusers  the folder of a PixArtTransformer2DModel
+
+The other two formats have no place for most of what a snapshot says about itself
+(stage, provenance, whose latents), so that goes along as JSON: as a second entry of the
+pickle, which the official code ignores, and as a file of its own beside config.json.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from pixsigma_jax import checkpoint, tree
+from pixsigma_jax.convert import files, pixart, verify
+from pixsigma_jax.convert.released import Release
+from pixsigma_jax.metadata import Metadata
+from pixsigma_jax.models.autoencoders import vae_identity
+from pixsigma_jax.models.pixart import PixArtConfig
+
+FORMATS = ("orbax", "pixart", "diffusers")
+
+_CONFIG, _ABOUT = "config.json", "pixsigma_jax.json"
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DOWNSAMPLING = 8  # pixels to a latent, of SD's and SDXL's autoencoders
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+  """What the user says of a source that does not say it itself; None is unsaid."""
+
+  base_size: int | None = None
+  pe_interpolation: float | None = None
+  caption_length: int | None = None
+  scaling_factor: float | None = None
+  num_heads: int | None = None
+
+  def of_release(self, release: Release) -> "Given":
+    """These, and what is known of a published model.
+
+    Raises:
+      ValueError: they contradict each other.
+    """
+    merged = dataclasses.asdict(self)
+    for name, value in merged.items():
+      known = getattr(release, name, None)
+      if value is not None and known is not None and value != known:
+        raise ValueError(
+          f"{name}={value} was asked for, but the release has {name}={known}."
+        )
+      merged[name] = known if value is None else value
+    return Given(**merged)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """A network with all that is known of it; `null_caption` may be unknown."""
+
+  config: PixArtConfig
+  params: Any
+  null_caption: Any
+  metadata: Metadata
+  step: int
+
+  def summary(self) -> str:
+    """Size and hyper-parameters in a line."""
+    config, compression = self.config, self.config.kv_compression
+    compressed = (
+      f", keys and values {compression.ratio}:1 in layers {compression.layers}"
+      if compression.layers
+      else ""
+    )
+    return (
+      f"{tree.size(self.params):,} parameters, {self.metadata.resolution} px, "
+      f"pe_interpolation {config.pe_interpolation}, {config.caption_length} caption "
+      f"tokens, scaling factor {self.metadata.scaling_factor}{compressed}"
+    )
+
+
+def check_target(path: pathlib.Path, form: str) -> None:
+  """Looks for what would be in the way before any work is done.
+
+  Raises:
+    FileExistsError: there is something at `path` already.
+    ValueError: the name does not go with the format.
+  """
+  if form == "pixart" and path.suffix != ".pth":
+    raise ValueError(f"{path} must end in .pth: the official format is one such file.")
+  if path.exists() and (form == "pixart" or not path.is_dir() or any(path.iterdir())):
+    raise FileExistsError(f"{path} exists already and is left as it is.")
+
+
+def read(path: pathlib.Path, form: str, given: Given, *, ema: bool = False) -> Model:
+  """Reads a model; the parameters are NumPy arrays, or JAX's for `orbax`.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: it is damaged, another format or another network, or something about it
+      is neither shown nor given, or is given otherwise than shown.
+  """
+  if form == "orbax":
+    return _read_snapshot(path, given)
+  weights, about = _weights(path, form, ema)
+  if about is not None:
+    given = _agreed(given, about)
+  if form == "pixart":
+    config, params = pixart.from_pixart(
+      weights,
+      num_heads=given.num_heads,
+      base_size=given.base_size,
+      pe_interpolation=given.pe_interpolation,
+      caption_length=given.caption_length,
+    )
+    null_caption = pixart.null_caption_in(weights)
+  else:
+    shown = pixart.shown_by_config(files.read_json(path / _CONFIG))
+    pixart.settled(shown, dataclasses.asdict(given))
+    config, params = pixart.from_diffusers(
+      weights, caption_length=given.caption_length, **shown
+    )
+    null_caption = None
+  if about is not None and PixArtConfig.from_dict(about.model) != config:
+    raise ValueError(
+      f"{path} says that it was {about.model}, but its weights are {config.to_dict()}."
+    )
+  return Model(
+    config=config,
+    params=params,
+    null_caption=null_caption,
+    metadata=about or _metadata(path, form, config, given),
+    step=0,
+  )
+
+
+def write(path: pathlib.Path, form: str, model: Model) -> None:
+  """Writes a model, whole or not at all; see `check_target` first.
+
+  Raises:
+    ValueError: the format cannot hold such a model.
+  """
+  if form == "orbax":
+    checkpoint.save_snapshot(
+      path,
+      model.step,
+      params=model.params,
+      null_caption=model.null_caption,
+      metadata=model.metadata,
+    )
+    return
+  params = jax.tree.map(np.asarray, model.params)
+  about = model.metadata.to_json()
+  if form == "pixart":
+    null_caption = model.null_caption
+    if null_caption is not None:
+      null_caption = np.asarray(null_caption)
+    weights = pixart.to_pixart(model.config, params, null_caption)
+    files.write_pickle(path, weights, json.dumps(about))
+    return
+  weights = pixart.to_diffusers(model.config, params)
+  files.write_safetensors(path / _DIFFUSERS_WEIGHTS, weights)
+  files.write_json(path / _ABOUT, about)
+  # Last: a folder without it is not a model to anybody.
+  files.write_json(path / _CONFIG, pixart.diffusers_config(model.config))
+
+
+def run(
+  path: pathlib.Path, form: str, model: Model, inputs: verify.Inputs, *, ema: bool
+) -> verify.Trace:
+  """What the network at `path` makes of `inputs`, by the code that the format is of.
+
+  diffusers has no key/value compression, so a compressing model in its layout is run
+  as ours.
+  """
+  if form == "pixart":
+    return verify.run_official(model.config, _weights(path, form, ema)[0], inputs)
+  if form == "diffusers" and not model.config.kv_compression.layers:
+    return verify.run_diffusers(model.config, _weights(path, form, ema)[0], inputs)
+  again = read(path, form, Given())
+  return verify.run_ours(again.config, again.params, inputs)
+
+
+def _weights(
+  path: pathlib.Path, form: str, ema: bool
+) -> tuple[files.Weights, Metadata | None]:
+  if form == "pixart":
+    if path.is_dir():
+      raise ValueError(f"{path} is a folder: --from=pixart takes a .pth file.")
+    about = files.note_in(path)
+    weights = files.open_weights(path, "ema" if ema else "raw")
+  else:
+    if not path.is_dir():
+      raise ValueError(f"{path} is not a folder: --from=diffusers takes a folder.")
+    if ema:
+      raise ValueError(
+        "--ema chooses between the two states of a .pth; diffusers keeps EMA weights "
+        "in a folder of their own: give that."
+      )
+    noted = path / _ABOUT
+    about = files.read_json(noted) if noted.exists() else None
+    weights = files.open_weights(path)
+  return weights, None if about is None else Metadata.from_json(about)
+
+
+def _read_snapshot(path: pathlib.Path, given: Given) -> Model:
+  unneeded = [name for name, value in dataclasses.asdict(given).items() if value]
+  if unneeded:
+    raise ValueError(
+      f"A checkpoint of this package says itself what it is: leave out "
+      f"{', '.join(f'--{name}' for name in unneeded)} (or --release)."
+    )
+  snapshot = checkpoint.read_snapshot(path)
+  return Model(
+    config=snapshot.config,
+    params=snapshot.params,
+    null_caption=snapshot.null_caption,
+    metadata=snapshot.metadata,
+    step=snapshot.step,
+  )
+
+
+def _agreed(given: Given, about: Metadata) -> Given:
+  """What a model that came from here says of itself, if it is not contradicted."""
+  known = {**about.model, "scaling_factor": about.scaling_factor}
+  shown = {field.name: known[field.name] for field in dataclasses.fields(Given)}
+  return Given(**pixart.settled(shown, dataclasses.asdict(given)))
+
+
+def _metadata(
+  path: pathlib.Path, form: str, config: PixArtConfig, given: Given
+) -> Metadata:
+  if given.scaling_factor is None:
+    raise ValueError(
+      "Neither the weights nor their config show scaling_factor: give it (0.13025 for "
+      "SDXL's VAE and Σ, 0.18215 for SD's and α), or --release."
+    )
+  return Metadata(
+    stage="converted",
+    model=config.to_dict(),
+    autoencoder=vae_identity(given.scaling_factor, config.in_channels, _DOWNSAMPLING),
+    scaling_factor=given.scaling_factor,
+    text_encoder={"name": "t5", "width": config.caption_width},
+    resolution=config.base_size * config.patch_size * _DOWNSAMPLING,
+    provenance=({"converted_from": str(path.absolute()), "format": form},),
+  )

@@ -1,0 +1,57 @@
+"""The published releases of PixArt, and what their files do not say of themselves."""
+
+import dataclasses
+
+# VAE scaling factors: SDXL's for Σ, SD 1.x's for α.
+SIGMA_SCALING_FACTOR, ALPHA_SCALING_FACTOR = 0.13025, 0.18215
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Release:
+  """A checkpoint of PixArt-alpha's hub page, by the numbers it was trained with.
+
+  Attributes:
+    resolution: side in pixels of its square pictures.
+    pe_interpolation: see `PixArtConfig`.
+    caption_length: tokens of T5.
+    scaling_factor: of its latents.
+  """
+
+  resolution: int
+  pe_interpolation: float
+  caption_length: int
+  scaling_factor: float
+
+  @property
+  def base_size(self) -> int:
+    """Token grid side: 8 pixels to a latent, 2 latents to a token."""
+    return self.resolution // 16
+
+
+def _sigma(resolution: int, pe_interpolation: float) -> Release:
+  return Release(
+    resolution=resolution,
+    pe_interpolation=pe_interpolation,
+    caption_length=300,
+    scaling_factor=SIGMA_SCALING_FACTOR,
+  )
+
+
+def _alpha(resolution: int, pe_interpolation: float) -> Release:
+  return Release(
+    resolution=resolution,
+    pe_interpolation=pe_interpolation,
+    caption_length=120,
+    scaling_factor=ALPHA_SCALING_FACTOR,
+  )
+
+
+RELEASES: dict[str, Release] = {
+  "sigma-256": _sigma(256, 0.5),
+  "sigma-512": _sigma(512, 1.0),
+  "sigma-1024": _sigma(1024, 2.0),
+  "sigma-2048": _sigma(2048, 4.0),
+  "alpha-256": _alpha(256, 1.0),
+  "alpha-512": _alpha(512, 1.0),
+  "alpha-1024": _alpha(1024, 2.0),
+}
