@@ -73,7 +73,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Attention from image tokens to caption tokens."""
+  """Attention from image tokens to caption tokens.
+
+  `caption_kv`, keys and values `[2 b t d]`, spares making them of `captions` again.
+  """
 
   num_heads: int
   compute: Compute
@@ -82,12 +85,15 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    captions: Float[Array, "b t d"],
+    captions: Float[Array, "b t d"] | None,
     caption_mask: Bool[Array, "b t"],
+    caption_kv: Float[Array, "2 b t d"] | None,
   ) -> Float32[Array, "b n d"]:
     width = x.shape[-1]
     query = Linear(width, self.compute, name="query")(x)
-    key, value = Linear(width, self.compute, copies=2, name="kv")(captions)
+    if caption_kv is None:
+      caption_kv = Linear(width, self.compute, copies=2, name="kv")(captions)
+    key, value = caption_kv
     return _attend_heads(self, query, key, value, caption_mask, out_init=zeros_init)
 
 
@@ -139,9 +145,10 @@ class Block(nn.Module):
     x: Float32[Array, "b n d"],
     modulation: Float32[Array, "b 6 d"],
     grid: Int[Array, "b 2"],
-    captions: Float[Array, "b t d"],
+    captions: Float[Array, "b t d"] | None,
     caption_mask: Bool[Array, "b t"],
     discard_key: Key[Array, ""] | None,
+    caption_kv: Float[Array, "2 b t d"] | None,
   ) -> tuple[Float32[Array, "b n d"], None]:
     width = x.shape[-1]
     table = self.param("scale_shift_table", table_init, (6, width))
@@ -157,7 +164,7 @@ class Block(nn.Module):
     )(modulate(x, shift_msa, scale_msa), grid, discard_key)
     # Neither norm nor gate: the reference lets the captions act on x as it is.
     x = x + CrossAttention(self.num_heads, self.compute, name="cross_attention")(
-      x, captions, caption_mask
+      x, captions, caption_mask, caption_kv
     )
     x = x + gate_mlp[:, None, :] * MLP(
       round(width * self.mlp_ratio), self.compute, name="mlp"

@@ -6,7 +6,7 @@ sequences, so that one program serves every aspect ratio of a resolution; the mo
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,9 @@ from pixsigma_jax.models.embeddings import (
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute, Linear, normal_init, zeros_init
 from pixsigma_jax.models.tokens import Grid
+
+# Name of a segment → keys and values of its layers, `[layers 2 b t d]`.
+CaptionKV: TypeAlias = dict[str, Array]
 
 _REMAT_POLICIES = {
   "block": jax.checkpoint_policies.nothing_saveable,
@@ -191,10 +194,11 @@ class PixArt(nn.Module):
     coordinates: Int[Array, "b n 2"],
     grid: Int[Array, "b 2"],
     timesteps: Array,
-    caption_embeddings: Float[Array, "b t e"],
+    caption_embeddings: Float[Array, "b t e"] | None,
     caption_mask: Bool[Array, "b t"],
     image_size: Float[Array, "b 2"] | None = None,
     aspect_ratio: Float[Array, " b"] | None = None,
+    caption_kv: CaptionKV | None = None,
   ) -> Float32[Array, "b n o"]:
     """The core: any mixture of aspect ratios, as sequences in window-major order.
 
@@ -205,12 +209,13 @@ class PixArt(nn.Module):
         whose contents change nothing.
       timesteps, caption_embeddings, caption_mask, image_size, aspect_ratio: as in
         `__call__`.
+      caption_kv: what `caption_keys_values` made of the captions, in their place; a
+        sampler, whose captions stay while timesteps pass, makes them once.
     """
     config, compute = self.config, self.compute
     mask = tokens.token_mask(grid, noisy_tokens.shape[1])
     # Padding enters as zeros, so whatever it held, NaN included, reaches nothing.
     noisy_tokens = jnp.where(mask[..., None], noisy_tokens, 0)
-    caption_embeddings = jnp.where(caption_mask[..., None], caption_embeddings, 0)
 
     x = PatchEmbedding(
       config.width, config.patch_size, compute, name="patch_embedding"
@@ -240,18 +245,19 @@ class PixArt(nn.Module):
     )(jax.nn.silu(time))
     modulation = modulation.reshape(-1, 6, config.width)
 
-    captions = CaptionProjection(config.width, compute, name="caption_projection")(
-      caption_embeddings
-    ).astype(compute.dtype)
+    captions = None
+    if caption_kv is None:
+      projection = CaptionProjection(config.width, compute, name="caption_projection")
+      captions = _captions(projection, caption_embeddings, caption_mask)
 
     discard_keys = None
     if config.kv_compression.operator == "random_discard":
       discard_keys = jax.random.split(self.make_rng("kv_discard"), config.depth)
     for layers, compression in config.segments():
       keys = discard_keys if discard_keys is None else discard_keys[np.array(layers)]
-      x = self._segment(
-        layers, compression, x, modulation, grid, captions, caption_mask, keys
-      )
+      kv = caption_kv if caption_kv is None else caption_kv[segment_name(layers)]
+      shared = (modulation, grid, captions, caption_mask)
+      x = self._segment(layers, compression, x, shared, (keys, kv))
 
     # The final layer reads the timestep itself, not the blocks' modulation of it.
     table = self.param("scale_shift_table", table_init, (2, config.width))
@@ -264,9 +270,19 @@ class PixArt(nn.Module):
     )(modulate(x, shift, scale))
 
   def _segment(
-    self, layers: range, compression: KVCompression, x: Array, *conditions: Any
+    self,
+    layers: range,
+    compression: KVCompression,
+    x: Array,
+    shared: tuple[Any, ...],
+    by_layer: tuple[Any, ...],
   ) -> Float32[Array, "b n d"]:
-    """Applies a run of equal blocks; the last of `conditions` has one entry a layer."""
+    """Applies a run of equal blocks.
+
+    Args:
+      shared: arguments of all blocks.
+      by_layer: further ones with an entry for each block, or None.
+    """
     config, compute, name = self.config, self.compute, segment_name(layers)
     arguments = (
       config.num_heads,
@@ -281,24 +297,58 @@ class PixArt(nn.Module):
       policy = _REMAT_POLICIES[compute.remat]
       block = nn.remat(block, prevent_cse=compute.unroll, policy=policy)
 
-    *shared, keys = conditions
     if compute.unroll and not self.is_initializing():
       stack = self.get_variable("params", name)
       for i in range(len(layers)):
         params = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
-        key = keys if keys is None else keys[i]
+        own = [each if each is None else each[i] for each in by_layer]
         layer = block(*arguments, parent=None)
-        x, _ = layer.apply({"params": params}, x, *shared, key)
+        x, _ = layer.apply({"params": params}, x, *shared, *own)
       return x
     scan = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(*[nn.broadcast] * len(shared), 0),  # pyright: ignore
+      in_axes=(*[nn.broadcast] * len(shared), *[0] * len(by_layer)),  # pyright: ignore
       length=len(layers),
     )
-    x, _ = scan(*arguments, name=name)(x, *conditions)
+    x, _ = scan(*arguments, name=name)(x, *shared, *by_layer)
     return x
+
+
+def _captions(
+  projection: CaptionProjection,
+  embeddings: Float[Array, "b t e"] | None,
+  mask: Bool[Array, "b t"],
+) -> Float[Array, "b t d"]:
+  """Caption embeddings at the network's width, in its compute dtype."""
+  assert embeddings is not None, "either these or caption_kv"
+  # As with image tokens: whatever padding held reaches nothing.
+  embeddings = jnp.where(mask[..., None], embeddings, 0)
+  return projection(embeddings).astype(projection.compute.dtype)
+
+
+def caption_keys_values(
+  params: Any,
+  config: PixArtConfig,
+  compute: Compute,
+  caption_embeddings: Float[Array, "b t e"],
+  caption_mask: Bool[Array, "b t"],
+) -> CaptionKV:
+  """Cross-attention's keys and values of all layers, which no timestep changes."""
+  projection = CaptionProjection(config.width, compute)
+  bound = projection.bind({"params": params["caption_projection"]})
+  captions = _captions(bound, caption_embeddings, caption_mask)
+  linear = Linear(config.width, compute, copies=2)
+
+  def one_layer(kv: Any) -> Array:
+    return linear.apply({"params": kv}, captions).astype(compute.dtype)  # pyright: ignore
+
+  names = [segment_name(layers) for layers, _ in config.segments()]
+  return {
+    name: jax.lax.map(one_layer, params[name]["cross_attention"]["kv"])
+    for name in names
+  }
 
 
 def split_prediction(

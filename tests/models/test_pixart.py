@@ -18,7 +18,9 @@ from pixsigma_jax.models.pixart import (
   PixArt,
   PixArtConfig,
   abstract_params,
+  caption_keys_values,
   init_params,
+  segment_name,
   split_prediction,
 )
 from tests.models import reference
@@ -84,6 +86,43 @@ def test_without_a_mask_all_caption_tokens_are_seen():
   arguments["caption_mask"] = jnp.ones_like(arguments["caption_mask"])
   out = apply(PixArt(config, FLOAT32), {"params": params}, *arguments.values())
   close(out, reference.channels_last(arrays["out_nomask"]))
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
+def test_caption_keys_and_values_made_once_serve_every_call(unroll):
+  config, arrays = reference.load("ms_kv2")
+  params = reference.params_from(arrays, "w.", config)
+  compute = dataclasses.replace(FLOAT32, unroll=unroll)
+  arguments = inputs(arrays)
+  names = ("caption_embeddings", "caption_mask")
+  embeddings, mask = (arguments[name] for name in names)
+  caption_kv = caption_keys_values(params, config, compute, embeddings, mask)
+
+  # Without what they are made of nothing can make them again.
+  poor = dict(params)
+  del poor["caption_projection"]
+  for layers, _ in config.segments():
+    name = segment_name(layers)
+    poor[name] = dict(params[name])
+    cross = params[name]["cross_attention"]
+    poor[name]["cross_attention"] = {k: v for k, v in cross.items() if k != "kv"}
+
+  latents = arguments["latents"]
+  grid = (latents.shape[1] // 2, latents.shape[2] // 2)
+  sequence = (
+    tokens.to_tokens(latents, 2, config.window),
+    jnp.tile(tokens.coordinates(grid, config.window)[None], (len(latents), 1, 1)),
+    jnp.tile(jnp.array([grid]), (len(latents), 1)),
+    arguments["timesteps"],
+  )
+  model = PixArt(config, compute)
+  every_call = model.apply(
+    {"params": params}, *sequence, embeddings, mask, method="on_tokens"
+  )
+  once = model.apply(
+    {"params": poor}, *sequence, None, mask, caption_kv=caption_kv, method="on_tokens"
+  )
+  np.testing.assert_allclose(once, every_call, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
