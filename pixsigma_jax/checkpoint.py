@@ -214,6 +214,13 @@ def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
   )
 
 
+def read_metadata(path: str | pathlib.Path) -> Metadata:
+  """What a snapshot says about itself, without its parameters; see `read_snapshot`."""
+  path = find_snapshot(path)
+  with _reading(path), ocp.CheckpointManager(path.parent) as manager:
+    return _metadata(manager, int(path.name))
+
+
 def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapshot:
   """Reads a model for use, straight into its shards when a mesh is given.
 

@@ -6,6 +6,7 @@ the program keeps its traceback.
 
 import functools
 import logging as python_logging
+import os
 import pathlib
 import sys
 import time
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
@@ -37,6 +39,17 @@ def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> No
   if handler is not None:
     handler.addFilter(_is_for_the_user)
   app.run(functools.partial(_run, main, positional))
+
+
+def keep_compiled() -> None:
+  """Keeps compiled programs on the disk, for the next time that they are needed.
+
+  In JAX's persistent cache, under the user's own caches unless JAX_COMPILATION_CACHE_DIR
+  says where.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(caches / _PACKAGE.name / "xla"))
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from absl import flags
 
-import pixsigma_jax.command  # noqa: F401  (its flag is there before and after)
+import pixsigma_jax.command  # its flag is there before and after
 
 
 class Done(NamedTuple):
@@ -24,6 +24,8 @@ def run(capsys, monkeypatch, module, *arguments):
   # With the suite's type checks in it, a `__main__` must not be cached as bytecode: a
   # Python without them would read it.
   monkeypatch.setattr(sys, "dont_write_bytecode", True)
+  # Not in the home of whoever runs the tests.
+  monkeypatch.setattr(pixsigma_jax.command, "keep_compiled", lambda: None)
   capsys.readouterr()
   try:
     with pytest.raises(SystemExit) as exit_:

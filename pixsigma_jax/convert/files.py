@@ -22,6 +22,7 @@ Weights: TypeAlias = Mapping[str, np.ndarray]
 # What diffusers and transformers call the weights of a folder.
 _FOLDER_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_NOTE = "pixsigma_jax"
 _STATE_KEYS = {"raw": "state_dict", "ema": "state_dict_ema"}
 
 
@@ -203,23 +204,30 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
-def write_safetensors(path: pathlib.Path, weights: Weights) -> None:
-  """Writes one safetensors file, marked as torch's layout, as diffusers wants it."""
+def write_safetensors(path: pathlib.Path, weights: Weights, note: Any = None) -> None:
+  """Writes one safetensors file, marked as torch's layout, as diffusers wants it.
+
+  Args:
+    note: JSON for `note_in`.
+  """
+  metadata = {"format": "pt"}
+  if note is not None:
+    metadata[_NOTE] = json.dumps(note)
   write_whole(
-    path, lambda partial: save_file(dict(weights), partial, metadata={"format": "pt"})
+    path, lambda partial: save_file(dict(weights), partial, metadata=metadata)
   )
 
 
-_NOTE = "pixsigma_jax"
-
-
 def note_in(path: pathlib.Path) -> Any:
-  """The JSON that `write_pickle` left beside the weights, None in others' files."""
-  note = _load_pickle(path).get(_NOTE)
+  """The JSON that `write_…` left beside the weights, None in others' files."""
+  if path.suffix == ".safetensors":
+    note = (_opened(path).metadata() or {}).get(_NOTE)
+  else:
+    note = _load_pickle(path).get(_NOTE)
   return None if note is None else json.loads(note)
 
 
-def write_pickle(path: pathlib.Path, weights: Weights, note: str) -> None:
+def write_pickle(path: pathlib.Path, weights: Weights, note: Any) -> None:
   """Writes `{"state_dict": weights}` as the official repository's .pth files are.
 
   Args:
@@ -234,7 +242,8 @@ def write_pickle(path: pathlib.Path, weights: Weights, note: str) -> None:
     return torch.from_numpy(array)
 
   tensors = {name: tensor(array) for name, array in weights.items()}
-  content = {"state_dict": tensors, _NOTE: note}
+  # As text: what is loaded with weights_only may hold little else than tensors.
+  content = {"state_dict": tensors, _NOTE: json.dumps(note)}
   write_whole(path, lambda partial: torch.save(content, partial))
 
 

@@ -10,7 +10,6 @@ pickle, which the official code ignores, and as a file of its own beside config.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -160,7 +159,7 @@ def write(path: pathlib.Path, form: str, model: Model) -> None:
     if null_caption is not None:
       null_caption = np.asarray(null_caption)
     weights = pixart.to_pixart(model.config, params, null_caption)
-    files.write_pickle(path, weights, json.dumps(about))
+    files.write_pickle(path, weights, about)
     return
   weights = pixart.to_diffusers(model.config, params)
   files.write_safetensors(path / _DIFFUSERS_WEIGHTS, weights)

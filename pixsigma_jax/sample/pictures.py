@@ -9,8 +9,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+
+# Ending of a file → how it is written. Nothing that shows is lost in the lossy ones.
+FORMATS: dict[str, dict[str, Any]] = {
+  "png": {},
+  "webp": {"quality": 95, "method": 6},
+  "jpeg": {"quality": 95, "subsampling": 0},
+}
+_UNICODE_COMMENT = b"UNICODE\0"  # how EXIF marks the encoding of a comment
 
 _GAP = 2  # pixels between the pictures of a grid
 _READABLE_SIDE = 96  # pixels; smaller pictures are enlarged in a grid
@@ -28,36 +36,77 @@ def from_picture(picture: Image.Image) -> Float[np.ndarray, "H W 3"]:
   return np.asarray(picture, np.float32) / 127.5 - 1
 
 
+def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
+  """The picture at another size: scaled to cover it, and cropped in the middle."""
+  if (picture.height, picture.width) == (height, width):
+    return picture
+  return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
 def next_number(directory: pathlib.Path) -> int:
-  """The number after the highest of `directory`/NNNNN.png, 0 if there are none."""
+  """The number after the highest of `directory`/NNNNN.*, 0 if there are none."""
   names = (path.name for path in directory.iterdir())
-  numbers = [int(name[:-4]) for name in names if re.fullmatch(r"\d{5,}\.png", name)]
+  endings = "|".join(FORMATS)
+  numbers = [
+    int(name.partition(".")[0])
+    for name in names
+    if re.fullmatch(rf"\d{{5,}}\.({endings})", name)
+  ]
   return max(numbers, default=-1) + 1
 
 
 def save(path: pathlib.Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:
-  """Writes a PNG, whole or not at all, with text chunks that say how it was made.
+  """Writes a picture, whole or not at all, with what it takes to make it again.
 
-  The chunks are `prompt` and `seed`, where `settings` has them, and `settings`, all of
-  them as JSON.
+  The name's ending is one of `FORMATS`. A PNG has text chunks, `prompt` and `seed`
+  where `settings` has them, and `settings`, all of them as JSON; a WebP or JPEG has
+  that JSON as its EXIF user comment.
 
   Raises:
     FileExistsError: there is a file of that name.
     OSError: the file cannot be written.
   """
-  chunks = PngInfo()
-  for name in ("prompt", "seed"):
-    if name in settings:
-      chunks.add_text(name, str(settings[name]))
-  chunks.add_text("settings", json.dumps(dict(settings), ensure_ascii=False))
+  form = path.suffix.removeprefix(".")
+  note = json.dumps(dict(settings), ensure_ascii=False)
+  options = dict(FORMATS[form])
+  if form == "png":
+    chunks = PngInfo()
+    for name in ("prompt", "seed"):
+      if name in settings:
+        chunks.add_text(name, str(settings[name]))
+    chunks.add_text("settings", note)
+    options["pnginfo"] = chunks
+  else:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = (
+      _UNICODE_COMMENT + note.encode("utf-16-be")
+    )
+    options["exif"] = exif
   partial = path.with_name(f"{path.name}.partial")
   try:
-    picture.save(partial, format="png", pnginfo=chunks)
+    picture.save(partial, format=form, **options)
     if path.exists():
       raise FileExistsError(f"{path} exists already and is left as it is.")
     partial.rename(path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def settings_of(path: pathlib.Path) -> dict[str, Any]:
+  """What `save` wrote beside a picture; the inverse, for any of its formats.
+
+  Raises:
+    ValueError: the file says nothing of the kind.
+  """
+  with Image.open(path) as picture:
+    note = picture.info.get("settings")
+    comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)
+    comment = comment.get(ExifTags.Base.UserComment, b"")
+  if note is None and comment.startswith(_UNICODE_COMMENT):
+    note = comment.removeprefix(_UNICODE_COMMENT).decode("utf-16-be")
+  if note is None:
+    raise ValueError(f"{path} does not say how it was made.")
+  return json.loads(note)
 
 
 def grid(

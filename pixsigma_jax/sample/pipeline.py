@@ -1,9 +1,11 @@
 """From a trained model and prompts to pictures.
 
-Names and defaults are those of diffusers' `PixArtSigmaPipeline`, with one difference:
-the unconditional half of the default negative prompt sees the null caption under the
+Names and defaults are those of diffusers' `PixArtSigmaPipeline`, with two differences.
+The unconditional half of the default negative prompt sees the null caption under the
 mask of the picture's own caption, as the published training and sampling code do
-(`PixArt_blocks.py: CaptionEmbedder.token_drop`), not under a mask of one token.
+(`PixArt_blocks.py: CaptionEmbedder.token_drop`), not under a mask of one token:
+`unconditional_mask` chooses. And prompts are taken as they are, as Σ was trained:
+`caption_cleaning` chooses.
 """
 
 import dataclasses
@@ -17,27 +19,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 from PIL import Image
 
 import pixsigma_jax
-from pixsigma_jax import checkpoint
-from pixsigma_jax.diffusion.guidance import guide
+from pixsigma_jax import checkpoint, sharding
+from pixsigma_jax.data import buckets
+from pixsigma_jax.data.buckets import Bucket
+from pixsigma_jax.diffusion.guidance import (
+  guide,
+  guide_first_three,
+  rescale,
+  scale_within,
+)
 from pixsigma_jax.diffusion.schedule import linear_schedule
-from pixsigma_jax.diffusion.solvers import SolverTable, dpm_solver_pp, solve
+from pixsigma_jax.diffusion.solvers import SAMPLERS, Prediction, SolverTable, solve
 from pixsigma_jax.models import tokens
-from pixsigma_jax.models.autoencoders import autoencoder_from
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArt, PixArtConfig, split_prediction
-from pixsigma_jax.models.text_encoders import text_encoder_from
+from pixsigma_jax.models.pixart import (
+  PixArt,
+  PixArtConfig,
+  caption_keys_values,
+  split_prediction,
+)
 from pixsigma_jax.models.tokens import Grid
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import captions, pictures
+from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
 
 Sides: TypeAlias = int | Sequence[int] | None
+Texts: TypeAlias = str | Sequence[str]
+Seeds: TypeAlias = int | Sequence[int]
 Batch: TypeAlias = dict[str, Any]
 
-# Name of a sampler → where DPM-Solver++ ends, see `dpm_solver_pp`.
-SAMPLERS = {"dpm++": "diffusers", "dpm++-reference": "reference"}
+UNCONDITIONAL_MASKS = ("caption", "own")
 
 _SCHEDULE = linear_schedule()
 _DEFAULT_COMPUTE = Compute()
@@ -63,13 +78,26 @@ class Output:
 
 
 class _Request(NamedTuple):
-  """One picture to make."""
+  """One picture to make: drawn at `drawn`, then resized and cropped to its size."""
 
   prompt: str
+  negative_prompt: str
+  caption: str  # the prompt after cleaning
+  negative: str
   seed: int
   height: int
   width: int
+  drawn: Bucket
   grid: Grid
+
+
+class _Guidance(NamedTuple):
+  """How the two halves of a prediction are joined; all traced."""
+
+  scale: Any
+  low: Any
+  high: Any
+  rescale: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,13 +112,16 @@ class Pipeline:
   Attributes:
     config: the model's hyper-parameters.
     params: the model's parameters.
-    null_caption: `[t e]`, what a dropped caption was replaced with in training.
+    null_caption: `[t e]`, what a dropped caption was replaced with in training; None
+      for what the text encoder makes of "".
     autoencoder: see `models/autoencoders.py`.
     text_encoder: see `models/text_encoders.py`.
     resolution: side in pixels of the square pictures that the model was trained on.
     compute: precision and implementation of the network.
     batch_size: pictures that are drawn at once. One large picture fills an
       accelerator; for small ones 16 or 64 are faster.
+    mesh: devices that share each batch, `batch_size` divided over `data` and `fsdp`;
+      None for the one where the parameters are.
     origin: further facts for every picture's settings, such as the checkpoint's path.
 
   Raises:
@@ -99,12 +130,13 @@ class Pipeline:
 
   config: PixArtConfig
   params: Any
-  null_caption: Float[Array, "t e"] | Float[np.ndarray, "t e"]
+  null_caption: Float[Array, "t e"] | Float[np.ndarray, "t e"] | None
   autoencoder: Any
   text_encoder: Any
   resolution: int
   compute: Compute = _DEFAULT_COMPUTE
   batch_size: int = 1
+  mesh: Mesh | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -112,12 +144,10 @@ class Pipeline:
     pairs = {
       "latent channels": (config.in_channels, self.autoencoder.channels, "autoencoder"),
       "caption width": (config.caption_width, self.text_encoder.width, "text encoder"),
-      "null caption": (
-        (config.caption_length, config.caption_width),
-        tuple(self.null_caption.shape),
-        "null caption",
-      ),
     }
+    if self.null_caption is not None:
+      shape = (config.caption_length, config.caption_width)
+      pairs["null caption"] = (shape, tuple(self.null_caption.shape), "null caption")
     for name, (ours, theirs, whose) in pairs.items():
       if ours != theirs:
         raise ValueError(
@@ -126,32 +156,58 @@ class Pipeline:
         )
     if self.batch_size < 1:
       raise ValueError(f"batch_size {self.batch_size} must be at least 1.")
+    if self.mesh is not None:
+      rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+      if self.batch_size % rows:
+        raise ValueError(
+          f"batch_size {self.batch_size} cannot be shared by {rows} devices: make it a "
+          f"multiple of {rows}."
+        )
 
   @classmethod
   def from_checkpoint(
     cls,
     path: str | os.PathLike[str],
     *,
+    frozen: str | os.PathLike[str] | None = None,
+    text_encoder: Any = None,
     compute: Compute = _DEFAULT_COMPUTE,
     batch_size: int = 1,
+    mesh: Mesh | None = None,
   ) -> "Pipeline":
     """The model of a snapshot: a run's workdir (its newest), or one of its snapshots.
+
+    Args:
+      frozen: where VAE, T5 and tokenizer are, if the model needs them: a folder of
+        diffusers with `vae/`, `text_encoder/` and `tokenizer/`, or the id of one on the
+        hub. None for the ones that PixArt was published with.
+      text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
+      mesh: devices to share parameters and batches, see `sharding.py`.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or needs an encoder that this version does not have.
     """
-    snapshot = checkpoint.read_snapshot(os.fspath(path))
+    snapshot = checkpoint.read_snapshot(os.fspath(path), mesh)
     metadata = snapshot.metadata
+    dtype = jnp.dtype(compute.dtype)
+    if text_encoder is None:
+      text_encoder = load_text_encoder(metadata, frozen, dtype=dtype, mesh=mesh)
+    elif text_encoder.identity != metadata.text_encoder:
+      raise ValueError(
+        f"The model was trained with captions of {metadata.text_encoder}, and these "
+        f"are of {text_encoder.identity}."
+      )
     return cls(
       config=snapshot.config,
       params=snapshot.params,
       null_caption=snapshot.null_caption,
-      autoencoder=autoencoder_from(metadata.autoencoder, metadata.scaling_factor),
-      text_encoder=text_encoder_from(metadata.text_encoder),
+      autoencoder=load_autoencoder(metadata, frozen, dtype=dtype, mesh=mesh),
+      text_encoder=text_encoder,
       resolution=metadata.resolution,
       compute=compute,
       batch_size=batch_size,
+      mesh=mesh,
       origin={
         "checkpoint": str(snapshot.path),
         "stage": metadata.stage,
@@ -167,46 +223,28 @@ class Pipeline:
     """
     return dataclasses.replace(self, **fields)
 
-  def __call__(
+  def __call__(self, prompt: Texts, **settings: Any) -> Output:
+    """Draws the prompts; settings, their defaults and errors are those of `stream`."""
+    drawn = sorted(self.stream(prompt, **settings), key=lambda item: item[0])
+    return Output([item[1] for item in drawn], [item[2] for item in drawn])
+
+  def stream(
     self,
-    prompt: str | Sequence[str],
+    prompt: Texts,
     *,
-    negative_prompt: str = "",
+    negative_prompt: Texts = "",
     height: Sides = None,
     width: Sides = None,
     num_inference_steps: int = 20,
     guidance_scale: float | int = 4.5,
-    seed: int = 0,
+    guidance_rescale: float | int = 0.0,
+    guidance_interval: Sequence[float | int] = (0.0, 1.0),
+    seed: Seeds = 0,
     sampler: str = "dpm++",
     num_images_per_prompt: int = 1,
-  ) -> Output:
-    """Draws the prompts; arguments and errors are those of `stream`."""
-    drawn = self.stream(
-      prompt,
-      negative_prompt=negative_prompt,
-      height=height,
-      width=width,
-      num_inference_steps=num_inference_steps,
-      guidance_scale=guidance_scale,
-      seed=seed,
-      sampler=sampler,
-      num_images_per_prompt=num_images_per_prompt,
-    )
-    in_order = sorted(drawn, key=lambda item: item[0])
-    return Output([item[1] for item in in_order], [item[2] for item in in_order])
-
-  def stream(
-    self,
-    prompt: str | Sequence[str],
-    *,
-    negative_prompt: str,
-    height: Sides,
-    width: Sides,
-    num_inference_steps: int,
-    guidance_scale: float | int,
-    seed: int,
-    sampler: str,
-    num_images_per_prompt: int,
+    use_resolution_binning: bool = True,
+    unconditional_mask: str = "caption",
+    caption_cleaning: str = "raw",
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
     """Draws the prompts and hands over (number, picture, settings) as they are ready.
 
@@ -214,82 +252,140 @@ class Pipeline:
 
     Args:
       prompt: one or several.
-      negative_prompt: what guidance leads away from; "" is the null caption of the
-        training.
+      negative_prompt: what guidance leads away from, one for all or one for each
+        prompt; "" is the null caption of the training.
       height, width: in pixels, one for all or one for each prompt; None for the
         resolution of the training.
       num_inference_steps: calls of the network.
-      guidance_scale: how far guidance goes; 1 draws without, in half the time.
-      seed: of the first picture; picture i has seed + i.
+      guidance_scale: how far guidance goes; 1 draws without, in half the time, and is
+        what `lcm` and `dmd` are for.
+      guidance_rescale: share of the contrast added by guidance that is taken back (Lin
+        et al. 2023).
+      guidance_interval: where guidance acts, as fractions of the schedule, of which 1
+        is pure noise (Kynkäänniemi et al. 2024).
+      seed: of the first picture, picture i having seed + i; or one for each prompt,
+        whose pictures have it and the next ones.
       sampler: a key of `SAMPLERS`.
       num_images_per_prompt: pictures of each prompt, one after the other.
+      use_resolution_binning: draw at the nearest size that the model was trained at,
+        then resize and crop. Without effect at resolutions that have no such table.
+      unconditional_mask: which tokens the unconditional half of an empty negative
+        prompt sees: as many as the "caption" has, or its "own" one, as in diffusers.
+      caption_cleaning: what is done to prompts, see `captions.MODES`.
 
     Raises:
       ValueError: an argument is out of its range, a size does not go with the model, or
         a caption is too long. All before the first picture is begun.
       ValueError: a picture is not made of finite numbers.
     """
-    if sampler not in SAMPLERS:
-      raise ValueError(
-        f"Unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}."
-      )
+    _check_choice("sampler", sampler, SAMPLERS)
+    _check_choice("unconditional_mask", unconditional_mask, UNCONDITIONAL_MASKS)
+    _check_choice("caption_cleaning", caption_cleaning, captions.MODES)
     if not math.isfinite(guidance_scale):
       raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale}.")
-    requests = self._requests(prompt, height, width, seed, num_images_per_prompt)
-    self._check_captions([negative_prompt, *(r.prompt for r in requests)])
-    table = dpm_solver_pp(_SCHEDULE, num_inference_steps, SAMPLERS[sampler])
+    low, high = guidance_interval
+    if not 0 <= low <= high <= 1:
+      raise ValueError(
+        f"guidance_interval {low} … {high} must lie between 0 and 1, in this order."
+      )
+    if not 0 <= guidance_rescale <= 1:
+      raise ValueError(f"{guidance_rescale=} must lie between 0 and 1.")
+    requests = self._requests(
+      [prompt] if isinstance(prompt, str) else list(prompt),
+      negative_prompt,
+      height,
+      width,
+      seed,
+      num_images_per_prompt,
+      use_resolution_binning,
+      caption_cleaning,
+    )
+    self._check_captions([text for r in requests for text in (r.negative, r.caption)])
+    table = SAMPLERS[sampler](_SCHEDULE, num_inference_steps)
+    if table.spread is not None and not self.config.learn_variance:
+      raise ValueError(
+        f"The sampler {sampler} needs a model that has learned variances, and this one "
+        f"has not: choose another, such as dpm++."
+      )
+    guidance = None
+    if guidance_scale != 1:
+      numbers = (guidance_scale, low, high, guidance_rescale)
+      guidance = _Guidance(*map(jnp.float32, numbers))
     settings = {
-      "negative_prompt": negative_prompt,
       "num_inference_steps": num_inference_steps,
       "guidance_scale": guidance_scale,
+      "guidance_rescale": guidance_rescale,
+      "guidance_interval": list(guidance_interval),
       "sampler": sampler,
+      "use_resolution_binning": use_resolution_binning,
+      "unconditional_mask": unconditional_mask,
+      "caption_cleaning": caption_cleaning,
       "dtype": jnp.dtype(self.compute.dtype).name,
       "batch_size": self.batch_size,
       "pixsigma_jax": pixsigma_jax.__version__,
       **self.origin,
     }
-    return self._draw(requests, table, negative_prompt, float(guidance_scale), settings)
+    return self._draw(requests, table, guidance, unconditional_mask, settings)
 
   def _requests(
     self,
-    prompt: str | Sequence[str],
+    prompts: list[str],
+    negative_prompt: Texts,
     height: Sides,
     width: Sides,
-    seed: int,
+    seed: Seeds,
     num_images_per_prompt: int,
+    use_resolution_binning: bool,
+    caption_cleaning: str,
   ) -> list[_Request]:
     """One request a picture, its size checked."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
       raise ValueError("There is no prompt to draw.")
     if num_images_per_prompt < 1:
       raise ValueError(f"{num_images_per_prompt=} must be at least 1.")
-    heights = self._sides("height", height, len(prompts))
-    widths = self._sides("width", width, len(prompts))
+    count = len(prompts)
+    heights = _each("height", self.resolution if height is None else height, count)
+    widths = _each("width", self.resolution if width is None else width, count)
+    negatives = _each("negative_prompt", negative_prompt, count)
+    if isinstance(seed, int):
+      seeds = [seed + i * num_images_per_prompt for i in range(count)]
+    else:
+      seeds = _each("seed", seed, count)
+    binned = use_resolution_binning and self.resolution in buckets.BUCKETS
     sizes = list(zip(heights, widths, strict=True))
-    grids = {size: self._grid(*size) for size in dict.fromkeys(sizes)}
-    count = len(prompts) * num_images_per_prompt
-    if seed < 0 or seed + count > 2**32:
-      raise ValueError(
-        f"{count} pictures from seed {seed} on: seeds must lie in 0 … {2**32 - 1}."
+    places = {size: self._place(*size, binned) for size in dict.fromkeys(sizes)}
+    requests = []
+    for i, prompt in enumerate(prompts):
+      caption, negative = (
+        captions.clean_caption(text, caption_cleaning)
+        for text in (prompt, negatives[i])
       )
-    return [
-      _Request(prompts[i], seed + number, *sizes[i], grids[sizes[i]])
-      for number in range(count)
-      for i in [number // num_images_per_prompt]
-    ]
+      for copy in range(num_images_per_prompt):
+        request = _Request(
+          prompt=prompt,
+          negative_prompt=negatives[i],
+          caption=caption,
+          negative=negative,
+          seed=seeds[i] + copy,
+          height=heights[i],
+          width=widths[i],
+          drawn=places[sizes[i]][0],
+          grid=places[sizes[i]][1],
+        )
+        if not 0 <= request.seed < 2**32:
+          raise ValueError(
+            f"Picture {len(requests)} has seed {request.seed}: seeds must lie in "
+            f"0 … {2**32 - 1}."
+          )
+        requests.append(request)
+    return requests
 
-  def _sides(self, name: str, sides: Sides, count: int) -> list[int]:
-    if sides is None:
-      return [self.resolution] * count
-    if isinstance(sides, int):
-      return [sides] * count
-    if len(sides) != count:
-      raise ValueError(
-        f"{name} has {len(sides)} values for {count} prompts: give one for all, or one "
-        "for each."
-      )
-    return list(sides)
+  def _place(self, height: int, width: int, binned: bool) -> tuple[Bucket, Grid]:
+    """The size to draw at for a picture of this size, and its token grid."""
+    drawn = Bucket(height, width)
+    if binned and min(height, width) > 0:
+      drawn = buckets.nearest(buckets.sampling_buckets(self.resolution), height, width)
+    return drawn, self._grid(*drawn)
 
   def _grid(self, height: int, width: int) -> Grid:
     """The token grid of pictures of this size, if the model can draw them."""
@@ -338,8 +434,8 @@ class Pipeline:
     self,
     requests: list[_Request],
     table: SolverTable,
-    negative_prompt: str,
-    guidance_scale: float,
+    guidance: _Guidance | None,
+    unconditional_mask: str,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
     """Draws requests of one sequence length together, `batch_size` at a time."""
@@ -350,18 +446,21 @@ class Pipeline:
       for start in range(0, len(numbers), self.batch_size):
         chosen = numbers[start : start + self.batch_size]
         # Rows nobody asked for keep the program, and with it every rounding, the same.
-        rows = chosen + chosen[-1:] * (self.batch_size - len(chosen))
-        batch = self._batch(
-          [requests[number] for number in rows],
-          length,
-          None if guidance_scale == 1 else negative_prompt,
-        )
+        rows = [
+          requests[number]
+          for number in chosen + chosen[-1:] * (self.batch_size - len(chosen))
+        ]
+        batch = self._batch(rows, length)
+        if guidance is not None:
+          batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+        if self.mesh is not None:
+          batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
         sequences = np.asarray(
           _sample(
             self.params,
             batch,
             table,
-            jnp.float32(guidance_scale),
+            guidance,
             config=self.config,
             compute=self.compute,
           )
@@ -371,6 +470,7 @@ class Pipeline:
           picture = self._decode(sequences[row], request)
           about = {
             "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
             "seed": request.seed,
             "height": request.height,
             "width": request.width,
@@ -382,32 +482,42 @@ class Pipeline:
     multiple = max(1, self.config.base_size**2 // _LENGTHS_PER_GRID)
     return -(-grid[0] * grid[1] // multiple) * multiple
 
-  def _batch(
-    self, requests: list[_Request], length: int, negative_prompt: str | None
-  ) -> Batch:
-    """The program's arrays, a row a request; without a negative half if it is None."""
-    config, limit = self.config, self.config.caption_length
-    captions, mask = self.text_encoder.encode([r.prompt for r in requests], limit)
-    batch = {
+  def _batch(self, requests: list[_Request], length: int) -> Batch:
+    """The program's arrays, a row a request."""
+    config = self.config
+    embeddings, mask = self.text_encoder.encode(
+      [r.caption for r in requests], config.caption_length
+    )
+    return {
       "noise": np.stack([self._noise(r, length) for r in requests]),
+      "seed": np.array([r.seed for r in requests], np.uint32),
       "coordinates": np.stack(
         [_padded(tokens.coordinates(r.grid, config.window), length) for r in requests]
       ),
       "grid": np.array([r.grid for r in requests], np.int32),
-      "image_size": np.array([(r.height, r.width) for r in requests], np.float32),
-      "aspect_ratio": np.array([r.height / r.width for r in requests], np.float32),
-      "caption_embeddings": captions,
+      "image_size": np.array([r.drawn for r in requests], np.float32),
+      "aspect_ratio": np.array(
+        [r.drawn.height / r.drawn.width for r in requests], np.float32
+      ),
+      "caption_embeddings": embeddings,
       "caption_mask": mask,
     }
-    if negative_prompt is None:
-      return batch
-    if negative_prompt:
-      negative, negative_mask = self.text_encoder.encode([negative_prompt], limit)
-      negative_mask = np.broadcast_to(negative_mask, mask.shape)
-    else:
-      negative, negative_mask = np.asarray(self.null_caption)[None], mask
-    negative = np.broadcast_to(negative, captions.shape)
-    return batch | {"negative_embeddings": negative, "negative_mask": negative_mask}
+
+  def _negatives(
+    self, requests: list[_Request], caption_mask: Any, unconditional_mask: str
+  ) -> Batch:
+    """The unconditional half: what it sees instead of captions, and how much of it."""
+    texts = [r.negative for r in requests]
+    embeddings, mask = map(
+      np.array, self.text_encoder.encode(texts, self.config.caption_length)
+    )
+    for row, text in enumerate(texts):
+      if not text:
+        if self.null_caption is not None:
+          embeddings[row] = np.asarray(self.null_caption)
+        if unconditional_mask == "caption":
+          mask[row] = caption_mask[row]
+    return {"negative_embeddings": embeddings, "negative_mask": mask}
 
   def _noise(self, request: _Request, length: int) -> Float32[np.ndarray, "n c"]:
     """Noise of the latents' own shape, from the seed alone, as padded tokens."""
@@ -430,7 +540,25 @@ class Pipeline:
       )
     # One at a time: pictures may differ in size, and large ones fill the memory.
     images = self.autoencoder.decode(latents[None] / self.autoencoder.scaling_factor)
-    return pictures.to_picture(np.asarray(images[0], np.float32))
+    picture = pictures.to_picture(np.asarray(images[0], np.float32))
+    return pictures.fit(picture, request.height, request.width)
+
+
+def _check_choice(name: str, value: str, known: Any) -> None:
+  if value not in known:
+    raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
+
+
+def _each(name: str, values: Any, count: int) -> list[Any]:
+  """One value for each of `count` prompts."""
+  if isinstance(values, int | str):
+    return [values] * count
+  if len(values) != count:
+    raise ValueError(
+      f"{name} has {len(values)} values for {count} prompts: give one for all, or one "
+      "for each."
+    )
+  return list(values)
 
 
 def _padded(sequence: np.ndarray, length: int) -> np.ndarray:
@@ -442,7 +570,7 @@ def _sample(
   params: Any,
   batch: Batch,
   table: SolverTable,
-  guidance_scale: Float32[Array, ""],
+  guidance: _Guidance | None,
   *,
   config: PixArtConfig,
   compute: Compute,
@@ -450,11 +578,10 @@ def _sample(
   """From noise to latents of any grids, as padded sequences: solver and network in one.
 
   Args:
-    batch: a row a picture: noise `[b n c]`, coordinates `[b n 2]`, grid `[b 2]`,
-      image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`, caption_mask
-      `[b t]`; and negative_embeddings, negative_mask if there is to be guidance.
+    batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
+      `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
+      caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
   """
-  guided = "negative_embeddings" in batch
   rows, length, _ = batch["noise"].shape
   # Runs once a shape, when it is traced.
   logging.info(
@@ -462,19 +589,21 @@ def _sample(
     rows,
     length,
     len(table.timesteps),
-    "with" if guided else "without",
+    "without" if guidance is None else "with",
   )
   names = ("coordinates", "grid", "image_size", "aspect_ratio")
   images = {name: batch[name] for name in names}
-  captions, mask = batch["caption_embeddings"], batch["caption_mask"]
-  if guided:  # the unconditional half comes first
+  embeddings, mask = batch["caption_embeddings"], batch["caption_mask"]
+  if guidance is not None:  # the unconditional half comes first
     images = {name: jnp.concatenate([x, x]) for name, x in images.items()}
-    captions = jnp.concatenate([batch["negative_embeddings"], captions])
+    embeddings = jnp.concatenate([batch["negative_embeddings"], embeddings])
     mask = jnp.concatenate([batch["negative_mask"], mask])
+  caption_kv = caption_keys_values(params, config, compute, embeddings, mask)
+  token_mask = tokens.token_mask(batch["grid"], length)
   model = PixArt(config, compute)
 
-  def denoise(noisy_latents: Array, timestep: Array) -> Array:
-    if guided:
+  def denoise(noisy_latents: Array, timestep: Array) -> Prediction:
+    if guidance is not None:
       noisy_latents = jnp.concatenate([noisy_latents, noisy_latents])
     output: Any = model.apply(
       {"params": params},
@@ -482,18 +611,36 @@ def _sample(
       images["coordinates"],
       images["grid"],
       jnp.full(len(noisy_latents), timestep),
-      captions,
+      None,
       mask,
       images["image_size"],
       images["aspect_ratio"],
+      caption_kv,
       # Tokens discarded at random: others in every step, the same in every picture.
       rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
       method="on_tokens",
     )
-    noise, _ = split_prediction(output, config)
-    if not guided:
-      return noise
-    unconditional, conditional = jnp.split(noise, 2)
-    return guide(unconditional, conditional, guidance_scale)
+    noise, logits = split_prediction(output, config)
+    if guidance is None:
+      return Prediction(noise, logits)
+    unconditional, noise = jnp.split(noise, 2)
+    logits = None if logits is None else jnp.split(logits, 2)[1]
+    scale = scale_within(
+      timestep, guidance.scale, guidance.low, guidance.high, _SCHEDULE.num_timesteps
+    )
+    if table.spread is None:
+      guided = guide(unconditional, noise, scale)
+    else:  # as the reference's `forward_with_cfg`, which only this sampler calls
+      guided = guide_first_three(unconditional, noise, scale, config.in_channels)
+    return Prediction(rescale(guided, noise, guidance.rescale, token_mask), logits)
 
-  return solve(denoise, batch["noise"], table)
+  def fresh_noise(step: Array) -> Array:
+    # Of the image's seed and the step alone: the first noise is of the seed itself.
+    shape = batch["noise"].shape[1:]
+    return jax.vmap(
+      lambda seed: jax.random.normal(
+        jax.random.fold_in(jax.random.key(seed), step), shape
+      )
+    )(batch["seed"])
+
+  return solve(denoise, batch["noise"], table, fresh_noise)

@@ -11,6 +11,7 @@ from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.models.pixels import PixelAutoencoder
+from pixsigma_jax.sample import pipeline as pipeline_module
 from pixsigma_jax.sample.pipeline import Pipeline
 
 FLOAT32 = Compute(dtype=jnp.float32)
@@ -90,7 +91,7 @@ def exact(clean):
   """
   schedule = linear_schedule()
   names = ("noisy", "coordinates", "grid", "timesteps", "captions", "mask")
-  names += ("image_size", "aspect_ratio")
+  names += ("image_size", "aspect_ratio", "caption_kv")
 
   class Exact:
     def __init__(self, config, _):
@@ -98,6 +99,7 @@ def exact(clean):
 
     def apply(self, _variables, *arguments, **_):
       inputs = dict(zip(names, arguments, strict=True))
+      inputs["captions"] = inputs["caption_kv"]  # handed through, see `use_exact`
       index = inputs["timesteps"].astype(jnp.int32)
       alpha, sigma = (
         jnp.asarray(table, jnp.float32)[index][:, None, None]
@@ -111,3 +113,13 @@ def exact(clean):
       return both.reshape(*noise.shape[:2], -1)
 
   return Exact
+
+
+def use_exact(monkeypatch, clean):
+  """Puts `exact(clean)` in the pipeline's place of PixArt."""
+  monkeypatch.setattr(pipeline_module, "PixArt", exact(clean))
+  monkeypatch.setattr(
+    pipeline_module,
+    "caption_keys_values",
+    lambda _params, _config, _compute, embeddings, _mask: embeddings,
+  )
