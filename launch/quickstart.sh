@@ -40,11 +40,12 @@ train compressed.py:random compressed_random
 
 # Step 0 of a stage is its parent after the transform, before any training.
 checkpoints=$runs/low
-for stage in high high_extended compressed compressed_random; do
-  checkpoints+=,$runs/$stage/snapshots/0,$runs/$stage
+for snapshot in high/{0,200,800} high_extended/{0,200} \
+  compressed/{0,100} compressed_random/{0,100}; do
+  checkpoints+=,$runs/${snapshot/\//\/snapshots\/}
 done
 run evaluate --checkpoints="$checkpoints" --task=digits --per_task=25 \
-  --dtype=float32 --output=$runs/accuracy.json
+  --batch_size=50 --dtype=float32 --output=$runs/accuracy.json
 
 # Three prompts each of one digit, of two side by side, of two above each other.
 run sample --checkpoint=$runs/compressed --prompts_file=configs/quickstart/prompts.txt \

@@ -4,7 +4,8 @@
   python -m pixsigma_jax.train --config=configs/quickstart/high.py --workdir=runs/quickstart/high
 
 With the argument `:extended` positions go on at their old spacing instead, as they do
-without interpolation: the baseline of PixArt-Σ's figure 8b.
+without interpolation: the baseline of PixArt-Σ's figure 8b. It stops at step 200, where
+the stage itself leaves a snapshot to hold it against.
 """
 
 from configs.quickstart import base
@@ -15,7 +16,7 @@ def get_config(positions: str = "interpolated"):
   transform = {"interpolated": "interpolate_pe", "extended": "extend_pe"}[positions]
   config = base.get_config()
   config.stage = f"quickstart/high_{positions}"
-  config.total_steps = 200
+  config.total_steps = {"interpolated": 800, "extended": 200}[positions]
   config.batch_size = 16
   config.data.path = "runs/quickstart/data/16px"
   config.init.parent = "runs/quickstart/low"
@@ -26,5 +27,6 @@ def get_config(positions: str = "interpolated"):
   config.optimizer.warmup_steps = 20
   config.ema_decay = 0.98
   config.checkpoint.every = 100
+  config.checkpoint.snapshot_every = 200
   config.log.sample_every = 0
   return config
