@@ -1,0 +1,280 @@
+"""Weights of the KL autoencoder, in and out: diffusers' names and those of LDM.
+
+One table leads from a leaf's name to a tensor's in each layout; read backwards, the
+same table says which tensor fills which leaf.
+"""
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from pixsigma_jax import tree
+from pixsigma_jax.convert.files import Weights, open_weights, read_json
+from pixsigma_jax.models.vae import KLAutoencoder, VAEConfig, abstract_params
+
+_SHARED = (
+  (r"^\w+/(quant_conv|post_quant_conv)", r"\1"),
+  (r"/(norm|conv)_(\d)/", r"/\1\2/"),
+)
+_DIFFUSERS = (
+  *_SHARED,
+  (r"(down|up)sample_(\d)", r"level_\2/\1samplers/0/conv"),
+  (r"encoder/level_(\d)", r"encoder/down_blocks/\1"),
+  (r"decoder/level_(\d)", r"decoder/up_blocks/\1"),
+  (r"middle/attention", r"mid_block/attentions/0"),
+  (r"middle/", r"mid_block/"),
+  (r"block_(\d)/", r"resnets/\1/"),
+  (r"shortcut", r"conv_shortcut"),
+  (r"(attentions/0)/norm", r"\1/group_norm"),
+  (r"norm_out", r"conv_norm_out"),
+)
+# Layout → what turns a leaf's name into its own, one rule after the other.
+_RULES: dict[str, tuple[tuple[str, str], ...]] = {
+  "diffusers": (
+    *_DIFFUSERS,
+    (r"(attentions/0)/(q|k|v)\w+/", r"\1/to_\2/"),
+    (r"(attentions/0)/out", r"\1/to_out/0"),
+  ),
+  # Before diffusers 0.12, as the published SD autoencoders still are.
+  "diffusers-legacy": (*_DIFFUSERS, (r"(attentions/0)/out", r"\1/proj_attn")),
+  "ldm": (
+    *_SHARED,
+    (r"(down|up)sample_(\d)", r"level_\2/\1sample/conv"),
+    (r"encoder/level_(\d)", r"encoder/down/\1"),
+    (r"decoder/level_(\d)", r"decoder/up/\1"),
+    (r"middle/attention", r"mid/attn_1"),
+    (r"middle/block_0", r"mid/block_1"),
+    (r"middle/block_1", r"mid/block_2"),
+    (r"(down|up)/(\d)/block_(\d)", r"\1/\2/block/\3"),
+    (r"shortcut", r"nin_shortcut"),
+    (r"(attn_1)/(q|k|v)\w+/", r"\1/\2/"),
+    (r"(attn_1)/out", r"\1/proj_out"),
+  ),
+}
+# In a file with all of a Stable Diffusion model.
+_LDM_PREFIX = "first_stage_model."
+
+# Fields of diffusers' config.json that may have one value here, or be absent.
+_ONLY: dict[str, Any] = {
+  "act_fn": "silu",
+  "in_channels": 3,
+  "out_channels": 3,
+  "mid_block_add_attention": True,
+  "use_quant_conv": True,
+  "use_post_quant_conv": True,
+  "shift_factor": None,
+  "latents_mean": None,
+  "latents_std": None,
+}
+_BLOCK_TYPES = {
+  "down_block_types": "DownEncoderBlock2D",
+  "up_block_types": "UpDecoderBlock2D",
+}
+_SIZES = (
+  "block_out_channels",
+  "layers_per_block",
+  "latent_channels",
+  "norm_num_groups",
+)
+_WITHOUT_EFFECT = (
+  "sample_size",
+  "force_upcast",
+)  # beside every name with an underscore
+
+
+def vae_config(config: Mapping[str, Any]) -> VAEConfig:
+  """The hyper-parameters in diffusers' config.json of an `AutoencoderKL`.
+
+  Raises:
+    ValueError: it is of another class, or a field is missing, unknown, or has a value
+      that this network does not know.
+  """
+  name = config.get("_class_name")
+  if name != "AutoencoderKL":
+    raise ValueError(f"_class_name is {name!r}: only AutoencoderKL can be read.")
+  missing = [field for field in (*_SIZES, *_BLOCK_TYPES) if field not in config]
+  if missing:
+    raise ValueError(f"The autoencoder's config.json lacks {', '.join(missing)}.")
+  only = _ONLY | {
+    field: [kind] * len(config["block_out_channels"])
+    for field, kind in _BLOCK_TYPES.items()
+  }
+  for field, value in config.items():
+    if field in only and value != only[field]:
+      raise ValueError(
+        f"The autoencoder's config.json has {field}={value!r}: only {only[field]!r}, "
+        "which SD's and SDXL's autoencoders have, is supported."
+      )
+    known = field in (*only, *_SIZES, *_WITHOUT_EFFECT, "scaling_factor")
+    if not known and not field.startswith("_") and value is not None:
+      raise ValueError(
+        f"The autoencoder's config.json has an unknown field, {field}={value!r}: "
+        "remove it if it does not change what the network computes."
+      )
+  return VAEConfig(
+    channels=tuple(config["block_out_channels"]),
+    blocks_per_level=config["layers_per_block"],
+    latent_channels=config["latent_channels"],
+    norm_groups=config["norm_num_groups"],
+  )
+
+
+def vae_from_weights(weights: Weights, config: VAEConfig) -> dict[str, Any]:
+  """The parameters, float32, from tensors of any layout of `_RULES`.
+
+  The layout is the one that has most of the names. Names may all stand under
+  `first_stage_model.`.
+
+  Raises:
+    ValueError: tensors are missing, left over or of another shape; names all of them.
+  """
+  prefix = _LDM_PREFIX if all(n.startswith(_LDM_PREFIX) for n in weights) else ""
+  present = {name.removeprefix(prefix) for name in weights}
+  expected = abstract_params(config)
+  layouts = {layout: _names(expected, config, layout) for layout in _RULES}
+  layout = max(layouts, key=lambda x: len(present & set(layouts[x].values())))
+  names = layouts[layout]
+
+  missing = sorted(set(names.values()) - present)
+  unused = sorted(present - set(names.values()))
+  problems = [f"missing: {', '.join(missing)}"] if missing else []
+  problems += [f"not used: {', '.join(unused)}"] if unused else []
+  leaves = {}
+  for leaf, shape in tree.named_leaves(expected).items():
+    if names[leaf] in missing:
+      continue
+    # One tensor at a time: `weights` may be on a disk.
+    tensor = np.asarray(weights[prefix + names[leaf]])
+    wanted = _outward(np.empty(shape.shape, np.bool_), leaf, layout).shape
+    if tensor.shape != wanted:
+      problems.append(f"{names[leaf]} has shape {tensor.shape}, not {wanted}")
+      continue
+    leaves[leaf] = _inward(tensor, leaf).astype(np.float32)
+  if problems:
+    raise ValueError(
+      f"These are not the weights of an autoencoder with {config}, in the layout "
+      f"{layout!r}:\n  " + "\n  ".join(problems)
+    )
+  return tree.map_with_name(lambda leaf, _: leaves[leaf], expected)
+
+
+def vae_to_weights(
+  params: Any, config: VAEConfig, layout: str = "diffusers"
+) -> dict[str, np.ndarray]:
+  """The tensors of a layout from parameters: what `vae_from_weights` undoes.
+
+  Args:
+    layout: "diffusers", "diffusers-legacy" or "ldm".
+
+  Raises:
+    ValueError: there is no such layout, or the parameters are not those of `config`.
+  """
+  if layout not in _RULES:
+    raise ValueError(f"Unknown layout {layout!r}; choose one of {', '.join(_RULES)}.")
+  expected = abstract_params(config)
+  wrong = tree.differences(params, expected)
+  if wrong:
+    raise ValueError(
+      f"These are not the parameters of an autoencoder with {config} (- has, + wants):"
+      "\n  " + "\n  ".join(wrong)
+    )
+  names = _names(expected, config, layout)
+  return {
+    names[leaf]: np.ascontiguousarray(_outward(np.asarray(array), leaf, layout))
+    for leaf, array in tree.named_leaves(params).items()
+  }
+
+
+def load_autoencoder(
+  folder: str | os.PathLike[str],
+  *,
+  dtype: DTypeLike,
+  mesh: Mesh | None = None,
+  scaling_factor: float | None = None,
+) -> KLAutoencoder:
+  """The autoencoder of a folder of diffusers: config.json and safetensors.
+
+  Args:
+    dtype: of activations, float32 or bfloat16.
+    mesh: devices that are to share the work, see `KLAutoencoder`.
+    scaling_factor: for a config.json without one.
+
+  Raises:
+    FileNotFoundError: the folder has no config.json or no weights.
+    ValueError: either cannot be used; says which field or tensors. There is no scaling
+      factor, or two of them.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  fields = read_json(path)
+  config = vae_config(fields)
+  noted = fields.get("scaling_factor")
+  if scaling_factor is None and noted is None:
+    raise ValueError(
+      f"{path} has no scaling_factor: pass scaling_factor=0.18215 if this is Stable "
+      "Diffusion's autoencoder, 0.13025 if it is SDXL's."
+    )
+  if scaling_factor is not None and noted not in (None, scaling_factor):
+    raise ValueError(
+      f"{path} has scaling_factor {noted}, and {scaling_factor} was asked for: leave "
+      "scaling_factor out."
+    )
+  factor = scaling_factor if noted is None else noted
+  if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+    raise ValueError(f"scaling_factor {factor!r} must be a positive number.")
+  params = vae_from_weights(open_weights(folder), config)
+  return KLAutoencoder(
+    config=config,
+    params=jax.device_put(params, mesh and NamedSharding(mesh, P())),
+    scaling_factor=float(factor),
+    dtype=jnp.dtype(dtype),
+    mesh=mesh,
+  )
+
+
+def _names(params: Any, config: VAEConfig, layout: str) -> dict[str, str]:
+  """Every leaf's name and its tensor's, without prefix."""
+
+  def name_in_layout(leaf: str) -> str:
+    name = leaf
+    if layout != "ldm":
+      # diffusers counts the decoder's levels as they are run, from the coarsest.
+      last = len(config.channels) - 1
+      name = re.sub(
+        r"^(decoder/(?:level|upsample)_)(\d)",
+        lambda match: f"{match[1]}{last - int(match[2])}",
+        name,
+      )
+    for rule, replacement in _RULES[layout]:
+      name = re.sub(rule, replacement, name)
+    name = re.sub(r"/(kernel|scale)$", "/weight", name)
+    return name.replace("/", ".")
+
+  return {leaf: name_in_layout(leaf) for leaf in tree.named_leaves(params)}
+
+
+def _outward(array: np.ndarray, leaf: str, layout: str) -> np.ndarray:
+  """A leaf as torch lays it out: input and output of a map before its window."""
+  if array.ndim == 4:
+    return array.transpose(3, 2, 0, 1)
+  if leaf.endswith("/kernel"):  # attention's: LDM has convolutions of one pixel there
+    return array.T[:, :, None, None] if layout == "ldm" else array.T
+  return array
+
+
+def _inward(tensor: np.ndarray, leaf: str) -> np.ndarray:
+  """A tensor as our leaf: what `_outward` undoes."""
+  if leaf.endswith("/kernel"):
+    if "/attention/" in leaf:
+      return tensor.reshape(tensor.shape[:2]).T
+    return tensor.transpose(2, 3, 1, 0)
+  return tensor
