@@ -124,6 +124,16 @@ def test_nearly_flat_maps_are_normalised_as_by_torch():
   assert relative(np.asarray(ours), channels_last(norm(channels_first(x)))) < 1e-6
 
 
+def test_norms_of_bfloat16_maps_are_computed_in_float32():
+  x = jnp.asarray(100 + 4 * draw(1, 16, 16, 8), jnp.bfloat16)  # steps of a half
+  params = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+  ours, exact = (
+    vae.GroupNorm(4).apply({"params": params}, each)
+    for each in (x, x.astype(jnp.float32))
+  )
+  np.testing.assert_array_equal(ours, exact)
+
+
 def test_the_mean_is_what_encode_returns(small):
   images = draw(1, 8, 12, 3)
   np.testing.assert_array_equal(small.encode(images), small.moments(images)[0])
