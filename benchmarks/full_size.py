@@ -59,7 +59,9 @@ def main(_: list[str]) -> None:
   picture = pipeline("a red fox in the snow", **draw).images[0]
   seconds = time.perf_counter() - began
   picture.save(directory / "fox.png")
-  print(f"{picture.size} in {seconds:.0f} s, {_STEPS.value} guided steps, compiling too")
+  print(
+    f"{picture.size} in {seconds:.0f} s, {_STEPS.value} guided steps, compiling too"
+  )
 
 
 def _write_folder(directory: pathlib.Path) -> None:

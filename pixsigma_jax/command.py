@@ -44,8 +44,8 @@ def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> No
 def keep_compiled() -> None:
   """Keeps compiled programs on the disk, for the next time that they are needed.
 
-  In JAX's persistent cache, under the user's own caches unless JAX_COMPILATION_CACHE_DIR
-  says where.
+  In JAX's persistent cache: under the user's own caches, or where
+  JAX_COMPILATION_CACHE_DIR says.
   """
   if jax.config.jax_compilation_cache_dir is None:
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()

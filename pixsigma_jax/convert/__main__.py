@@ -4,7 +4,10 @@
   python -m pixsigma_jax.convert --from=orbax --to=diffusers SRC DST --verify
 
 SRC and DST are a .pth file for `pixart`, the transformer's folder for `diffusers`, a
-workdir or snapshot for `orbax`. Nothing that exists is overwritten.
+workdir or snapshot for `orbax`. Nothing that exists is overwritten. With --model=vae it
+is the autoencoder, a folder of `diffusers` or one file of `ldm`:
+
+  python -m pixsigma_jax.convert --model=vae --from=ldm --to=diffusers SRC DST
 """
 
 import pathlib
@@ -12,10 +15,12 @@ import pathlib
 from absl import flags, logging
 
 from pixsigma_jax import command
-from pixsigma_jax.convert import model, verify
+from pixsigma_jax.convert import model, vae, verify
 from pixsigma_jax.convert.released import RELEASES
 
-_FORMATS = list(model.FORMATS)
+_KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS}
+_FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS]))
+_MODEL = flags.DEFINE_enum("model", "transformer", list(_KINDS), "Which network.")
 _FROM = flags.DEFINE_enum("from", None, _FORMATS, "Format of SRC.", required=True)
 _TO = flags.DEFINE_enum("to", None, _FORMATS, "Format of DST.", required=True)
 _RELEASE = flags.DEFINE_enum(
@@ -50,6 +55,22 @@ def main(arguments: list[str]) -> None:
   source, target = map(pathlib.Path, arguments)
   if _FROM.value == _TO.value:
     raise ValueError(f"--from and --to are both {_FROM.value}: there is nothing to do.")
+  for form in (_FROM.value, _TO.value):
+    if form not in _KINDS[_MODEL.value]:
+      raise ValueError(
+        f"--model={_MODEL.value} has no format {form!r}, only "
+        f"{', '.join(_KINDS[_MODEL.value])}."
+      )
+  if _MODEL.value == "vae":
+    vae.convert_autoencoder(
+      source,
+      target,
+      from_layout=_FROM.value,
+      to_layout=_TO.value,
+      scaling_factor=_SCALING_FACTOR.value,
+    )
+    print(target)
+    return
   given = model.Given(
     base_size=_BASE_SIZE.value,
     pe_interpolation=_PE_INTERPOLATION.value,

@@ -19,7 +19,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from pixsigma_jax import tree
-from pixsigma_jax.convert.files import Weights, open_weights, read_json
+from pixsigma_jax.convert.files import (
+  Weights,
+  open_weights,
+  read_json,
+  write_json,
+  write_safetensors,
+)
 from pixsigma_jax.models.vae import KLAutoencoder, VAEConfig, abstract_params
 
 _SHARED = (
@@ -225,8 +231,8 @@ def load_autoencoder(
     )
   if scaling_factor is not None and noted not in (None, scaling_factor):
     raise ValueError(
-      f"{path} has scaling_factor {noted}, and {scaling_factor} was asked for: leave "
-      "scaling_factor out."
+      f"{path} has scaling_factor {noted}, and {scaling_factor} was asked for: it is "
+      "another autoencoder than the one that is meant."
     )
   factor = scaling_factor if noted is None else noted
   if not isinstance(factor, int | float) or not 0 < factor < math.inf:
@@ -239,6 +245,73 @@ def load_autoencoder(
     dtype=jnp.dtype(dtype),
     mesh=mesh,
   )
+
+
+LAYOUTS = tuple(_RULES)
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def convert_autoencoder(
+  source: pathlib.Path,
+  target: pathlib.Path,
+  *,
+  from_layout: str,
+  to_layout: str,
+  scaling_factor: float | None,
+) -> None:
+  """Writes the autoencoder at `source` in another of `LAYOUTS`, equal to the bit.
+
+  Args:
+    source, target: a folder of diffusers, or of LDM one file: .safetensors to be
+      written, also .ckpt to be read.
+    scaling_factor: for a source that does not say it, as LDM's files.
+
+  Raises:
+    FileNotFoundError: there is no source.
+    FileExistsError: there is a target.
+    ValueError: the source is not such an autoencoder, or its scaling factor is unknown.
+  """
+  if target.exists():
+    raise FileExistsError(f"{target} exists already and is left as it is.")
+  if from_layout == "ldm":
+    fields = _config_fields(VAEConfig(), scaling_factor)
+    weights = open_weights(source)
+  else:
+    fields = read_json(source / "config.json")
+    if fields.get("scaling_factor") is None:
+      fields["scaling_factor"] = scaling_factor
+    weights = open_weights(source)
+  if to_layout != "ldm" and fields["scaling_factor"] is None:
+    raise ValueError(
+      f"{source} does not say its scaling factor: give --scaling_factor, 0.13025 for "
+      "SDXL's autoencoder, 0.18215 for SD's."
+    )
+  config = vae_config(fields)
+  params = vae_from_weights(weights, config)
+  moved = vae_to_weights(params, config, to_layout)
+  if to_layout == "ldm":
+    write_safetensors(target, moved)
+    return
+  write_safetensors(target / _WEIGHTS, moved)
+  write_json(target / "config.json", _config_fields(config, fields["scaling_factor"]))
+
+
+def _config_fields(config: VAEConfig, scaling_factor: float | None) -> dict[str, Any]:
+  """config.json of an autoencoder for diffusers."""
+  levels = len(config.channels)
+  return {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": list(config.channels),
+    **{field: [kind] * levels for field, kind in _BLOCK_TYPES.items()},
+    "in_channels": 3,
+    "latent_channels": config.latent_channels,
+    "layers_per_block": config.blocks_per_level,
+    "norm_num_groups": config.norm_groups,
+    "out_channels": 3,
+    "sample_size": 1024,
+    "scaling_factor": scaling_factor,
+  }
 
 
 def _names(params: Any, config: VAEConfig, layout: str) -> dict[str, str]:

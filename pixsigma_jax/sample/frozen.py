@@ -48,14 +48,12 @@ def load_autoencoder(
   if not _has_files(metadata.autoencoder):
     return autoencoder_from(metadata.autoencoder, metadata.scaling_factor)
   autoencoder = vae.load_autoencoder(
-    _folder(metadata, source) / "vae", dtype=dtype, mesh=mesh
+    _folder(metadata, source) / "vae",
+    dtype=dtype,
+    mesh=mesh,
+    scaling_factor=metadata.scaling_factor,
   )
   _refuse_another("VAE", autoencoder.identity, metadata.autoencoder)
-  if autoencoder.scaling_factor != metadata.scaling_factor:
-    raise ValueError(
-      f"The model was trained on latents times {metadata.scaling_factor}, and this VAE "
-      f"has scaling_factor {autoencoder.scaling_factor}: give its own with --frozen."
-    )
   return autoencoder
 
 

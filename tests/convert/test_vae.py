@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pixsigma_jax import sharding, tree
 from pixsigma_jax.convert.vae import (
@@ -20,6 +20,7 @@ from pixsigma_jax.convert.vae import (
   vae_to_weights,
 )
 from pixsigma_jax.models.vae import VAEConfig, abstract_params
+from tests import commands
 from tests.convert.published_vae import CHANNELS, NORM_GROUPS, make_vae, tensors
 
 CONFIG = VAEConfig(channels=CHANNELS, norm_groups=NORM_GROUPS)
@@ -242,3 +243,40 @@ def test_leaves_are_named_alike_in_both_halves(params):
   assert "encoder/level_0/block_0/conv_1/kernel" in names
   assert names["encoder/level_1/block_0/shortcut/kernel"].shape == (1, 1, 16, 32)
   assert names["decoder/level_0/block_0/shortcut/kernel"].shape == (1, 1, 32, 16)
+
+
+def test_the_command_takes_the_autoencoder_there_and_back(
+  capsys, monkeypatch, tmp_path
+):
+  model = make_vae()
+  model.save_pretrained(tmp_path / "vae")
+  one_file, back = tmp_path / "vae.safetensors", tmp_path / "back"
+
+  def convert(*arguments):
+    return commands.run(capsys, monkeypatch, "convert", "--model=vae", *arguments)
+
+  done = convert("--from=diffusers", "--to=ldm", tmp_path / "vae", one_file)
+  assert done.code == 0, done.err
+  assert "encoder.down.0.block.0.conv1.weight" in load_file(one_file)
+  done = convert("--from=diffusers", "--to=ldm", tmp_path / "vae", one_file)
+  assert (done.code, "exists already" in done.err) == (1, True)
+
+  done = convert("--from=diffusers", "--to=diffusers-legacy", tmp_path / "vae", back)
+  assert done.code == 0, done.err
+  # diffusers reads what it used to write itself, and finds the same numbers.
+  theirs = AutoencoderKL.from_pretrained(back)
+  assert theirs.config.scaling_factor == 0.13025
+  for name, array in tensors(model).items():
+    np.testing.assert_array_equal(theirs.state_dict()[name].numpy(), array)
+
+  # Of SDXL's size alone: one file does not say its own.
+  done = convert("--from=ldm", "--to=diffusers", one_file, tmp_path / "other")
+  assert (done.code, "does not say its scaling factor" in done.err) == (1, True)
+  done = convert(
+    *("--from=ldm", "--to=diffusers", one_file, tmp_path / "other"),
+    "--scaling_factor=0.13025",
+  )
+  assert (done.code, "not the weights of an autoencoder" in done.err) == (1, True)
+  done = convert("--from=pixart", "--to=ldm", one_file, tmp_path / "other")
+  assert (done.code, "has no format 'pixart'" in done.err) == (1, True)
+  assert not (tmp_path / "other").exists()

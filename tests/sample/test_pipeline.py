@@ -16,7 +16,6 @@ from pixsigma_jax.diffusion.solvers import dpm_solver_pp
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArt
 from pixsigma_jax.sample import pictures
-from pixsigma_jax.sample import pipeline as module
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests.sample import models
 from tests.sample.models import ENCODER, SCALING_FACTOR

@@ -20,8 +20,10 @@ from diffusers import (
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pixsigma_jax import checkpoint, sharding
+from pixsigma_jax.diffusion import guidance
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures
+from pixsigma_jax.sample import pipeline as pipeline_module
 from pixsigma_jax.sample.frozen import RememberedCaptions
 from tests import commands
 from tests.convert.published import write_t5, write_tokenizer
@@ -252,7 +254,9 @@ def test_another_vae_is_refused(converted, folder, tmp_path):
   for part in ("text_encoder", "tokenizer"):
     (tmp_path / part).symlink_to(folder / part)
   make_vae(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
-  with pytest.raises(ValueError, match=r"'sdxl-vae'.* and this one is .*'sd-vae'"):
+  with pytest.raises(
+    ValueError, match=r"scaling_factor 0.18215, and 0.13025 was asked"
+  ):
     Pipeline.from_checkpoint(converted, frozen=tmp_path)
 
 
@@ -308,3 +312,41 @@ def test_sizes_of_the_training_are_drawn_and_fitted_to_what_was_asked(ours):
   assert spy.latents[0].shape == (1, 22, 42, 4)  # 176 x 336, nearest to 0.513
   with pytest.raises(ValueError, match=r"390 pixels .* cannot be cut into tokens"):
     wide("a fox", height=200, width=390, use_resolution_binning=False)
+
+
+def latents_of(pipeline, **settings):
+  spy = Spy(pipeline.autoencoder)
+  pipeline.replace(autoencoder=spy, batch_size=1)(PROMPTS[0], **settings)
+  return spy.latents[0]
+
+
+def test_guidance_outside_its_interval_is_no_guidance(ours):
+  draw = {"num_inference_steps": 3}
+  # No timestep of three lies in the last thousandth.
+  never = latents_of(ours, guidance_interval=(0, 0.001), **draw)
+  without = latents_of(ours, guidance_scale=1, **draw)
+  # Two programs, one of them of twice the rows: float32 over three steps.
+  np.testing.assert_allclose(never, without, rtol=0, atol=1e-4 * np.abs(without).max())
+  always = latents_of(ours, **draw)
+  assert np.abs(always - without).max() > 0.1 * np.abs(without).max()
+
+
+def test_rescaling_takes_back_the_contrast_of_strong_guidance(ours):
+  draw = {"num_inference_steps": 3, "guidance_scale": 12.0}
+  loud, half, tame = (
+    latents_of(ours, guidance_rescale=factor, **draw).std() for factor in (0, 0.5, 1)
+  )
+  assert loud > half > tame
+
+
+def test_only_iddpm_guides_three_channels_as_the_official_code(ours, monkeypatch):
+  called = []
+
+  def spied(*arguments):
+    called.append(arguments[-1])
+    return guidance.guide_first_three(*arguments)
+
+  monkeypatch.setattr(pipeline_module, "guide_first_three", spied)
+  for sampler in ("dpm++", "iddpm"):  # in steps that no other test has compiled
+    latents_of(ours, sampler=sampler, num_inference_steps=7)
+  assert called == [ours.config.in_channels]
