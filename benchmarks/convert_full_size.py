@@ -7,8 +7,8 @@ own, and prints seconds and peak memory of each. The copy that comes back is com
 with the original bit by bit.
 """
 
+import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -75,11 +75,13 @@ def _nested(leaves: dict[str, np.ndarray]) -> dict:
 
 def _measure(what: str, command: list) -> None:
   began = time.perf_counter()
-  subprocess.run(list(map(str, command)), check=True)
+  process = subprocess.Popen(list(map(str, command)))
+  _, status, usage = os.wait4(process.pid, 0)
+  if status:
+    raise RuntimeError(f"{what} failed.")
   seconds = time.perf_counter() - began
-  # Of the largest child so far: the first command's peak bounds the second's.
-  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-  print(f"{what}: {seconds:.0f} s, at most {peak / 1e9:.1f} GB of memory")
+  peak = usage.ru_maxrss * 1024
+  print(f"{what}: {seconds:.0f} s, {peak / 1e9:.1f} GB of memory at its peak")
 
 
 if __name__ == "__main__":

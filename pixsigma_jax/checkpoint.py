@@ -26,6 +26,9 @@ from pixsigma_jax import sharding
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 
+# What a snapshot's arrays may take in memory, on their way, beside the model itself.
+_CONCURRENT_GB = 1
+
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
 
@@ -169,7 +172,14 @@ def save_snapshot(
   model = {"params": params}
   if null_caption is not None:
     model["null_caption"] = null_caption
-  with _saving(directory), ocp.CheckpointManager(directory) as manager:
+  # In the foreground, a few arrays at a time: no copy of the model is made for it.
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+  with (
+    _saving(directory),
+    ocp.CheckpointManager(
+      directory, options=options, item_handlers=_snapshot_handlers()
+    ) as manager,
+  ):
     if step in manager.all_steps():
       if _metadata(manager, step) == metadata:
         return
@@ -233,13 +243,9 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
     ValueError: the files are damaged, or of another format.
   """
   path = find_snapshot(path)
-  handlers = {
-    "model": ocp.PyTreeCheckpointHandler(),
-    "metadata": ocp.JsonCheckpointHandler(),
-  }
   with (
     _reading(path),
-    ocp.CheckpointManager(path.parent, item_handlers=handlers) as manager,
+    ocp.CheckpointManager(path.parent, item_handlers=_snapshot_handlers()) as manager,
   ):
     step = int(path.name)
     metadata = _metadata(manager, step)
@@ -263,6 +269,15 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
     params=model["params"],
     null_caption=model.get("null_caption"),
   )
+
+
+def _snapshot_handlers() -> dict[str, ocp.CheckpointHandler]:
+  return {
+    "model": ocp.PyTreeCheckpointHandler(
+      save_concurrent_gb=_CONCURRENT_GB, restore_concurrent_gb=_CONCURRENT_GB
+    ),
+    "metadata": ocp.JsonCheckpointHandler(),
+  }
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:

@@ -76,7 +76,8 @@ def null_caption_in(weights: Weights) -> Float32[np.ndarray, "t e"] | None:
   """What a dropped caption was replaced with, where an official state dict has it."""
   if NULL_CAPTION not in weights:
     return None
-  return np.asarray(weights[NULL_CAPTION], np.float32)
+  # A copy: a view would keep the whole file in memory.
+  return np.array(weights[NULL_CAPTION], np.float32)
 
 
 def to_pixart(

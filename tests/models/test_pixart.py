@@ -12,6 +12,7 @@ import pytest
 
 from pixsigma_jax import tree
 from pixsigma_jax.models import tokens
+from pixsigma_jax.models.block import modulate
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import (
@@ -86,6 +87,13 @@ def test_without_a_mask_all_caption_tokens_are_seen():
   arguments["caption_mask"] = jnp.ones_like(arguments["caption_mask"])
   out = apply(PixArt(config, FLOAT32), {"params": params}, *arguments.values())
   close(out, reference.channels_last(arrays["out_nomask"]))
+
+
+def test_the_norms_of_blocks_have_the_references_epsilon():
+  flat = jnp.full((1, 1, 8), 1e-3).at[..., ::2].multiply(-1)  # a variance of 1e-6
+  zeros = jnp.zeros((1, 8))
+  normed = modulate(flat, zeros, zeros)
+  np.testing.assert_allclose(normed, flat / np.sqrt(1e-6 + 1e-6), rtol=1e-5)
 
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
