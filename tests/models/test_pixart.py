@@ -14,7 +14,7 @@ from pixsigma_jax import tree
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.block import modulate
 from pixsigma_jax.models.kv_compression import KVCompression
-from pixsigma_jax.models.layers import Compute
+from pixsigma_jax.models.layers import Compute, LayerNorm
 from pixsigma_jax.models.pixart import (
   PixArt,
   PixArtConfig,
@@ -89,11 +89,13 @@ def test_without_a_mask_all_caption_tokens_are_seen():
   close(out, reference.channels_last(arrays["out_nomask"]))
 
 
-def test_the_norms_of_blocks_have_the_references_epsilon():
+def test_norms_have_the_references_two_epsilons():
   flat = jnp.full((1, 1, 8), 1e-3).at[..., ::2].multiply(-1)  # a variance of 1e-6
   zeros = jnp.zeros((1, 8))
-  normed = modulate(flat, zeros, zeros)
-  np.testing.assert_allclose(normed, flat / np.sqrt(1e-6 + 1e-6), rtol=1e-5)
+  in_blocks = modulate(flat, zeros, zeros)
+  np.testing.assert_allclose(in_blocks, flat / np.sqrt(1e-6 + 1e-6), rtol=1e-5)
+  learned, _ = LayerNorm().init_with_output(jax.random.key(0), flat)
+  np.testing.assert_allclose(learned, flat / np.sqrt(1e-6 + 1e-5), rtol=1e-5)
 
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
