@@ -3,6 +3,7 @@
 import logging
 import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -133,3 +134,19 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
   monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
   assert list(command.progress(range(3), 3, "Numbers")) == [0, 1, 2]
   assert "Numbers: 100%" in capsys.readouterr().err
+
+
+def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    command.keep_compiled()
+    kept = jax.config.jax_compilation_cache_dir
+    assert kept == str(tmp_path / "pixsigma_jax" / "xla")
+    # What JAX_COMPILATION_CACHE_DIR or the user's program has set stays.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    command.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
