@@ -47,7 +47,7 @@ def keep_compiled() -> None:
   In JAX's persistent cache: under the user's own caches, or where
   JAX_COMPILATION_CACHE_DIR says.
   """
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values["jax_compilation_cache_dir"] is None:
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(caches / _PACKAGE.name / "xla"))
 

@@ -137,16 +137,16 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
 
 
 def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch):
-  before = jax.config.jax_compilation_cache_dir
+  name = "jax_compilation_cache_dir"
+  before = jax.config.values[name]
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   try:
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update(name, None)
     command.keep_compiled()
-    kept = jax.config.jax_compilation_cache_dir
-    assert kept == str(tmp_path / "pixsigma_jax" / "xla")
+    assert jax.config.values[name] == str(tmp_path / "pixsigma_jax" / "xla")
     # What JAX_COMPILATION_CACHE_DIR or the user's program has set stays.
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    jax.config.update(name, str(tmp_path / "mine"))
     command.keep_compiled()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    assert jax.config.values[name] == str(tmp_path / "mine")
   finally:
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update(name, before)

@@ -92,6 +92,7 @@ class CrossAttention(nn.Module):
     width = x.shape[-1]
     query = Linear(width, self.compute, name="query")(x)
     if caption_kv is None:
+      assert captions is not None, "either these or caption_kv"
       caption_kv = Linear(width, self.compute, copies=2, name="kv")(captions)
     key, value = caption_kv
     return _attend_heads(self, query, key, value, caption_mask, out_init=zeros_init)

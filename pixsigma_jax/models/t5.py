@@ -344,8 +344,8 @@ class T5TextEncoder:
         _, cut = self.truncated(prompt, length)
         raise ValueError(
           f"The caption {prompt!r} has {len(tokens)} tokens (the end token included), "
-          f"and the limit is {length}: {cut!r} at its end would be cut off. Shorten it, "
-          "or raise the caption length."
+          f"and the limit is {length}: {cut!r} at its end would be cut off. Shorten "
+          "it, or raise the caption length."
         )
       ids[row, : len(tokens)] = tokens
       mask[row, : len(tokens)] = True

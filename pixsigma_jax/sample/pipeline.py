@@ -141,7 +141,7 @@ class Pipeline:
 
   def __post_init__(self):
     config = self.config
-    pairs = {
+    pairs: dict[str, tuple[Any, Any, str]] = {
       "latent channels": (config.in_channels, self.autoencoder.channels, "autoencoder"),
       "caption width": (config.caption_width, self.text_encoder.width, "text encoder"),
     }
