@@ -23,6 +23,8 @@ AXES = ("data", "fsdp", "context")
 # over `fsdp` along one axis, that of the input of its matrix (1152 of XL/2's width is a
 # multiple of 8 and 16, not of 64: facts of XLA's tiling make fsdp=8 the best degree).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"/(surprise_)?(row|column)$", ()),  # CAME's statistics, a row or column a matrix
+  (r"/square$", ()),
   (r"mlp/out/kernel$", ("hidden", None)),
   (r"caption_projection/in/kernel$", ("caption", None)),
   (r"patch_embedding/kernel$", ("embed",)),

@@ -158,7 +158,7 @@ def test_a_train_state_moves_between_1_and_8_devices_and_stays_the_same_to_the_b
   again.close()
   assert found == position
   assert_equal_to_the_bit(spread, state)
-  kernel = spread.opt_state[1][0].mu["blocks_00_00"]["mlp"]["in"]["kernel"]
+  kernel = spread.opt_state[1].mu["blocks_00_00"]["mlp"]["in"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (1, 48 // 8, 192)
 
   second = open_run(tmp_path / "eight")

@@ -81,7 +81,7 @@ def test_a_chip_holds_a_sixteenth_of_xls_train_state(xl_state):
 
 def test_a_kernel_is_split_along_its_input_and_so_are_its_moments_and_its_ema(xl_state):
   shapes = shard_shapes(xl_state, POD)
-  for kind in ("params", "ema_params", "opt_state/1/0/mu", "opt_state/1/0/nu"):
+  for kind in ("params", "ema_params", "opt_state/1/mu", "opt_state/1/nu"):
     expected = {
       "blocks_00_13/attention/qkv/kernel": (14, 3, 72, 1152),
       "blocks_14_27/attention/out/kernel": (14, 72, 1152),

@@ -58,11 +58,21 @@ def call(
 ) -> Any:
   """`function(*args, **fields, **more)`, with the section's names checked first.
 
-  The section must name every keyword-only argument that `more` does not give.
+  The section must name every keyword-only argument that `more` does not give, and no
+  other unless the function hands further ones on.
   """
   parameters = inspect.signature(function).parameters.values()
   names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-  check_fields(section, fields, [name for name in names if name not in more])
+  have = fields
+  if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    # What is handed on is not known here, but a typo of something missing is.
+    missing = [name for name in names if name not in {**fields, **more}]
+    have = {
+      name: value
+      for name, value in fields.items()
+      if name in names or difflib.get_close_matches(name, missing)
+    }
+  check_fields(section, have, [name for name in names if name not in more])
   return function(*args, **fields, **more)
 
 

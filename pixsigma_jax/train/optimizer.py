@@ -1,6 +1,12 @@
-"""The optimizer of a stage: clipping, AdamW, and its learning rate over the steps."""
+"""The optimizer of a stage: clipping, the update, its learning rate over the steps."""
+
+from collections.abc import Callable
+from typing import Any
 
 import optax
+
+from pixsigma_jax.train.came import scale_by_came
+from pixsigma_jax.train.config import call
 
 
 def make_schedule(
@@ -29,28 +35,45 @@ def make_schedule(
   return optax.join_schedules([warmup, after], [warmup_steps])
 
 
+def _adamw(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+
+# Name of an optimizer → its update before weight decay and learning rate.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adamw": _adamw,
+  "came": scale_by_came,
+}
+
+
 def make_optimizer(
   learning_rate: optax.Schedule,
   *,
   name: str,
-  b1: float,
-  b2: float,
-  eps: float,
   weight_decay: float,
   clip_norm: float,
+  **fields: Any,
 ) -> optax.GradientTransformation:
   """Clips gradients to a global norm of `clip_norm`, then updates.
 
-  Weight decay acts on every parameter, as in the reference.
+  Weight decay is decoupled and acts on every parameter, as in the reference.
+
+  Args:
+    fields: those of the optimizer: b1, b2 and eps of AdamW; for CAME see
+      `scale_by_came`.
 
   Raises:
-    ValueError: an unknown optimizer, or a norm that is not positive.
+    ValueError: an unknown optimizer, fields that are not its own, or a norm that is not
+      positive.
   """
-  if name != "adamw":
-    raise ValueError(f"Unknown optimizer.name {name!r}; choose 'adamw'.")
+  if name not in OPTIMIZERS:
+    known = " or ".join(map(repr, OPTIMIZERS))
+    raise ValueError(f"Unknown optimizer.name {name!r}; choose {known}.")
   if clip_norm <= 0:
     raise ValueError(f"optimizer.clip_norm={clip_norm} must be above 0.")
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
-    optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    call(OPTIMIZERS[name], "optimizer", fields),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_learning_rate(learning_rate),
   )

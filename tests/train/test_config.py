@@ -25,10 +25,8 @@ MODEL = {
 }
 
 SECTIONS = {
-  "optimizer": (
-    make_optimizer,
-    ["name", "b1", "b2", "eps", "weight_decay", "clip_norm"],
-  ),
+  # Its own fields; the rest are of the optimizer that it names.
+  "optimizer": (make_optimizer, ["name", "weight_decay", "clip_norm"]),
   "mesh": (make_mesh, ["data", "fsdp", "context"]),
   "compute": (Compute, ["dtype", "attention", "remat", "unroll"]),
   "loss": (make_loss, ["caption_dropout", "snr_switch", "min_snr_gamma"]),

@@ -54,7 +54,9 @@ def test_a_warm_up_that_leaves_no_step_is_refused_with_both_numbers(warmup_steps
 
 
 def test_an_unknown_optimizer_is_named_with_the_known():
-  with pytest.raises(ValueError, match=r"optimizer\.name 'sgd'; choose 'adamw'"):
+  with pytest.raises(
+    ValueError, match=r"optimizer\.name 'sgd'; choose 'adamw' or 'came'"
+  ):
     make_optimizer(lambda step: 1.0, **{**ADAMW, "name": "sgd"})
 
 

@@ -244,7 +244,7 @@ def test_a_mesh_trains_as_one_device_does(mesh):
 
 def test_moments_and_average_are_sharded_as_their_parameters():
   state, _ = two_steps(2, 2, 2)
-  for params in (state.params, state.ema_params, *state.opt_state[1][0][1:]):
+  for params in (state.params, state.ema_params, *state.opt_state[1][1:]):
     kernel = params["blocks_00_00"]["mlp"]["in"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(1, 24, 192)}
     bias = params["blocks_00_00"]["mlp"]["in"]["bias"]

@@ -1,0 +1,167 @@
+"""CAME against the reference's numbers and the reference itself."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from came_pytorch import CAME
+
+from pixsigma_jax import sharding, tree
+from pixsigma_jax.convert import layouts
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+from pixsigma_jax.train.came import Factored, Full, scale_by_came
+from pixsigma_jax.train.optimizer import make_optimizer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "came.npz"
+RATE = 2e-2
+# PixArt-Σ's settings.
+CAME_FIELDS = {
+  "b1": 0.9,
+  "b2": 0.999,
+  "b3": 0.9999,
+  "eps": (1e-30, 1e-16),
+  "clip_threshold": 1.0,
+}
+CONFIG = PixArtConfig.from_variant(
+  "Nano/2",
+  base_size=4,
+  pe_interpolation=1.0,
+  caption_width=8,
+  caption_length=5,
+  qk_norm=True,
+  kv_compression=KVCompression(ratio=4, layers=(1,)),
+)
+
+
+SHAPES = abstract_params(CONFIG)
+
+
+def random_tree(seed, scale=1.0):
+  draw = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda leaf: (scale * draw.normal(size=leaf.shape)).astype(np.float32), SHAPES
+  )
+
+
+def test_six_updates_are_those_of_the_reference():
+  golden = np.load(GOLDEN)
+  names = ("w", "qkv", "conv", "b")
+  params = {name: jnp.asarray(golden[f"p0.{name}"]) for name in names}
+  tx = scale_by_came(**CAME_FIELDS)
+  state = tx.init(params)
+  for step in range(6):
+    gradients = {name: jnp.asarray(golden[f"g{step}.{name}"]) for name in names}
+    updates, state = tx.update(gradients, state)
+    params = jax.tree.map(lambda p, u: p - RATE * u, params, updates)
+    for name in names:
+      # The reference computed in float32: an ulp or two of each number.
+      np.testing.assert_allclose(
+        params[name], golden[f"p{step + 1}.{name}"], rtol=1e-6, atol=1e-6
+      )
+
+
+def test_two_hundred_updates_of_a_network_are_those_of_came_pytorch():
+  # Our leaves, stacked and fused, beside theirs under the official names.
+  params = random_tree(0)
+  there = layouts.weights_from(params, CONFIG, layouts.OFFICIAL)
+  theirs = {
+    name: torch.nn.Parameter(torch.tensor(array)) for name, array in there.items()
+  }
+  peer = CAME(theirs.values(), lr=1e-3, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16))
+  tx = scale_by_came(**CAME_FIELDS)
+  state = tx.init(params)
+
+  @jax.jit
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state)
+    return jax.tree.map(lambda p, u: p - 1e-3 * u, params, updates), state
+
+  for number in range(200):
+    # Of changing size, so that the clip acts in some steps and not in others.
+    gradients = random_tree(number, scale=10.0 ** (number % 5 - 2))
+    params, state = step(params, state, gradients)
+    moved = layouts.weights_from(gradients, CONFIG, layouts.OFFICIAL)
+    for name, parameter in theirs.items():
+      parameter.grad = torch.tensor(moved[name])
+    peer.step()
+
+  ours = layouts.weights_from(
+    jax.tree.map(np.asarray, params), CONFIG, layouts.OFFICIAL
+  )
+  for name, parameter in theirs.items():
+    expected = parameter.detach().numpy()
+    error = np.abs(ours[name] - expected).max()
+    # 1e-6 of what has moved, after 200 roundings of sums in another order.
+    assert error < 1e-6 * max(1.0, np.abs(expected).max()), name
+
+
+def test_a_stack_is_its_layers_one_by_one():
+  gradient = random_tree(3)["blocks_00_00"]
+  two = jax.tree.map(lambda x: jnp.concatenate([x, 2 * x + 1]), gradient)
+  tx = scale_by_came(**CAME_FIELDS)
+  together = {"blocks_00_01": two}
+  stacked, _ = jax.jit(tx.update)(together, tx.init(together))
+  for layer in range(2):
+    alone = {"blocks_00_00": jax.tree.map(lambda x, i=layer: x[i : i + 1], two)}
+    single, _ = jax.jit(tx.update)(alone, tx.init(alone))
+    jax.tree.map(
+      # The same statistics; sums over one layer and over two are ordered differently.
+      lambda a, b, i=layer: np.testing.assert_allclose(a[i : i + 1], b, rtol=2e-6),
+      stacked["blocks_00_01"],
+      single["blocks_00_00"],
+    )
+
+
+def test_statistics_are_a_row_and_a_column_of_what_they_stand_for():
+  state = scale_by_came(**CAME_FIELDS).init(random_tree(0))
+  statistics = state.statistics["blocks_01_01"]
+  assert isinstance(statistics["attention"]["qkv"]["kernel"], Factored)
+  assert statistics["attention"]["qkv"]["kernel"].column.shape == (1, 3 * 48)
+  assert isinstance(statistics["attention"]["qkv"]["bias"], Full)
+  assert statistics["attention"]["kv_compressor"]["kernel"].row.shape == (1, 48, 2)
+  # Momentum is as large as the parameters, everything else next to nothing.
+  size = tree.size(SHAPES)
+  assert tree.size(state.momentum) == size
+  assert tree.size(state.statistics) < 0.15 * size
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("b1", 1.0, "b1=1.0 must be at least 0 and below 1"),
+    ("b3", -0.1, "b3=-0.1 must be at least 0 and below 1"),
+    ("clip_threshold", 0.0, "clip_threshold=0.0 must be above 0"),
+  ],
+)
+def test_settings_out_of_range_are_refused(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    scale_by_came(**{**CAME_FIELDS, field: value})
+
+
+def test_a_sharded_state_updates_as_a_whole_one():
+  params, gradients = random_tree(0), random_tree(1)
+  tx = make_optimizer(
+    lambda step: 1e-3, name="came", weight_decay=0.1, clip_norm=1.0, **CAME_FIELDS
+  )
+
+  def step(params, gradients):
+    updates, state = tx.update(gradients, tx.init(params), params)
+    return jax.tree.map(jnp.add, params, updates), state
+
+  whole, _ = jax.jit(step)(params, gradients)
+  mesh = sharding.make_mesh(data=1, fsdp=8, context=1)
+  places = sharding.shardings(params, mesh)
+  state = jax.eval_shape(step, params, gradients)[1]
+  outs = (places, sharding.shardings(state, mesh))
+  sharded = jax.jit(step, in_shardings=(places, places), out_shardings=outs)
+  split, state = sharded(params, gradients)
+  momentum = state[1].momentum["modulation"]["kernel"]
+  assert momentum.addressable_shards[0].data.size == momentum.size // 8
+  # Sums of eight parts are rounded in another order.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), split, whole
+  )
