@@ -97,7 +97,8 @@ def run_ours(config: PixArtConfig, params: Any, inputs: Inputs) -> Trace:
   sizes = (inputs.image_size, inputs.aspect_ratio) if config.size_conditions else ()
   arrays = [jnp.asarray(x) for x in (*inputs[:4], *sizes)]
   variables = {"params": jax.tree.map(jnp.asarray, params)}
-  with nn.intercept_methods(record):
+  # Accelerators round the operands of float32 products unless told otherwise.
+  with nn.intercept_methods(record), jax.default_matmul_precision("highest"):
     output = model.apply(variables, *arrays)
   trace["output"] = np.asarray(output)
   return trace
