@@ -350,3 +350,24 @@ def test_only_iddpm_guides_three_channels_as_the_official_code(ours, monkeypatch
   for sampler in ("dpm++", "iddpm"):  # in steps that no other test has compiled
     latents_of(ours, sampler=sampler, num_inference_steps=7)
   assert called == [ours.config.in_channels]
+
+
+def test_noise_on_the_way_is_new_in_every_step_and_of_the_seed_alone(ours, monkeypatch):
+  unique = iter(range(31, 40))  # numbers of steps that no other test has compiled
+
+  def fresh(step, seed, pipeline=ours):
+    def stand_in(_denoise, _noisy, _table, fresh_noise):
+      return fresh_noise(jnp.int32(step))
+
+    monkeypatch.setattr(pipeline_module, "solve", stand_in)
+    return latents_of(
+      pipeline, sampler="sa-solver", num_inference_steps=next(unique), seed=seed
+    )
+
+  first, second, other = fresh(0, 5), fresh(1, 5), fresh(0, 6)
+  start = noise(5, 64, 64)[None]
+  for one, another in ((first, second), (first, other), (first, start)):
+    # Of 256 independent numbers the correlation is 0.06 in the mean of squares.
+    assert abs(np.corrcoef(one.ravel(), another.ravel())[0, 1]) < 0.3
+  np.testing.assert_array_equal(first, fresh(0, 5))
+  assert abs(first.std() - 1) < 0.2
