@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
-COMMANDS = ["train", "sample", "evaluate", "prepare", "convert"]
+COMMANDS = ["train", "sample", "evaluate", "prepare", "convert", "demo"]
 
 LINTERS = {
   "ruff check": ["ruff", "check"],
@@ -116,16 +116,17 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
     "file": ["requirements.txt"]
   }
   extras = settings["project"]["optional-dependencies"]
-  pins = requirement_lines() + extras["dev"] + extras["convert"]
+  pins = requirement_lines() + extras["dev"] + extras["convert"] + extras["demo"]
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
-  pins.remove("pixsigma-jax[convert]")
+  pins.remove("pixsigma-jax[convert,demo]")
   assert [pin for pin in pins if not exact.fullmatch(pin)] == []
 
 
 def test_what_the_package_imports_is_a_declared_dependency():
   # The extra of a room goes for that room alone: import-linter sees to it.
-  extra = pyproject()["project"]["optional-dependencies"]["convert"]
-  declared = {distribution_name(line) for line in requirement_lines() + extra}
+  extras = pyproject()["project"]["optional-dependencies"]
+  lines = requirement_lines() + extras["convert"] + extras["demo"]
+  declared = {distribution_name(line) for line in lines}
   owners = metadata.packages_distributions()
   undeclared = {
     (relative(path), module)

@@ -1,0 +1,63 @@
+"""Serves a page on which a trained model draws prompts.
+
+  python -m pixsigma_jax.demo --checkpoint=DIR
+
+It needs the extra `demo`. Only this machine can see it, unless --host says otherwise.
+"""
+
+import jax.numpy as jnp
+from absl import flags
+
+from pixsigma_jax import command
+from pixsigma_jax.models.layers import Compute
+from pixsigma_jax.sample.pipeline import Pipeline
+
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
+)
+_FROZEN = flags.DEFINE_string(
+  "frozen",
+  None,
+  "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
+  "of one on the hub. By default what the model was published with, from the hub.",
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
+)
+_ATTENTION = flags.DEFINE_enum(
+  "attention", "xla", ["xla", "chunked"], "Chunked takes less memory, for 2K and above."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
+)
+_HOST = flags.DEFINE_string(
+  "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets the network in."
+)
+_PORT = flags.DEFINE_integer("port", 7860, "Port to listen at.")
+
+
+def main(_: list[str]) -> None:
+  """Entry point; flags are parsed."""
+  try:
+    from pixsigma_jax.demo import page
+  except ModuleNotFoundError as error:
+    if error.name != "gradio":
+      raise
+    raise ValueError(
+      'The page needs Gradio: pip install "pixsigma-jax[demo]".'
+    ) from error
+
+  command.keep_compiled()
+  pipeline = Pipeline.from_checkpoint(
+    _CHECKPOINT.value,
+    frozen=_FROZEN.value,
+    compute=Compute(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value),
+    batch_size=_BATCH_SIZE.value,
+  )
+  server = page.serve(pipeline, _HOST.value, _PORT.value)
+  print(f"Open {server.local_url}   Ctrl-C ends it.", flush=True)
+  server.block_thread()
+
+
+if __name__ == "__main__":
+  command.run(main)

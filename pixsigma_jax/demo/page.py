@@ -1,0 +1,223 @@
+"""The page: what may be asked for, and how a pipeline's pictures get into a gallery.
+
+Nothing here talks to any machine but the one that it is served to: Gradio's telemetry,
+its look for newer versions and its record of runs are off, and its fonts are files.
+"""
+
+import functools
+import html
+import inspect
+import pathlib
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import gradio as gr
+
+from pixsigma_jax.data import buckets
+from pixsigma_jax.data.buckets import Bucket
+from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample.pipeline import Pipeline
+
+# What the gallery, the settings and the seed show next.
+Shown: TypeAlias = tuple[list[tuple[str, str]], dict[str, Any], int]
+
+_MOST_STEPS, _MOST_GUIDANCE, _MOST_PICTURES = 100, 20, 16  # where the sliders end
+_COLUMNS, _GALLERY_HEIGHT, _SETTINGS_HEIGHT = 3, 560, 320  # pixels, but for the first
+_SEEDS = 2**32
+_HOUR, _DAY = 3600, 86400  # seconds
+# A miniature's pictures are smaller than their place: enlarge them with square pixels.
+_CSS = ".miniature img { image-rendering: pixelated; }"
+
+
+def sizes(resolution: int) -> dict[str, Bucket]:
+  """The sizes on offer, in pixels, by what they are called: "height × width".
+
+  The training's buckets, from the widest to the highest; for a miniature, of which
+  there is no table, a square, twice as wide and twice as high.
+  """
+  if resolution in buckets.BUCKETS:
+    offered = list(buckets.sampling_buckets(resolution).values())
+  else:
+    double = 2 * resolution
+    sides = [(resolution, double), (resolution, resolution), (double, resolution)]
+    offered = [Bucket(height, width) for height, width in sides]
+  return {f"{height} × {width}": Bucket(height, width) for height, width in offered}
+
+
+def draw(
+  pipeline: Pipeline,
+  prompt: str,
+  negative_prompt: str,
+  size: str,
+  sampler: str,
+  steps: int,
+  guidance: float | int,
+  seed: int | None,
+  random_seed: bool,
+  count: int,
+) -> Iterator[Shown]:
+  """Draws, and hands over what to show whenever another picture is ready.
+
+  Args:
+    size: a key of `sizes`.
+    seed: of the first picture, the next having one more; not looked at with
+      `random_seed`, which takes another one each time.
+
+  Yields:
+    The gallery so far, PNG files with a caption each; the settings of its first
+    picture; and the seed. The files are there until the next is asked for.
+
+  Raises:
+    gr.Error: what the pipeline refuses, in its own words, and an empty seed.
+  """
+  if random_seed:
+    seed = secrets.randbelow(_SEEDS - count + 1)
+  elif seed is None:
+    raise _error("There is no seed: give a number, or tick the box beside it.")
+  bucket = sizes(pipeline.resolution)[size]
+  with tempfile.TemporaryDirectory() as folder:
+    gallery, shown = [], {}
+    try:
+      drawn = pipeline.stream(
+        prompt,
+        negative_prompt=negative_prompt,
+        height=bucket.height,
+        width=bucket.width,
+        num_inference_steps=steps,
+        guidance_scale=float(guidance),
+        seed=seed,
+        sampler=sampler,
+        num_images_per_prompt=count,
+      )
+      _tell(0, count)
+      for _, picture, settings in drawn:
+        path = pathlib.Path(folder, f"seed-{settings['seed']}.png")
+        pictures.save(path, picture, settings)
+        gallery.append((str(path), f"seed {settings['seed']}"))
+        shown = shown or settings
+        yield list(gallery), shown, seed
+        _tell(len(gallery), count)
+    except ValueError as error:
+      raise _error(str(error)) from error
+
+
+def settings_of(gallery: list[tuple[str, str]], event: gr.SelectData) -> dict[str, Any]:
+  """What the picture that was clicked on says of itself."""
+  return pictures.settings_of(pathlib.Path(gallery[event.index][0]))
+
+
+def build(pipeline: Pipeline) -> gr.Blocks:
+  """The page of a pipeline, not yet served."""
+  offered = list(sizes(pipeline.resolution))
+  square = f"{pipeline.resolution} × {pipeline.resolution}"
+  with gr.Blocks(
+    title="PixArt-Σ", analytics_enabled=False, delete_cache=(_HOUR, _DAY)
+  ) as page:
+    gr.Markdown("# PixArt-Σ")
+    with gr.Row():
+      with gr.Column(scale=1):
+        prompt = gr.Textbox(label="Prompt", autofocus=True, elem_id="prompt")
+        negative_prompt = gr.Textbox(
+          label="Negative prompt", info="What guidance leads away from."
+        )
+        size = gr.Dropdown(
+          offered, value=square, label="Size (height × width)", elem_id="size"
+        )
+        with gr.Row():
+          sampler = gr.Dropdown(list(SAMPLERS), value="dpm++", label="Sampler")
+          steps = gr.Slider(
+            1, _MOST_STEPS, value=20, step=1, precision=0, label="Steps"
+          )
+        guidance = gr.Slider(
+          *(1, _MOST_GUIDANCE),
+          value=4.5,
+          step=0.1,
+          label="Guidance",
+          info="1 draws without, as lcm and dmd are to be used.",
+        )
+        with gr.Row():
+          seed = gr.Number(value=0, precision=0, label="Seed", elem_id="seed")
+          random_seed = gr.Checkbox(value=False, label="Random seed")
+        count = gr.Slider(
+          *(1, _MOST_PICTURES),
+          value=1,
+          step=1,
+          precision=0,
+          label="Pictures",
+          elem_id="count",
+        )
+        button = gr.Button("Draw", variant="primary", elem_id="draw")
+      with gr.Column(scale=2):
+        gallery = gr.Gallery(
+          label="Pictures",
+          interactive=False,
+          columns=_COLUMNS,
+          fit_columns=False,
+          height=_GALLERY_HEIGHT,
+          object_fit="contain",
+          buttons=["download", "fullscreen"],
+          elem_id="pictures",
+          elem_classes=[] if pipeline.resolution in buckets.BUCKETS else ["miniature"],
+        )
+        settings = gr.JSON(
+          label="Settings of the picture",
+          max_height=_SETTINGS_HEIGHT,
+          elem_id="settings",
+        )
+
+    inputs = [prompt, negative_prompt, size, sampler, steps, guidance]
+    gr.on(
+      [button.click, prompt.submit],
+      # Unwrapped: Gradio tells a generator by a flag that decorators hide from it.
+      functools.partial(inspect.unwrap(draw), pipeline),
+      [*inputs, seed, random_seed, count],
+      [gallery, settings, seed],
+      show_progress_on=settings,
+      api_visibility="private",
+    )
+    gallery.select(settings_of, gallery, settings, api_visibility="private")
+  return page
+
+
+def serve(pipeline: Pipeline, host: str, port: int) -> gr.Blocks:
+  """Serves a pipeline's page, from threads of its own, until `close()` is called on it.
+
+  Its address is its `local_url`.
+
+  Raises:
+    OSError: the port is taken, or the address is another machine's.
+  """
+  try:
+    socket.create_server((host, port)).close()
+  except OSError as error:
+    raise OSError(
+      f"Cannot listen at {host}:{port}: {error}. Give others with --host and --port."
+    ) from error
+  page = build(pipeline)
+  page.launch(
+    server_name=host,
+    server_port=port,
+    css=_CSS,
+    share=False,
+    ssr_mode=False,
+    run_history=False,
+    footer_links=[],
+    prevent_thread_lock=True,
+    quiet=True,
+  )
+  return page
+
+
+def _tell(done: int, count: int) -> None:
+  gr.Progress()((done, count), desc="Drawing", unit="pictures")
+
+
+def _error(message: str) -> gr.Error:
+  # Shown as HTML until it is closed; no news to whoever watches the console.
+  return gr.Error(
+    html.escape(message, quote=False), duration=None, print_exception=False
+  )

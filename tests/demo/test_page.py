@@ -1,0 +1,342 @@
+"""The demo page: what its button does, and that it does so in a browser."""
+
+import asyncio
+import pathlib
+import shutil
+import socket
+import sys
+import urllib.parse
+
+import gradio as gr
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pixsigma_jax import checkpoint
+from pixsigma_jax.data import buckets
+from pixsigma_jax.demo import page
+from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.sample import pictures
+from tests import commands
+from tests.demo.browser import Browser
+from tests.sample import models
+
+PROMPT = "a <red> seven"
+ASKED = {
+  "prompt": PROMPT,
+  "negative_prompt": "",
+  "size": "8 × 8",
+  "sampler": "dpm++",
+  "steps": 2,
+  "guidance": 3,  # as a slider says it
+  "seed": 5,
+  "random_seed": False,
+  "count": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+  return models.pipeline()
+
+
+def drawn(pipeline, **asked):
+  """All that the page shows, one after the other, with the files' bytes in it."""
+  shown = []
+  for gallery, settings, seed in page.draw(pipeline, **(ASKED | asked)):
+    files = [(pathlib.Path(path).read_bytes(), caption) for path, caption in gallery]
+    shown.append((files, settings, seed))
+  return shown
+
+
+def as_png(output, folder):
+  """The bytes of the file that the command `sample` would write."""
+  path = folder / "expected.png"
+  path.unlink(missing_ok=True)
+  pictures.save(path, output.images[0], output.settings[0])
+  return path.read_bytes()
+
+
+def in_a_loop(make, *arguments):
+  """What `make` returns; where no event loop runs, Gradio leaves several unclosed."""
+
+  async def run():
+    return make(*arguments)
+
+  return asyncio.run(run())
+
+
+def free_port():
+  with socket.socket() as at:
+    at.bind(("127.0.0.1", 0))
+    return at.getsockname()[1]
+
+
+# ------------------------------------------------------------------ behind the button
+
+
+def test_the_gallery_holds_the_files_that_the_pipeline_draws(pipeline, tmp_path):
+  wide = {"size": "8 × 16", "sampler": "ddim", "negative_prompt": "blue"}
+  *_, (files, settings, seed) = drawn(pipeline, **wide)
+  output = pipeline(
+    PROMPT,
+    negative_prompt="blue",
+    height=8,
+    width=16,
+    num_inference_steps=2,
+    guidance_scale=3.0,
+    sampler="ddim",
+    seed=5,
+  )
+  assert files == [(as_png(output, tmp_path), "seed 5")]
+  assert (settings, seed) == (output.settings[0], 5)
+
+
+def test_pictures_are_shown_as_they_are_ready_each_with_its_seed(pipeline):
+  shown = drawn(pipeline, count=3)
+  captions = [[caption for _, caption in files] for files, _, _ in shown]
+  assert captions == [
+    ["seed 5"],
+    ["seed 5", "seed 6"],
+    ["seed 5", "seed 6", "seed 7"],
+  ]
+  files = [content for content, _ in shown[-1][0]]
+  assert len(set(files)) == 3
+  assert {settings["seed"] for _, settings, _ in shown} == {5}  # of the first picture
+
+
+def test_a_random_seed_is_another_each_time_and_is_told(pipeline):
+  first, second = (drawn(pipeline, random_seed=True, seed=None)[-1] for _ in range(2))
+  assert first[2] != second[2]
+  again = drawn(pipeline, seed=first[2])[-1]
+  assert again == first
+
+
+def test_a_random_seed_leaves_room_for_the_pictures_after_it(pipeline, monkeypatch):
+  monkeypatch.setattr(page.secrets, "randbelow", lambda bound: bound - 1)
+  *_, (files, _, _) = drawn(pipeline, random_seed=True, count=2)
+  assert files[-1][1] == f"seed {2**32 - 1}"
+
+
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    ({"prompt": "a b c d e f g <h>"}, "The caption 'a b c d e f g &lt;h&gt;' has"),
+    ({"seed": -1}, "has seed -1: seeds must lie in"),
+    ({"seed": 2**32 - 1, "count": 2}, "has seed 4294967296"),
+    ({"seed": None}, "There is no seed"),
+    ({"sampler": "dmd"}, "A DMD student takes 1 step, not num_steps=2."),
+  ],
+)
+def test_what_the_pipeline_refuses_is_told_in_its_own_words(pipeline, asked, message):
+  with pytest.raises(gr.Error) as error:
+    drawn(pipeline, **asked)
+  assert message in error.value.message
+  assert error.value.duration is None  # it stays until it is read
+
+
+def test_a_picture_that_went_wrong_is_told_too(pipeline):
+  params = jax.tree.map(lambda leaf: leaf * jnp.nan, pipeline.params)
+  with pytest.raises(gr.Error, match=r"seed 5. is not made of finite numbers"):
+    drawn(pipeline.replace(params=params))
+
+
+def test_no_file_is_left_once_the_page_has_shown_it(pipeline):
+  showing = page.draw(pipeline, **ASKED)
+  ((path, _),), _, _ = next(showing)
+  assert pathlib.Path(path).exists()
+  assert list(showing) == []
+  assert not pathlib.Path(path).exists()
+
+
+def test_a_click_on_a_picture_shows_what_its_file_says(pipeline):
+  for gallery, _, _ in page.draw(pipeline, **ASKED | {"count": 2}):
+    if len(gallery) == 2:
+      event = gr.SelectData(None, {"index": 1, "value": None})
+      assert page.settings_of(gallery, event)["seed"] == 6
+
+
+@pytest.mark.parametrize("resolution", list(buckets.BUCKETS))
+def test_the_sizes_on_offer_are_those_of_the_training(resolution):
+  offered = page.sizes(resolution)
+  assert list(offered.values()) == list(buckets.sampling_buckets(resolution).values())
+  assert f"{resolution} × {resolution}" in offered
+  assert all(label == f"{h} × {w}" for label, (h, w) in offered.items())
+
+
+def test_a_miniature_offers_a_square_and_twice_each_side():
+  assert page.sizes(16) == {
+    "16 × 32": (16, 32),
+    "16 × 16": (16, 16),
+    "32 × 16": (32, 16),
+  }
+
+
+def test_the_page_offers_all_samplers_and_starts_at_the_pipelines_defaults(pipeline):
+  config = in_a_loop(page.build, pipeline).get_config_file()
+  fields = {
+    component["props"]["label"]: component["props"]
+    for component in config["components"]
+    if component["props"].get("label")
+  }
+  known = list(SAMPLERS)
+  assert [value for _, value in fields["Sampler"]["choices"]] == known
+  assert fields["Size (height × width)"]["value"] == "8 × 8"
+  defaults = {name: fields[name]["value"] for name in ("Steps", "Guidance", "Seed")}
+  assert defaults == {"Steps": 20, "Guidance": 4.5, "Seed": 0}
+
+
+# ---------------------------------------------------------------------- as it is served
+
+
+LOCAL = {"127.0.0.1", "localhost"}
+
+
+@pytest.fixture
+def serve(pipeline, monkeypatch, tmp_path):
+  """Serves a page, at a free port if none is given, and ends it after the test."""
+  monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+  served = []
+
+  def serve(pipeline=pipeline, port=None):
+    port = free_port() if port is None else port
+    served.append(in_a_loop(page.serve, pipeline, "127.0.0.1", port))
+    return served[-1].local_url
+
+  yield serve
+  for one in served:
+    one.close(verbose=False)
+
+
+def test_nothing_but_this_machine_is_asked_for_anything(serve, monkeypatch):
+  asked = set()
+  ask = socket.getaddrinfo
+
+  def spy(host, *arguments, **keywords):
+    asked.add(host)
+    return ask(host if host in LOCAL else "127.0.0.1", *arguments, **keywords)
+
+  monkeypatch.setattr(socket, "getaddrinfo", spy)
+  serve()
+  assert asked
+  assert asked <= LOCAL
+
+
+def test_a_port_that_is_taken_is_named(serve):
+  with socket.socket() as at:
+    at.bind(("127.0.0.1", 0))
+    at.listen()
+    port = at.getsockname()[1]
+    with pytest.raises(
+      OSError, match=f"Cannot listen at 127.0.0.1:{port}: .*in use.* --port"
+    ):
+      serve(port=port)
+
+
+@pytest.fixture
+def browser(tmp_path):
+  executable = shutil.which("chromium")
+  if executable is None:
+    pytest.skip("There is no chromium on the PATH (Debian: apt install chromium).")
+  with Browser(executable, tmp_path / "profile") as browser:
+    yield browser
+
+
+def open_page(browser, address):
+  browser.do("Page.navigate", url=address)
+  browser.wait("document.querySelector('#draw')?.innerText == 'Draw'")
+
+
+SHOWN = "document.querySelector('#pictures .thumbnail-lg img')"
+
+
+def test_a_prompt_that_is_typed_becomes_its_picture(serve, browser, pipeline, tmp_path):
+  open_page(browser, serve())
+  browser.type("#prompt textarea", "a red seven")
+  browser.type("#seed input", "41")
+  browser.click("#draw")
+  browser.wait(f"{SHOWN}?.complete")
+  browser.wait("document.querySelector('#settings').innerText.includes('a red seven')")
+  browser.screenshot(tmp_path / "page.png")
+
+  # To the byte what the pipeline draws: the picture, and what is written in its file.
+  output = pipeline("a red seven", seed=41)
+  expected = as_png(output, tmp_path)
+  assert browser.fetch(browser.run(f"{SHOWN}.src")) == expected
+  assert browser.run(f"{SHOWN}.naturalWidth") == 8
+  assert "seed 41" in browser.run("document.querySelector('#pictures').innerText")
+
+  # And so is the file that the button above the enlarged picture saves.
+  downloads = tmp_path / "downloads"
+  browser.download_to(downloads)
+  browser.click("#pictures .thumbnail-lg")
+  browser.click("#pictures button[aria-label=Download]")
+  saved = browser.downloaded(downloads / "seed-41.png")
+  assert saved == expected
+  assert pictures.settings_of(downloads / "seed-41.png") == output.settings[0]
+
+  hosts = {urllib.parse.urlsplit(url).hostname for url in browser.requests()}
+  assert hosts - {None} == {"127.0.0.1"}
+
+
+def test_a_mistake_is_written_on_the_page_letter_by_letter(serve, browser):
+  open_page(browser, serve())
+  browser.type("#prompt textarea", "a b c d e f g <b>h</b>")
+  browser.click("#draw")
+  browser.wait(
+    "document.body.innerText.includes(\"The caption 'a b c d e f g <b>h</b>' has \")"
+  )
+  assert not browser.run(f"!!{SHOWN}")
+
+
+# ------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  config = models.nano()
+  checkpoint.save_snapshot(
+    *(tmp_path, 3),
+    params=models.random_params(config),
+    null_caption=models.null_caption(config),
+    metadata=models.metadata(config),
+  )
+  return tmp_path
+
+
+def test_the_command_serves_the_model_of_the_checkpoint(capsys, monkeypatch, workdir):
+  served = []
+
+  class Server:
+    local_url = "http://somewhere/"
+
+    def block_thread(self):
+      served.append("until it is ended")
+
+  def serve(*arguments):
+    served.extend(arguments)
+    return Server()
+
+  monkeypatch.setattr(page, "serve", serve)
+  done = commands.run(
+    *(capsys, monkeypatch, "demo", f"--checkpoint={workdir}", "--host=0.0.0.0"),
+    *("--port=80", "--batch_size=2", "--dtype=float32", "--attention=chunked"),
+  )
+  assert done.code == 0, done.err
+  assert "Open http://somewhere/" in done.out
+  pipeline, *others = served
+  assert others == ["0.0.0.0", 80, "until it is ended"]
+  assert pipeline.origin["checkpoint"] == str(workdir / "snapshots" / "3")
+  assert (pipeline.batch_size, pipeline.compute.attention) == (2, "chunked")
+  assert pipeline.compute.dtype == jnp.float32
+
+
+def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch, workdir):
+  monkeypatch.setitem(sys.modules, "gradio", None)
+  monkeypatch.delitem(sys.modules, "pixsigma_jax.demo.page")
+  monkeypatch.delattr("pixsigma_jax.demo.page")
+  done = commands.run(capsys, monkeypatch, "demo", f"--checkpoint={workdir}")
+  assert (done.code, done.err) == (
+    1,
+    'Error: The page needs Gradio: pip install "pixsigma-jax[demo]".\n',
+  )
