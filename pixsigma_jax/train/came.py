@@ -142,9 +142,7 @@ def scale_by_came(
     statistics = statistics._replace(surprise_row=row, surprise_column=column)
     return momentum * _inverse_root(row, column), momentum, statistics
 
-  def update(
-    updates: Any, state: CameState, params: Any = None
-  ) -> tuple[Any, CameState]:
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, CameState]:
     del params
     names = list(tree.named_leaves(updates))
     gradients, structure = jax.tree.flatten(updates)

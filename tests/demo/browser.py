@@ -21,7 +21,7 @@ _FLAGS = (
   "--no-first-run",
   "--hide-scrollbars",
 )
-_PATIENCE = 15  # seconds for anything to happen, on a busy machine
+_PATIENCE = 60  # seconds for anything to happen, on a busy machine
 
 
 class Browser:
