@@ -6,6 +6,8 @@ metadata. A *snapshot* is the model for use: EMA parameters, null caption, metad
   WORKDIR/checkpoints/STEP/{state, data, metadata}
   WORKDIR/snapshots/STEP/{model, metadata}
 
+A frozen network beside it, T5 or a VAE, is FOLDER/arrays and its own config.json.
+
 Orbax writes a step under a temporary name and renames it when it is whole, so a run
 that dies while saving leaves its earlier steps as they were.
 """
@@ -26,6 +28,7 @@ from pixsigma_jax import sharding
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 
+_ARRAYS = "arrays"
 # What a snapshot's arrays may take in memory, on their way, beside the model itself.
 _CONCURRENT_GB = 1
 
@@ -269,6 +272,36 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
     params=model["params"],
     null_caption=model.get("null_caption"),
   )
+
+
+def has_arrays(folder: pathlib.Path) -> bool:
+  """Whether `save_arrays` has written there."""
+  return (folder / _ARRAYS).is_dir()
+
+
+def save_arrays(folder: pathlib.Path, arrays: Any) -> None:
+  """Writes a frozen network's parameters to FOLDER/arrays, whole or not at all.
+
+  Raises:
+    SavingError: they could not be saved.
+  """
+  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=_CONCURRENT_GB)
+  with _saving(folder), ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder.absolute() / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
+
+
+def read_arrays(folder: pathlib.Path, abstract: Any) -> Any:
+  """What `save_arrays` wrote, onto the shardings and dtypes of `abstract`.
+
+  Raises:
+    ValueError: the files are damaged or of another tree.
+  """
+  path = folder.absolute() / _ARRAYS
+  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_CONCURRENT_GB)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+  with _reading(path), ocp.Checkpointer(handler) as checkpointer:
+    return checkpointer.restore(path, args=args)
 
 
 def _snapshot_handlers() -> dict[str, ocp.CheckpointHandler]:

@@ -4,10 +4,11 @@
   python -m pixsigma_jax.convert --from=orbax --to=diffusers SRC DST --verify
 
 SRC and DST are a .pth file for `pixart`, the transformer's folder for `diffusers`, a
-workdir or snapshot for `orbax`. Nothing that exists is overwritten. With --model=vae it
-is the autoencoder, a folder of `diffusers` or one file of `ldm`:
+workdir or snapshot for `orbax`. Nothing that exists is overwritten. The frozen networks
+are folders of `diffusers` or of ours, `orbax`, and an autoencoder of `ldm` is one file:
 
   python -m pixsigma_jax.convert --model=vae --from=ldm --to=diffusers SRC DST
+  python -m pixsigma_jax.convert --model=t5 --from=diffusers --to=orbax SRC DST
 """
 
 import pathlib
@@ -15,10 +16,10 @@ import pathlib
 from absl import flags, logging
 
 from pixsigma_jax import command
-from pixsigma_jax.convert import model, vae, verify
+from pixsigma_jax.convert import model, t5, vae, verify
 from pixsigma_jax.convert.released import RELEASES
 
-_KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS}
+_KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS, "t5": t5.FORMATS}
 _FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS]))
 _MODEL = flags.DEFINE_enum("model", "transformer", list(_KINDS), "Which network.")
 _FROM = flags.DEFINE_enum("from", None, _FORMATS, "Format of SRC.", required=True)
@@ -61,6 +62,12 @@ def main(arguments: list[str]) -> None:
         f"--model={_MODEL.value} has no format {form!r}, only "
         f"{', '.join(_KINDS[_MODEL.value])}."
       )
+  if _MODEL.value == "t5":
+    t5.convert_text_encoder(
+      source, target, from_format=_FROM.value, to_format=_TO.value
+    )
+    print(target)
+    return
   if _MODEL.value == "vae":
     vae.convert_autoencoder(
       source,

@@ -16,8 +16,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from pixsigma_jax import sharding, tree
-from pixsigma_jax.convert.files import Weights, open_weights, read_json
+from pixsigma_jax import checkpoint, sharding, tree
+from pixsigma_jax.convert.files import (
+  Weights,
+  open_weights,
+  read_json,
+  write_json,
+  write_safetensors,
+)
 from pixsigma_jax.models.t5 import (
   END,
   PAD,
@@ -259,12 +265,54 @@ def load_text_encoder(
     # Before the weights, which take minutes.
     tokenizer = load_tokenizer(tokenizer_folder)
     _check_vocabulary(tokenizer, tokenizer_folder, config)
-    params = t5_from_weights(open_weights(folder), config, dtype=dtype, mesh=mesh)
+    params = _params(folder, config, dtype, mesh)
   except ValueError as error:
     raise ValueError(f"Could not load the text encoder of {folder}: {error}") from error
   return T5TextEncoder(
     config=config, params=params, tokenizer=tokenizer, dtype=dtype, mesh=mesh
   )
+
+
+FORMATS = ("diffusers", "orbax")
+
+
+def convert_text_encoder(
+  source: pathlib.Path, target: pathlib.Path, *, from_format: str, to_format: str
+) -> None:
+  """Writes T5's encoder as the other of `FORMATS`, in its own dtype, to the bit.
+
+  `load_text_encoder` reads both; `orbax` is read in parallel and without a transpose.
+
+  Raises:
+    FileNotFoundError: there is no source.
+    FileExistsError: there is a target.
+    ValueError: the source is not T5's, or not of the format.
+  """
+  if target.exists():
+    raise FileExistsError(f"{target} exists already and is left as it is.")
+  content = read_json(source / "config.json")
+  config = t5_config_from(content)
+  if checkpoint.has_arrays(source) != (from_format == "orbax"):
+    raise ValueError(f"{source} is not of the format {from_format!r}: is --from right?")
+  dtype = jnp.dtype(content.get("dtype") or content.get("torch_dtype") or "float32")
+  params = _params(source, config, dtype, sharding.single_device_mesh())
+  if to_format == "orbax":
+    checkpoint.save_arrays(target, params)
+  else:
+    weights = t5_to_weights(params, config)
+    write_safetensors(target / "model.safetensors", weights)
+  write_json(target / "config.json", content)
+
+
+def _params(folder: pathlib.Path, config: T5Config, dtype: np.dtype, mesh: Mesh) -> Any:
+  """The parameters of a folder in either format, straight into their shards."""
+  if not checkpoint.has_arrays(folder):
+    return t5_from_weights(open_weights(folder), config, dtype=dtype, mesh=mesh)
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_t5_params(config)
+  )
+  placed = sharding.placed(shapes, t5_shardings(config, mesh))
+  return checkpoint.read_arrays(folder, placed)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:

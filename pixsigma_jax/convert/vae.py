@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from pixsigma_jax import tree
+from pixsigma_jax import checkpoint, sharding, tree
 from pixsigma_jax.convert.files import (
   Weights,
   open_weights,
@@ -208,7 +208,7 @@ def load_autoencoder(
   mesh: Mesh | None = None,
   scaling_factor: float | None = None,
 ) -> KLAutoencoder:
-  """The autoencoder of a folder of diffusers: config.json and safetensors.
+  """The autoencoder of a folder: config.json and safetensors, or `convert`'s arrays.
 
   Args:
     dtype: of activations, float32 or bfloat16.
@@ -237,17 +237,16 @@ def load_autoencoder(
   factor = scaling_factor if noted is None else noted
   if not isinstance(factor, int | float) or not 0 < factor < math.inf:
     raise ValueError(f"scaling_factor {factor!r} must be a positive number.")
-  params = vae_from_weights(open_weights(folder), config)
   return KLAutoencoder(
     config=config,
-    params=jax.device_put(params, mesh and NamedSharding(mesh, P())),
+    params=_params(pathlib.Path(folder), config, mesh),
     scaling_factor=float(factor),
     dtype=jnp.dtype(dtype),
     mesh=mesh,
   )
 
 
-LAYOUTS = tuple(_RULES)
+LAYOUTS = (*_RULES, "orbax")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -262,8 +261,8 @@ def convert_autoencoder(
   """Writes the autoencoder at `source` in another of `LAYOUTS`, equal to the bit.
 
   Args:
-    source, target: a folder of diffusers, or of LDM one file: .safetensors to be
-      written, also .ckpt to be read.
+    source, target: a folder of diffusers or of ours, or of LDM one file: .safetensors
+      to be written, also .ckpt to be read.
     scaling_factor: for a source that does not say it, as LDM's files.
 
   Raises:
@@ -275,25 +274,35 @@ def convert_autoencoder(
     raise FileExistsError(f"{target} exists already and is left as it is.")
   if from_layout == "ldm":
     fields = _config_fields(VAEConfig(), scaling_factor)
-    weights = open_weights(source)
   else:
     fields = read_json(source / "config.json")
     if fields.get("scaling_factor") is None:
       fields["scaling_factor"] = scaling_factor
-    weights = open_weights(source)
   if to_layout != "ldm" and fields["scaling_factor"] is None:
     raise ValueError(
       f"{source} does not say its scaling factor: give --scaling_factor, 0.13025 for "
       "SDXL's autoencoder, 0.18215 for SD's."
     )
   config = vae_config(fields)
-  params = vae_from_weights(weights, config)
-  moved = vae_to_weights(params, config, to_layout)
+  params = jax.tree.map(np.asarray, _params(source, config, None))
   if to_layout == "ldm":
-    write_safetensors(target, moved)
+    write_safetensors(target, vae_to_weights(params, config, to_layout))
     return
-  write_safetensors(target / _WEIGHTS, moved)
+  if to_layout == "orbax":
+    checkpoint.save_arrays(target, params)
+  else:
+    write_safetensors(target / _WEIGHTS, vae_to_weights(params, config, to_layout))
   write_json(target / "config.json", _config_fields(config, fields["scaling_factor"]))
+
+
+def _params(source: pathlib.Path, config: VAEConfig, mesh: Mesh | None) -> Any:
+  """The parameters at `source`, a folder or a file, the same on every device."""
+  place = NamedSharding(mesh or sharding.single_device_mesh(), P())
+  if not checkpoint.has_arrays(source):
+    return jax.device_put(vae_from_weights(open_weights(source), config), place)
+  shapes = abstract_params(config)
+  places = jax.tree.map(lambda _: place, shapes)
+  return checkpoint.read_arrays(source, sharding.placed(shapes, places))
 
 
 def _config_fields(config: VAEConfig, scaling_factor: float | None) -> dict[str, Any]:

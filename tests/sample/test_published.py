@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pixsigma_jax import checkpoint, sharding
+from pixsigma_jax.convert import files
 from pixsigma_jax.diffusion import guidance
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures
@@ -188,6 +189,41 @@ def test_remembered_captions_draw_the_same_without_t5(
     ValueError, match="'a cat' is not among the 3 that were remembered"
   ):
     without("a cat")
+
+
+def test_frozen_networks_of_our_own_format_draw_the_same(
+  ours, capsys, monkeypatch, folder, converted, tmp_path
+):
+  def convert(*arguments):
+    return commands.run(capsys, monkeypatch, "convert", *arguments)
+
+  own, back = tmp_path / "own", tmp_path / "back"
+  own.mkdir()
+  (own / "tokenizer").symlink_to(folder / "tokenizer")
+  for kind, part in (("vae", "vae"), ("t5", "text_encoder")):
+    there = (f"--model={kind}", "--from=diffusers", "--to=orbax")
+    again = (f"--model={kind}", "--from=orbax", "--to=diffusers")
+    done = convert(*there, folder / part, own / part)
+    assert done.code == 0, done.err
+    done = convert(*again, own / part, back / part)
+    assert done.code == 0, done.err
+    first, last = (files.open_weights(root / part) for root in (folder, back))
+    assert set(first) == set(last)
+    for name in first:
+      np.testing.assert_array_equal(first[name], last[name])
+    done = convert(*there, folder / part, own / part)
+    assert (done.code, "exists already" in done.err) == (1, True)
+  done = convert(*again, folder / "text_encoder", tmp_path / "no")
+  assert (done.code, "is not of the format 'orbax'" in done.err) == (1, True)
+
+  pipeline = Pipeline.from_checkpoint(
+    converted, frozen=own, compute=Compute(dtype=jnp.float32), batch_size=2
+  )
+  draw = {"num_inference_steps": 2}
+  for one, other in zip(
+    ours(PROMPTS, **draw).images, pipeline(PROMPTS, **draw).images, strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
 
 
 def test_captions_of_another_encoder_are_refused(converted, folder):
