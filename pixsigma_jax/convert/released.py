@@ -2,8 +2,7 @@
 
 import dataclasses
 
-# VAE scaling factors: SDXL's for Σ, SD 1.x's for α.
-SIGMA_SCALING_FACTOR, ALPHA_SCALING_FACTOR = 0.13025, 0.18215
+from pixsigma_jax.models.autoencoders import SD_SCALING_FACTOR, SDXL_SCALING_FACTOR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ def _sigma(resolution: int, pe_interpolation: float) -> Release:
     resolution=resolution,
     pe_interpolation=pe_interpolation,
     caption_length=300,
-    scaling_factor=SIGMA_SCALING_FACTOR,
+    scaling_factor=SDXL_SCALING_FACTOR,
   )
 
 
@@ -42,7 +41,7 @@ def _alpha(resolution: int, pe_interpolation: float) -> Release:
     resolution=resolution,
     pe_interpolation=pe_interpolation,
     caption_length=120,
-    scaling_factor=ALPHA_SCALING_FACTOR,
+    scaling_factor=SD_SCALING_FACTOR,
   )
 
 

@@ -34,8 +34,9 @@ def autoencoder_from(
   return autoencoder
 
 
-# Scaling factor → whose latents: the two autoencoders that PixArt was trained with.
-_VAE_NAMES = {0.13025: "sdxl-vae", 0.18215: "sd-vae"}
+# Of the two autoencoders that PixArt was trained with: Σ's and α's.
+SDXL_SCALING_FACTOR, SD_SCALING_FACTOR = 0.13025, 0.18215
+_VAE_NAMES = {SDXL_SCALING_FACTOR: "sdxl-vae", SD_SCALING_FACTOR: "sd-vae"}
 
 
 def vae_identity(
