@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv dev
 cd "$root"
-exec "$python" -m pytest "$@"
+# A worker a core, whole files to each: a file's tests share what they have compiled.
+exec "$python" -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile "$@"

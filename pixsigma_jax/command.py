@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import jax
 from absl import app, flags, logging
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 _PACKAGE = pathlib.Path(__file__).parent
 _SECONDS_BETWEEN_LINES = 10
@@ -52,9 +52,17 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(caches / _PACKAGE.name / "xla"))
 
 
+def draws_bars() -> bool:
+  """Whether somebody watches who can see a bar move: in a terminal or a notebook."""
+  kernel = sys.modules.get("ipykernel.kernelapp")
+  # Loaded is not running: whatever executes notebooks loads ipykernel as well.
+  in_notebook = kernel is not None and kernel.IPKernelApp.initialized()
+  return in_notebook or sys.stderr.isatty()
+
+
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-  """Hands `items` on and shows how many: a bar on a terminal, lines elsewhere."""
-  if sys.stderr.isatty():
+  """Hands `items` on and shows how many: as a bar where `draws_bars`, else in lines."""
+  if draws_bars():
     yield from tqdm(items, total=total, desc=what)
     return
   shown = time.monotonic()

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import types
 
 import jax
 import numpy as np
@@ -134,6 +135,24 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
   monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
   assert list(command.progress(range(3), 3, "Numbers")) == [0, 1, 2]
   assert "Numbers: 100%" in capsys.readouterr().err
+
+
+def test_a_notebook_that_runs_has_bars_and_one_that_is_looked_at_has_none(monkeypatch):
+  class Kernel:
+    runs = False
+
+    @classmethod
+    def initialized(cls):
+      return cls.runs
+
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+  assert not command.draws_bars()
+  loaded = types.SimpleNamespace(IPKernelApp=Kernel)
+  monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+  monkeypatch.setitem(sys.modules, "ipykernel.kernelapp", loaded)
+  assert not command.draws_bars()
+  Kernel.runs = True
+  assert command.draws_bars()
 
 
 def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch):

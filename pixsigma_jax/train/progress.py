@@ -1,12 +1,13 @@
 """How far a run is: a bar in a terminal or notebook, plain lines elsewhere."""
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 from tqdm.auto import tqdm
+
+from pixsigma_jax import command
 
 _SHOWN = ("loss", "learning_rate", "images_per_second", "data_share")
 
@@ -17,9 +18,8 @@ class Progress:
   def __init__(self, start: int, total: int):
     self._start, self._total = start, total
     self._began = time.monotonic()
-    in_notebook = "ipykernel" in sys.modules
     self._bar = None
-    if in_notebook or sys.stderr.isatty():
+    if command.draws_bars():
       self._bar = tqdm(initial=start, total=total, unit="step")
 
   def advance(self, step: int) -> None:
