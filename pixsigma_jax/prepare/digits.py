@@ -2,15 +2,21 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from collections.abc import Container, Iterator
 
 import numpy as np
 
 from pixsigma_jax import command, metadata
 from pixsigma_jax.data import digits
 from pixsigma_jax.data.digits import Scene
-from pixsigma_jax.data.records import Dataset, Record, RecordWriter, open_dataset
+from pixsigma_jax.data.records import (
+  MANIFEST,
+  Dataset,
+  Features,
+  Record,
+  open_dataset,
+)
+from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
 from pixsigma_jax.models.pixels import PixelAutoencoder
 
@@ -58,19 +64,24 @@ def prepare_digits(
   if not (np.isfinite(scaling_factor) and scaling_factor > 0):
     raise ValueError(f"scaling_factor {scaling_factor} must be positive.")
   autoencoder, text_encoder = PixelAutoencoder(scaling_factor), HashedWordEncoder()
-  facts: dict[str, Any] = {
-    "kind": "latents",
-    "channels": autoencoder.channels,
-    "resolution": resolution,
-    "autoencoder": autoencoder.identity,
-    "scaling_factor": scaling_factor,
-    "text_encoder": text_encoder.identity,
-  }
-  if (directory / "manifest.json").exists():
-    _check_same(open_dataset(directory), facts, resolution, count, seed)
+  features = Features(
+    kind="latents",
+    channels=autoencoder.channels,
+    resolution=resolution,
+    autoencoder=autoencoder.identity,
+    scaling_factor=scaling_factor,
+    text_encoder=text_encoder.identity,
+    caption_storage="embeddings",
+    caption_length=CAPTION_LENGTH,
+    caption_width=text_encoder.width,
+    crop_rule={"name": "none"},  # they are drawn at the size that they are kept at
+    hashes={},
+  )
+  if (directory / MANIFEST).exists():
+    _check_same(open_dataset(directory), features, count, seed)
     return False
   null_captions, _ = text_encoder.encode([""], CAPTION_LENGTH)
-  with RecordWriter(directory, null_caption=null_captions[0], **facts) as writer:
+  with RecordWriter(directory, features, null_captions[0]) as writer:
     records = _records(resolution, count, seed, range(count))
     for record in command.progress(records, count, "Records"):
       writer.write(record)
@@ -106,22 +117,20 @@ def _record(
     caption_lengths=mask.sum(axis=-1, dtype=np.int32),
     caption_embeddings=embeddings[mask].astype(np.float16),
     original_size=np.array(image.shape[:2], np.int32),
+    crop=np.array([0, 0, *image.shape[:2]], np.float32),
     latents=PixelAutoencoder().encode(image[None])[0].astype(np.float16),
   )
 
 
-def _check_same(
-  dataset: Dataset, facts: Mapping[str, Any], resolution: int, count: int, seed: int
-) -> None:
+def _check_same(dataset: Dataset, features: Features, count: int, seed: int) -> None:
   """Refuses a finished dataset that is not the one that was asked for."""
-  have = {name: getattr(dataset.manifest, name) for name in facts}
+  have, want = map(dataclasses.asdict, (dataset.manifest.features, features))
   lines = metadata.disagreements(
-    {**have, "count": len(dataset), "caption_length": len(dataset.null_caption)},
-    {**facts, "count": count, "caption_length": CAPTION_LENGTH},
+    {**have, "count": len(dataset)}, {**want, "count": count}
   )
   if not lines:
     numbers = np.unique(np.linspace(0, count - 1, _COMPARED).astype(int)).tolist()
-    asked = _records(resolution, count, seed, numbers)
+    asked = _records(features.resolution, count, seed, numbers)
     for there, here in zip(dataset.read(numbers), asked, strict=True):
       if not _same(there, here):
         lines = [f"record {there.id} → {here.id}, of another seed or version"]
@@ -134,5 +143,5 @@ def _check_same(
 
 
 def _same(a: Record, b: Record) -> bool:
-  names = (field.name for field in dataclasses.fields(Record))
+  names = {field.name for field in dataclasses.fields(Record)} - {"aesthetic_score"}
   return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pixsigma_jax.data import pipeline
-from pixsigma_jax.data.records import Record, RecordWriter, open_dataset
+from pixsigma_jax.data.records import Features, Record, open_dataset
+from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.models import tokens
 
 WIDTH, LENGTH, CHANNELS = 4, 6, 2
@@ -48,22 +49,27 @@ def make_record(number, kinds=None, size=None, kind="latents"):
       ]
     ).astype(np.float16),
     original_size=np.array([100 + number, 200 + number], np.int32),
+    crop=np.array([0, 50, 100, 150], np.float32),
     **{kind: rng.normal(size=(h, w, channels)).astype(np.float16)},
   )
 
 
 def write(directory, made, kind="latents"):
-  with RecordWriter(
-    directory,
+  features = Features(
     kind=kind,
     channels=CHANNELS,
     resolution=8,
     autoencoder={"name": "pixels"},
     scaling_factor=1.0,
     text_encoder={"name": "words"},
-    null_caption=np.zeros((LENGTH, WIDTH), np.float32),
-    shard_bytes=1500,
-  ) as writer:
+    caption_storage="embeddings",
+    caption_length=LENGTH,
+    caption_width=WIDTH,
+    crop_rule={"name": "none"},
+    hashes={},
+  )
+  null_caption = np.zeros((LENGTH, WIDTH), np.float32)
+  with RecordWriter(directory, features, null_caption, shard_bytes=1500) as writer:
     for record in made:
       writer.write(record)
   return open_dataset(directory)

@@ -14,8 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from pixsigma_jax.data import records
-from pixsigma_jax.data.records import Record, RecordWriter, open_dataset
+from pixsigma_jax.data import records, wire, writing
+from pixsigma_jax.data.records import Features, Record, open_dataset
+from pixsigma_jax.data.writing import RecordWriter, begin_dataset
 
 WIDTH, LENGTH, CHANNELS = 6, 5, 3
 SIZES = [(2, 4), (4, 2), (4, 4)]
@@ -34,22 +35,34 @@ def make_record(number, kind="latents"):
     caption_lengths=lengths,
     caption_embeddings=rng.normal(size=(lengths.sum(), WIDTH)).astype(np.float16),
     original_size=np.array([10 * h, 10 * w], np.int32),
+    crop=np.array([0.25, 0, 10 * h - 0.25, 10 * w], np.float32),
+    aesthetic_score=number / 4,
     **{kind: rng.normal(size=(h, w, channels)).astype(np.float16)},
   )
 
 
-def writer(directory, kind="latents", shard_bytes=1500, **changes):
-  settings = {
+NULL_CAPTION = np.arange(LENGTH * WIDTH, dtype=np.float32).reshape(LENGTH, WIDTH)
+
+
+def features(**changes):
+  fields = {
+    "kind": "latents",
     "channels": CHANNELS,
     "resolution": 4,
     "autoencoder": {"name": "pixels", "version": 1},
     "scaling_factor": 0.5,
     "text_encoder": {"name": "hashed-words", "width": WIDTH},
-    "null_caption": np.arange(LENGTH * WIDTH, dtype=np.float32).reshape(LENGTH, WIDTH),
+    "caption_storage": "embeddings",
+    "caption_length": LENGTH,
+    "caption_width": WIDTH,
+    "crop_rule": {"name": "none"},
+    "hashes": {"autoencoder": "00ff"},
   }
-  return RecordWriter(
-    directory, kind=kind, shard_bytes=shard_bytes, **settings | changes
-  )
+  return Features(**fields | changes)
+
+
+def writer(directory, shard_bytes=1500, **changes):
+  return RecordWriter(directory, features(**changes), NULL_CAPTION, shard_bytes)
 
 
 def write(directory, made=None, **changes):
@@ -112,7 +125,9 @@ def test_tfds_reads_the_shards_without_tensorflow(tmp_path, kind):
     assert read["id"].decode() == expected["id"]
     for name in ("captions", "caption_kinds"):
       assert [text.decode() for text in read[name]] == list(expected[name])
-    for name in (kind, "caption_lengths", "caption_embeddings", "original_size"):
+    assert read["aesthetic_score"] == expected["aesthetic_score"]
+    arrays = ("caption_lengths", "caption_embeddings", "original_size", "crop")
+    for name in (kind, *arrays):
       assert read[name].dtype == expected[name].dtype, name
       np.testing.assert_array_equal(read[name], expected[name], err_msg=name)
   assert "tensorflow" not in sys.modules
@@ -120,20 +135,19 @@ def test_tfds_reads_the_shards_without_tensorflow(tmp_path, kind):
 
 def test_a_record_is_what_tfds_would_have_written():
   record = make_record(2)
-  features = records._tfds_features("latents", CHANNELS, WIDTH)
   fields = dataclasses.asdict(record)
   del fields["latent_moments"]
-  theirs = features.serialize_example(
+  theirs = writing.tfds_features(features()).serialize_example(
     {name: list(x) if isinstance(x, tuple) else x for name, x in fields.items()}
   )
   parse = tf_example_pb2.Example.FromString
-  assert parse(records._encode(record, "latents")) == parse(theirs)
-  assert_equal(records._decode(theirs, "latents", WIDTH), record)
+  assert parse(records.encode(record, features())) == parse(theirs)
+  assert_equal(records.decode(theirs, features()), record)
 
 
 def test_a_record_is_the_same_bytes_in_every_process():
   # Protobuf's own order of a map differs from process to process.
-  data = records._encode(make_record(2), "latents")
+  data = records.encode(make_record(2), features())
   names = [b"captions", b"caption_lengths", b"id", b"latents/shape", b"original_size"]
   places = [data.index(name) for name in sorted(names)]
   assert places == sorted(places)
@@ -411,7 +425,7 @@ def test_a_shard_of_something_else_is_named(directory):
   dataset = open_dataset(directory)
   shard = dataset.manifest.shards[0]
   path = directory / shard.file
-  other = records.array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  other = writing.array_record_module.ArrayRecordWriter(str(path), "group_size:1")
   for _ in range(shard.records):
     other.write(b"not a tf.train.Example")
   other.close()

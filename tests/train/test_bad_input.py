@@ -13,7 +13,8 @@ from absl import flags
 from configs.quickstart import compressed, high
 from pixsigma_jax import checkpoint
 from pixsigma_jax.data import pipeline as data_pipeline
-from pixsigma_jax.data.records import Dataset, RecordWriter, open_dataset
+from pixsigma_jax.data.records import Dataset, open_dataset
+from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.train import loop
 from tests import commands
 from tests.train import runs
@@ -376,14 +377,8 @@ def test_a_caption_longer_than_the_limit_is_refused_where_it_is_written(data, tm
     caption_lengths=np.array([long], np.int32),
     caption_embeddings=np.ones((long, 64), np.float16),
   )
-  names = ("kind", "channels", "resolution", "autoencoder", "scaling_factor")
-  manifest = {name: getattr(dataset.manifest, name) for name in names}
-  writer = RecordWriter(
-    tmp_path / "long",
-    text_encoder=dataset.manifest.text_encoder,
-    null_caption=dataset.null_caption,
-    **manifest,
-  )
+  features = dataset.manifest.features
+  writer = RecordWriter(tmp_path / "long", features, dataset.null_caption)
   message = f"'word .*' has {long} tokens, .* shorten it"
   with pytest.raises(ValueError, match=message), writer:
     writer.write(record)
