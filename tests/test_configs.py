@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pixsigma_jax.data import pipeline as data_pipeline
-from pixsigma_jax.data.records import open_dataset
+from pixsigma_jax.data.mixture import open_mixture
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, init_params
@@ -147,7 +147,10 @@ def test_a_stage_of_full_size_takes_an_abstract_step(file, argument, data):
   config = load(file, argument).to_dict()
   model = model_config(config["model"])
   schedule = linear_schedule()
-  dataset = open_dataset(data[_resolution(load(file, argument))])
+  path, section = data[_resolution(load(file, argument))], config["data"]
+  mixture = open_mixture(
+    [path], weights=section["weights"], holdout=section["holdout"], split="train"
+  )
   compute = call(Compute, "compute", config["compute"], merge_rows=True)
   loss = call(
     make_loss,
@@ -155,7 +158,7 @@ def test_a_stage_of_full_size_takes_an_abstract_step(file, argument, data):
     config["loss"],
     PixArt(model, compute),
     schedule,
-    scaling_factor=dataset.manifest.scaling_factor,
+    scaling_factor=mixture.features.scaling_factor,
   )
   rates = ("learning_rate", "schedule", "warmup_steps")
   rate = make_schedule(
@@ -168,17 +171,19 @@ def test_a_stage_of_full_size_takes_an_abstract_step(file, argument, data):
   )
   batch = next(
     data_pipeline.batches(
-      dataset,
+      mixture,
       batch_size=config["batch_size"],
       seed=config["seed"],
       start_example=0,
       patch_size=model.patch_size,
       window=model.window,
       caption_length=model.caption_length,
-      long_caption_ratio=config["data"]["long_caption_ratio"],
+      long_caption_ratio=section["long_caption_ratio"],
       process_index=0,
       process_count=1,
       num_threads=0,
+      num_workers=0,
+      damaged=section["damaged"],
     )
   )
 

@@ -38,7 +38,17 @@ def get_config() -> ml_collections.ConfigDict:
         "remat": "none",
         "unroll": True,
       },
-      "data": {"path": "", "long_caption_ratio": 0.6, "num_threads": 1},
+      "data": {
+        "path": "",
+        "weights": (),
+        "holdout": 0.0,
+        "hashes": {"autoencoder": "", "text_encoder": "", "crop_rule": ""},
+        "long_caption_ratio": 0.6,
+        "num_threads": 1,
+        "num_workers": 0,
+        "damaged": "stop",
+      },
+      "frozen": "",
       # Noise and learned variance, as PixArt-Σ. Min-SNR is what fits minutes on a CPU:
       # after as many images, unweighted training follows one prompt in five.
       "loss": {"caption_dropout": 0.1, "snr_switch": False, "min_snr_gamma": 1.0},

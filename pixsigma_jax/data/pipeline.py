@@ -1,33 +1,33 @@
 """From records to the batches of a training step, the same whatever the machines.
 
-The stream of examples has no end and no state: which example is number g, and which
-of its captions is shown, are functions of (seed, g). A batch is a function of its step,
-a host's part of it a function of (step, host), and the position that a checkpoint keeps
-is one number. Grain draws the batches ahead in threads.
+A batch is a function of its step, a host's part of it a function of (step, host), and
+the position that a checkpoint keeps is one number. Grain draws the batches ahead, in
+threads and in processes.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import grain
 import numpy as np
-from jaxtyping import Float64, Int64, UInt64
+from absl import flags
+from jaxtyping import Int64
 
-from pixsigma_jax.data.records import CAPTION_KINDS, Dataset, Record
+from pixsigma_jax.data import order
+from pixsigma_jax.data.mixture import Mixture
+from pixsigma_jax.data.records import CAPTION_KINDS, Record
 from pixsigma_jax.models import tokens
 
 Batch: TypeAlias = dict[str, np.ndarray]
 Position: TypeAlias = dict[str, Any]
-
-# Streams of random numbers, so that no two draws share their bits.
-_ORDER, _CAPTION_KIND, _CAPTION = range(3)
-_ROUNDS = 4
+# Captions and their length in tokens to arrays of a batch, `caption_mask` among them.
+ReadCaptions: TypeAlias = Callable[[Sequence[str], int], Mapping[str, np.ndarray]]
 
 
 def batches(
-  dataset: Dataset,
+  mixture: Mixture,
   *,
   batch_size: int,
   seed: int,
@@ -40,27 +40,33 @@ def batches(
   process_index: int,
   process_count: int,
   num_threads: int,
-) -> Iterator[Batch]:
+  num_workers: int,
+  damaged: Literal["stop", "replace"],
+  read_captions: ReadCaptions | None = None,
+) -> grain.DatasetIterator[Batch]:
   """This host's part of every batch from example `start_example` on, without end.
 
   Batch s holds the examples start_example + s·batch_size + row of the global stream,
   row = 0 … batch_size - 1. A host gets a contiguous block of rows; `row` in the batch
   names them. Every example comes once an epoch, epochs follow each other without a gap,
-  and the hosts' rows together do not depend on the number of hosts.
+  and the hosts' rows together do not depend on the number of hosts. Nor do batches on
+  the number of threads or workers. Close the iterator to end its workers.
 
   A batch is a dict of arrays, b rows:
     latents                      float16 [b n p·p·c], unscaled tokens in window-major
                                  order, zero-padded; or latent_moments
     coordinates                  int32 [b n 2], row and column of each token
     grid                         int32 [b 2], token rows and columns of each image
-    caption_embeddings           float16 [b t e], zero-padded
+    caption_embeddings           float16 [b t e], zero-padded; or, of captions stored
+                                 as text, what `read_captions` makes of them
     caption_mask                 bool [b t]
     original_size                float32 [b 2], height and width in pixels
     aspect_ratio                 float32 [b], height / width of the latents
     row, example                 int32 [b], row of the global batch, record number
+    replaced                     bool [b], whether it stands in for a damaged record
 
   Args:
-    dataset: an open dataset.
+    mixture: open datasets, one or more.
     batch_size: rows of the global batch, over all hosts.
     seed: decides order and captions.
     start_example: examples of the stream that were used before; 0 for a new run.
@@ -73,6 +79,10 @@ def batches(
       share the tokens of an image) give the same number.
     process_count: parts of the batch.
     num_threads: threads that draw batches ahead, each works on one; 0 for none.
+    num_workers: processes that do so, with these threads each; 0 for this process.
+    damaged: what a record that cannot be read does: end the stream in an error, or be
+      replaced as `Mixture.read_or_replace` says.
+    read_captions: for captions stored as text, a function that can be pickled.
 
   Raises:
     ValueError: an argument is wrong, or does not fit what the manifest says.
@@ -88,9 +98,9 @@ def batches(
     raise ValueError(f"{seed=} and {start_example=} must not be negative.")
   if not 0.0 <= long_caption_ratio <= 1.0:
     raise ValueError(f"{long_caption_ratio=} must lie between 0 and 1.")
-  _check_captions(dataset, caption_length)
+  _check_captions(mixture, caption_length, read_captions)
   source = _LocalBatches(
-    dataset,
+    mixture,
     batch_size=batch_size,
     seed=seed,
     start_example=start_example,
@@ -98,38 +108,46 @@ def batches(
     window=window,
     caption_length=caption_length,
     long_caption_ratio=long_caption_ratio,
-    sequence_length=_check_latents(dataset, patch_size, sequence_length),
+    sequence_length=_check_latents(mixture, patch_size, sequence_length),
     rows=np.arange(batch_size).reshape(process_count, -1)[process_index],
+    damaged=damaged,
+    read_captions=read_captions,
   )
   # An element is a whole batch: Grain costs microseconds a batch and not an example.
   steps = grain.MapDataset.source(source)
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )
-  return iter(steps.to_iter_dataset(options))
+  ahead = steps.to_iter_dataset(options)
+  if num_workers:
+    if not flags.FLAGS.is_parsed():  # outside absl.app Grain's own flags are asked for
+      flags.FLAGS.mark_as_parsed()
+    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  return iter(ahead)
 
 
-def position(dataset: Dataset, *, seed: int, examples: int) -> Position:
+def position(mixture: Mixture, *, seed: int, examples: int) -> Position:
   """What a checkpoint keeps: `examples` of the stream have been used."""
   return {
     "examples": examples,
     "seed": seed,
-    "num_records": len(dataset),
-    "fingerprint": dataset.fingerprint,
+    "num_records": len(mixture),
+    "fingerprint": mixture.fingerprint,
   }
 
 
-def resume_from(stored: Position, dataset: Dataset, *, seed: int) -> int:
+def resume_from(stored: Position, mixture: Mixture, *, seed: int) -> int:
   """The example to start from, after a look whether it is still the same stream.
 
   Raises:
-    ValueError: the position belongs to another seed or another dataset.
+    ValueError: the position belongs to another seed, other datasets, other weights of
+      the same, or another holdout.
   """
   way_out = (
     "To go on with this run, give what it was started with. To start a new run from "
     "its weights, make it the parent of a run in a new directory."
   )
-  now = position(dataset, seed=seed, examples=0)
+  now = position(mixture, seed=seed, examples=0)
   if missing := sorted(now.keys() - stored.keys()):
     raise ValueError(f"The stored position in the data lacks {', '.join(missing)}.")
   if stored["seed"] != seed:
@@ -140,46 +158,18 @@ def resume_from(stored: Position, dataset: Dataset, *, seed: int) -> int:
   if any(stored[name] != now[name] for name in ("num_records", "fingerprint")):
     raise ValueError(
       f"The checkpoint's position is in a dataset of {stored['num_records']} records "
-      f"with fingerprint {stored['fingerprint']}; {dataset.directory} has "
-      f"{len(dataset)} records and fingerprint {dataset.fingerprint}. {way_out}"
+      f"with fingerprint {stored['fingerprint']}; {mixture} has {len(mixture)} records "
+      f"and fingerprint {now['fingerprint']}. Datasets, weights and holdout decide the "
+      f"order of examples. {way_out}"
     )
   return stored["examples"]
-
-
-def examples_at(
-  positions: Int64[np.ndarray, " b"], *, seed: int, num_records: int
-) -> tuple[Int64[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
-  """Epoch and record number of the examples at these positions of the stream.
-
-  Each epoch is a permutation of its own, computed point by point: nothing is as long
-  as the dataset, and any position costs the same. It is a Feistel network over the next
-  power of two (a bijection whatever its round function), applied again to what lands
-  outside the dataset until it lands inside ("cycle walking": Black and Rogaway,
-  "Ciphers with arbitrary finite domains", 2002, section 4).
-  """
-  epoch, index = np.divmod(positions, num_records)
-  bits = max(6, (num_records - 1).bit_length())  # halves of a bit or two mix poorly
-  low_bits = np.uint64(bits // 2)
-  low_mask = np.uint64((1 << bits // 2) - 1)
-  high_mask = np.uint64((1 << bits - bits // 2) - 1)
-  keys = [_hash(_ORDER, seed, epoch, i) for i in range(2 * _ROUNDS)]
-
-  outside, point = np.arange(len(index)), index.astype(np.uint64)
-  while len(outside):
-    high, low = point[outside] >> low_bits, point[outside] & low_mask
-    for i in range(0, 2 * _ROUNDS, 2):
-      high ^= _scramble(keys[i][outside] ^ low) & high_mask
-      low ^= _scramble(keys[i + 1][outside] ^ high) & low_mask
-    point[outside] = (high << low_bits) | low
-    outside = outside[point[outside] >= num_records]
-  return epoch, point.astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LocalBatches:
   """One host's part of each batch, by step."""
 
-  dataset: Dataset
+  mixture: Mixture
   batch_size: int
   seed: int
   start_example: int
@@ -189,26 +179,30 @@ class _LocalBatches:
   long_caption_ratio: float
   sequence_length: int
   rows: np.ndarray  # int64 [b], of the global batch
+  damaged: Literal["stop", "replace"]
+  read_captions: ReadCaptions | None
 
   def __len__(self) -> int:
     return sys.maxsize  # Grain wants a length; the stream has none
 
   def __getitem__(self, index: int) -> Batch:
     positions = self.start_example + index * self.batch_size + self.rows
-    epochs, examples = examples_at(
-      positions, seed=self.seed, num_records=len(self.dataset)
-    )
-    records = self.dataset.read(examples)
+    epochs, examples = self.mixture.examples_at(positions, seed=self.seed)
+    if self.damaged == "replace":
+      records, examples, replaced = self.mixture.read_or_replace(examples)
+    else:
+      records, replaced = self.mixture.read(examples), np.zeros(len(examples), bool)
     return {
       **self._images(records),
       **self._captions(records, epochs, examples),
       "original_size": np.stack([r.original_size for r in records]).astype(np.float32),
       "row": self.rows.astype(np.int32),
       "example": examples.astype(np.int32),
+      "replaced": replaced,
     }
 
   def _images(self, records: list[Record]) -> Batch:
-    kind, b, n = self.dataset.manifest.kind, len(records), self.sequence_length
+    kind, b, n = self.mixture.features.kind, len(records), self.sequence_length
     latents = [getattr(record, kind) for record in records]
     sizes = np.array([x.shape[:2] for x in latents], np.int32)
     width = self.patch_size**2 * latents[0].shape[-1]
@@ -235,85 +229,84 @@ class _LocalBatches:
     examples: Int64[np.ndarray, " b"],
   ) -> Batch:
     b, t = len(records), self.caption_length
-    embeddings = np.zeros((b, t, self.dataset.manifest.caption_width), np.float16)
+    chosen = self._choose(records, epochs, examples)
+    if self.read_captions is not None:
+      texts = [record.captions[i] for record, i in zip(records, chosen, strict=True)]
+      return dict(self.read_captions(texts, t))
+    embeddings = np.zeros((b, t, self.mixture.features.caption_width), np.float16)
     lengths = np.zeros(b, np.int32)
-    kind_draws = _uniform(_hash(_CAPTION_KIND, self.seed, epochs, examples))
-    caption_draws = _uniform(_hash(_CAPTION, self.seed, epochs, examples))
-    long, short = CAPTION_KINDS
-    for row, record in enumerate(records):
-      kind = long if kind_draws[row] < self.long_caption_ratio else short
-      same = [i for i, other in enumerate(record.caption_kinds) if other == kind]
-      candidates = same or range(len(record.captions))
-      chosen = candidates[int(caption_draws[row] * len(candidates))]
-      start = record.caption_lengths[:chosen].sum()
-      length = lengths[row] = record.caption_lengths[chosen]
+    for row, (record, i) in enumerate(zip(records, chosen, strict=True)):
+      assert record.caption_embeddings is not None
+      start = record.caption_lengths[:i].sum()
+      length = lengths[row] = record.caption_lengths[i]
       embeddings[row, :length] = record.caption_embeddings[start : start + length]
     return {
       "caption_embeddings": embeddings,
       "caption_mask": np.arange(t) < lengths[:, None],
     }
 
+  def _choose(
+    self,
+    records: list[Record],
+    epochs: Int64[np.ndarray, " b"],
+    examples: Int64[np.ndarray, " b"],
+  ) -> list[int]:
+    """Which of its captions each record shows."""
+    draws = [
+      order.uniform(order.hashed(stream, self.seed, epochs, examples))
+      for stream in (order.CAPTION_KIND, order.CAPTION)
+    ]
+    long, short = CAPTION_KINDS
+    chosen = []
+    for record, kind_draw, caption_draw in zip(records, *draws, strict=True):
+      kind = long if kind_draw < self.long_caption_ratio else short
+      same = [i for i, other in enumerate(record.caption_kinds) if other == kind]
+      candidates = same or range(len(record.captions))
+      chosen.append(candidates[int(caption_draw * len(candidates))])
+    return chosen
+
 
 def _check_latents(
-  dataset: Dataset, patch_size: int, sequence_length: int | None
+  mixture: Mixture, patch_size: int, sequence_length: int | None
 ) -> int:
   """The length that sequences are padded to."""
-  for h, w, count in dataset.manifest.latent_sizes:
+  for (h, w), count in mixture.latent_sizes.items():
     if h % patch_size or w % patch_size:
       raise ValueError(
-        f"{dataset.directory} holds {count} images with latents of {h}x{w}, which "
-        f"cannot be cut into patches of {patch_size}x{patch_size}: choose another "
-        "patch size, or prepare the dataset with other image sizes."
+        f"{mixture} holds {count} images with latents of {h}x{w}, which cannot be cut "
+        f"into patches of {patch_size}x{patch_size}: choose another patch size, or "
+        "prepare the dataset with other image sizes."
       )
-  longest = dataset.manifest.longest_sequence(patch_size)
+  longest = mixture.longest_sequence(patch_size)
   if sequence_length is not None and sequence_length < longest:
     raise ValueError(
-      f"{dataset.directory} holds images of {longest} tokens, {sequence_length=}: "
-      f"raise it to {longest}, or prepare the dataset at a lower resolution."
+      f"{mixture} holds images of {longest} tokens, {sequence_length=}: raise it to "
+      f"{longest}, or prepare the dataset at a lower resolution."
     )
   return longest if sequence_length is None else sequence_length
 
 
-def _check_captions(dataset: Dataset, caption_length: int) -> None:
-  longest = dataset.manifest.longest_caption
+def _check_captions(
+  mixture: Mixture, caption_length: int, read_captions: ReadCaptions | None
+) -> None:
+  storage = mixture.features.caption_storage
+  if (read_captions is not None) != (storage == "text"):
+    raise ValueError(
+      f"{mixture} holds captions as {storage}: text needs something that reads it, "
+      "embeddings do not."
+    )
+  longest = max(dataset.manifest.longest_caption for dataset in mixture.datasets)
   if longest > caption_length:
-    lengths = dataset.index["caption_lengths"]
+    lengths = mixture.caption_lengths()
     raise ValueError(
-      f"{(lengths > caption_length).sum()} of {len(lengths)} captions in "
-      f"{dataset.directory} have more than {caption_length} tokens, the longest has "
-      f"{longest}: raise the caption length to {longest}, or prepare the dataset again "
-      "with shorter captions."
+      f"{(lengths > caption_length).sum()} of {len(lengths)} captions in {mixture} "
+      f"have more than {caption_length} tokens, the longest has {longest}: raise the "
+      f"caption length to {longest}, or prepare the dataset again with shorter ones."
     )
-  if caption_length > (encoded := len(dataset.null_caption)):
+  encoded = mixture.features.caption_length
+  if storage == "embeddings" and caption_length > encoded:
     raise ValueError(
-      f"The null caption of {dataset.directory} has {encoded} tokens, captions are to "
-      f"be padded to {caption_length}: lower the caption length to {encoded}, or "
-      "prepare the dataset again with a greater one."
+      f"The null caption of {mixture} has {encoded} tokens, captions are to be padded "
+      f"to {caption_length}: lower the caption length to {encoded}, or prepare the "
+      "dataset again with a greater one."
     )
-
-
-def _scramble(x: UInt64[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
-  """A bijection in which every bit depends on every bit.
-
-  Stafford's variant 13, the output function of SplitMix64 (Steele, Lea and Flood, "Fast
-  splittable pseudorandom number generators", 2014).
-  """
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
-
-
-def _hash(*words: int | Int64[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
-  """Random bits for each row, a function of all the words.
-
-  Written out because the order of a run's examples must outlive any library's version.
-  """
-  state = np.zeros(1, np.uint64)
-  for word in words:
-    state = _scramble((state + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(word))
-  return state
-
-
-def _uniform(bits: UInt64[np.ndarray, " b"]) -> Float64[np.ndarray, " b"]:
-  """Numbers in [0, 1) from random bits."""
-  return (bits >> np.uint64(11)) * 2.0**-53

@@ -34,6 +34,17 @@ def autoencoder_from(
   return autoencoder
 
 
+def downsampling(identity: Mapping[str, Any]) -> int:
+  """Pixels to a latent, along a side, of the autoencoder that an `identity` names.
+
+  Raises:
+    ValueError: there is none of that name, or it is of another version.
+  """
+  if "downsampling" in identity:  # of weights in files, which need not be here
+    return identity["downsampling"]
+  return autoencoder_from(identity, 1.0).downsampling
+
+
 # Of the two autoencoders that PixArt was trained with: Σ's and α's.
 SDXL_SCALING_FACTOR, SD_SCALING_FACTOR = 0.13025, 0.18215
 _VAE_NAMES = {SDXL_SCALING_FACTOR: "sdxl-vae", SD_SCALING_FACTOR: "sd-vae"}

@@ -105,6 +105,16 @@ class HashedWordEncoder:
     """How many tokens `prompt` takes, the end token included."""
     return len(split_words(prompt)) + 1
 
+  def read_captions(self, prompts: Sequence[str], length: int) -> dict[str, np.ndarray]:
+    """What a batch holds of captions stored as text: embeddings, there being no net.
+
+    Returns:
+      caption_embeddings float16 `[b t e]`, zero behind the mask, and caption_mask.
+    """
+    embeddings, mask = self.encode(prompts, length)
+    embeddings = np.where(mask[..., None], embeddings, 0).astype(np.float16)
+    return {"caption_embeddings": embeddings, "caption_mask": mask}
+
   def encode(
     self, prompts: Sequence[str], length: int
   ) -> tuple[Float32[np.ndarray, "b t e"], Bool[np.ndarray, "b t"]]:

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pixsigma_jax import tree
 from pixsigma_jax.models.layers import Initializer
+
+# Captions and a length in tokens to arrays of a batch.
+ReadCaptions: TypeAlias = Callable[[Sequence[str], int], dict[str, np.ndarray]]
 
 PAD, END = 0, 1  # ids, the same in every published T5
 
@@ -250,7 +253,7 @@ def t5_shardings(config: T5Config, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
   return tree.map_with_name(place, abstract_t5_params(config))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "place"))
 def _embed(
   params: dict[str, Any],
   ids: Int32[Array, "b t"],
@@ -258,12 +261,10 @@ def _embed(
   *,
   config: T5Config,
   dtype: DTypeLike,
-  mesh: Mesh,
+  place: NamedSharding,
 ) -> Float32[Array, "b t e"]:
   embeddings = T5Encoder(config, dtype).apply({"params": params}, ids, mask)
-  # Whole on every device, so that every process can read it.
-  whole = NamedSharding(mesh, P())
-  return jax.lax.with_sharding_constraint(embeddings, whole)  # pyright: ignore[reportReturnType]
+  return jax.lax.with_sharding_constraint(embeddings, place)  # pyright: ignore[reportReturnType]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -294,9 +295,17 @@ class T5TextEncoder:
     """What a checkpoint or a record notes down, to refuse another encoder's vectors."""
     return {"name": "t5", "width": self.width}
 
+  @property
+  def read_captions(self) -> ReadCaptions:
+    """Captions to `caption_ids` int32 and `caption_mask` bool, both `[b t]`.
+
+    It can be sent to another process, and raises as `encode` does.
+    """
+    return functools.partial(_read_captions, self.tokenizer)
+
   def count(self, prompt: str) -> int:
     """How many tokens `prompt` takes, the end token included."""
-    return len(self._ids(prompt))
+    return len(_ids(self.tokenizer, prompt))
 
   def truncated(self, prompt: str, length: int) -> tuple[str, str]:
     """The start of `prompt` that fits in `length` tokens, and what is cut off.
@@ -308,17 +317,7 @@ class T5TextEncoder:
     Raises:
       ValueError: `length` leaves no room for the end token.
     """
-    if length < 1:
-      raise ValueError(f"A caption takes at least its end token: {length} is no limit.")
-    if self.count(prompt) <= length:
-      return prompt, ""
-    coded = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in coded["offset_mapping"][: length - 1]]
-    # A character may be several tokens ("½" is read as "1/2"): cut before it.
-    while ends and self.count(prompt[: ends[-1]]) > length:
-      ends.pop()
-    stop = ends[-1] if ends else 0
-    return prompt[:stop], prompt[stop:]
+    return _truncated(self.tokenizer, prompt, length)
 
   def encode(
     self, prompts: Sequence[str], length: int
@@ -336,19 +335,8 @@ class T5TextEncoder:
     Raises:
       ValueError: a prompt has more than `length` tokens.
     """
-    ids = np.full((len(prompts), length), PAD, np.int32)
-    mask = np.zeros((len(prompts), length), bool)
-    for row, prompt in enumerate(prompts):
-      tokens = self._ids(prompt)
-      if len(tokens) > length:
-        _, cut = self.truncated(prompt, length)
-        raise ValueError(
-          f"The caption {prompt!r} has {len(tokens)} tokens (the end token included), "
-          f"and the limit is {length}: {cut!r} at its end would be cut off. Shorten "
-          "it, or raise the caption length."
-        )
-      ids[row, : len(tokens)] = tokens
-      mask[row, : len(tokens)] = True
+    read = self.read_captions(prompts, length)
+    ids, mask = read["caption_ids"], read["caption_mask"]
     embeddings = np.empty((len(prompts), length, self.width), np.float32)
     copies = math.prod(self.mesh.shape[axis] for axis in _ROW_AXES)
     for start in range(0, len(prompts), _MAX_ROWS * copies):
@@ -358,9 +346,13 @@ class T5TextEncoder:
       embeddings[turn] = self._run(ids[turn], mask[turn], rows)[:count]
     return embeddings, mask
 
-  def _ids(self, prompt: str) -> list[int]:
-    # Not verbose: it would warn beyond 512 tokens, which T5 itself does not mind.
-    return self.tokenizer(prompt, verbose=False)["input_ids"]
+  def embed(
+    self, ids: Int32[Array, "b t"], mask: Bool[Array, "b t"], place: NamedSharding
+  ) -> Float32[Array, "b t e"]:
+    """The embeddings of what `read_captions` gave, left on devices, at `place`."""
+    return _embed(
+      self.params, ids, mask, config=self.config, dtype=self.dtype, place=place
+    )
 
   def _run(
     self, ids: Int32[np.ndarray, "n t"], mask: Bool[np.ndarray, "n t"], rows: int
@@ -370,12 +362,44 @@ class T5TextEncoder:
       place = NamedSharding(self.mesh, P(_ROW_AXES))
       return jax.make_array_from_callback(array.shape, place, array.__getitem__)
 
-    embeddings = _embed(
-      self.params,
-      placed(ids),
-      placed(mask),
-      config=self.config,
-      dtype=self.dtype,
-      mesh=self.mesh,
-    )
-    return np.asarray(embeddings)
+    # Whole on every device, so that every process can read it.
+    whole = NamedSharding(self.mesh, P())
+    return np.asarray(self.embed(placed(ids), placed(mask), whole))
+
+
+def _ids(tokenizer: Any, prompt: str) -> list[int]:
+  # Not verbose: it would warn beyond 512 tokens, which T5 itself does not mind.
+  return tokenizer(prompt, verbose=False)["input_ids"]
+
+
+def _truncated(tokenizer: Any, prompt: str, length: int) -> tuple[str, str]:
+  if length < 1:
+    raise ValueError(f"A caption takes at least its end token: {length} is no limit.")
+  if len(_ids(tokenizer, prompt)) <= length:
+    return prompt, ""
+  coded = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+  ends = [stop for _, stop in coded["offset_mapping"][: length - 1]]
+  # A character may be several tokens ("½" is read as "1/2"): cut before it.
+  while ends and len(_ids(tokenizer, prompt[: ends[-1]])) > length:
+    ends.pop()
+  stop = ends[-1] if ends else 0
+  return prompt[:stop], prompt[stop:]
+
+
+def _read_captions(
+  tokenizer: Any, prompts: Sequence[str], length: int
+) -> dict[str, np.ndarray]:
+  ids = np.full((len(prompts), length), PAD, np.int32)
+  mask = np.zeros((len(prompts), length), bool)
+  for row, prompt in enumerate(prompts):
+    tokens = _ids(tokenizer, prompt)
+    if len(tokens) > length:
+      _, cut = _truncated(tokenizer, prompt, length)
+      raise ValueError(
+        f"The caption {prompt!r} has {len(tokens)} tokens (the end token included), "
+        f"and the limit is {length}: {cut!r} at its end would be cut off. Shorten it, "
+        "or raise the caption length."
+      )
+    ids[row, : len(tokens)] = tokens
+    mask[row, : len(tokens)] = True
+  return {"caption_ids": ids, "caption_mask": mask}

@@ -7,7 +7,7 @@ are files: a folder of diffusers with `vae/`, `text_encoder/` and `tokenizer/`.
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float32
 
 from pixsigma_jax.convert import files, t5, vae
-from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import autoencoder_from
 from pixsigma_jax.models.text_encoders import text_encoder_from
 
@@ -28,16 +27,31 @@ HUB_IDS = {
 _PARTS = ("vae", "text_encoder", "tokenizer")
 
 
+@runtime_checkable  # the suite checks types as it runs
+class Identities(Protocol):
+  """What a checkpoint's metadata and a dataset's features both say of the networks."""
+
+  @property
+  def autoencoder(self) -> Mapping[str, Any]: ...
+
+  @property
+  def scaling_factor(self) -> float: ...
+
+  @property
+  def text_encoder(self) -> Mapping[str, Any]: ...
+
+
 def load_autoencoder(
-  metadata: Metadata,
+  metadata: Identities,
   source: str | os.PathLike[str] | None,
   *,
   dtype: DTypeLike,
   mesh: Mesh | None = None,
 ) -> Any:
-  """The autoencoder that a checkpoint's latents are of.
+  """The autoencoder that the latents of a checkpoint or of records are of.
 
   Args:
+    metadata: the checkpoint's metadata, or the features of the records.
     source: a folder or hub id as above; None for the release's own. Unused by models
       that need no files.
 
@@ -58,13 +72,13 @@ def load_autoencoder(
 
 
 def load_text_encoder(
-  metadata: Metadata,
+  metadata: Identities,
   source: str | os.PathLike[str] | None,
   *,
   dtype: DTypeLike,
   mesh: Mesh | None = None,
 ) -> Any:
-  """The text encoder that a checkpoint's captions are of; arguments as above.
+  """The text encoder that their captions are of; arguments as above.
 
   Raises:
     FileNotFoundError: it is not there.
@@ -90,12 +104,14 @@ def _refuse_another(
 ) -> None:
   if dict(found) != dict(wanted):
     raise ValueError(
-      f"The model was trained with the {what} {dict(wanted)}, and this one is "
+      f"This needs the {what} {dict(wanted)}, and this one is "
       f"{dict(found)}: give its own with --frozen."
     )
 
 
-def _folder(metadata: Metadata, source: str | os.PathLike[str] | None) -> pathlib.Path:
+def _folder(
+  metadata: Identities, source: str | os.PathLike[str] | None
+) -> pathlib.Path:
   if source is None:
     name = metadata.autoencoder.get("name")
     if name not in HUB_IDS:

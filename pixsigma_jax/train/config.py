@@ -28,6 +28,18 @@ FIELDS = (
   "mesh",
   "checkpoint",
   "log",
+  "frozen",
+)
+# Of its section `data`; what they are stands in docs/training.md.
+DATA_FIELDS = (
+  "path",
+  "weights",
+  "holdout",
+  "hashes",
+  "long_caption_ratio",
+  "num_threads",
+  "num_workers",
+  "damaged",
 )
 
 

@@ -17,15 +17,21 @@ from jax.sharding import Mesh
 
 from pixsigma_jax import checkpoint, metadata, sharding, tree
 from pixsigma_jax.data import pipeline as data_pipeline
-from pixsigma_jax.data.records import Dataset, open_dataset
+from pixsigma_jax.data.mixture import Mixture, open_mixture
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.metadata import Metadata
-from pixsigma_jax.models.autoencoders import autoencoder_from
+from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, init_params
-from pixsigma_jax.models.text_encoders import text_encoder_from
+from pixsigma_jax.sample import frozen
 from pixsigma_jax.sample.pipeline import Pipeline
-from pixsigma_jax.train.config import FIELDS, call, check_fields, model_config
+from pixsigma_jax.train.config import (
+  DATA_FIELDS,
+  FIELDS,
+  call,
+  check_fields,
+  model_config,
+)
 from pixsigma_jax.train.loss import make_loss
 from pixsigma_jax.train.metrics import MetricWriter, Window
 from pixsigma_jax.train.optimizer import make_optimizer, make_schedule
@@ -58,7 +64,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   # ------------------------------------------------------------- config, mesh, data
   check_fields("", config, FIELDS)
   check_fields("init", config["init"], ("parent", "transforms"))
-  check_fields("data", config["data"], ("path", "long_caption_ratio", "num_threads"))
+  check_fields("data", config["data"], DATA_FIELDS)
   check_fields(
     "checkpoint",
     config["checkpoint"],
@@ -79,8 +85,15 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   compute = call(
     Compute, "compute", config["compute"], merge_rows=mesh.shape["context"] == 1
   )
-  dataset = open_dataset(config["data"]["path"])
-  _check_data(model_fields, dataset)
+  data = config["data"]
+  mixture = open_mixture(
+    data["path"].split(","),
+    weights=data["weights"],
+    holdout=data["holdout"],
+    split="train",
+  )
+  _check_data(model_fields, mixture)
+  _check_hashes(data["hashes"], mixture)
   _check_batch(batch_size, mesh)
 
   # --------------------------------------------- model, loss, optimizer, train step
@@ -92,7 +105,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     config["loss"],
     model,
     schedule,
-    scaling_factor=dataset.manifest.scaling_factor,
+    scaling_factor=mixture.features.scaling_factor,
   )
   rates = ("learning_rate", "schedule", "warmup_steps")
   optimizer = dict(config["optimizer"])
@@ -112,7 +125,16 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   # From, in this order: the newest checkpoint of this run; the parent stage's
   # snapshot, through the transforms; fresh parameters. Nothing is ever built unsharded.
   init_key, key = jax.random.split(jax.random.key(config["seed"]))
-  null_caption = dataset.null_caption[: model_fields.caption_length].astype(np.float32)
+  captions = None  # who embeds those that are stored as text
+  if mixture.null_caption is None:
+    captions = frozen.load_text_encoder(
+      mixture.features, config["frozen"] or None, dtype=compute.dtype, mesh=mesh
+    )
+    null_captions, _ = captions.encode([""], model_fields.caption_length)
+    null_caption = null_captions[0]
+  else:
+    null_caption = mixture.null_caption[: model_fields.caption_length]
+  null_caption = null_caption.astype(np.float32)
 
   def fresh(init_key: Any, key: Any, null_caption: Any) -> TrainState:
     return init_state(init_params(model_fields, init_key), null_caption, tx, key)
@@ -127,16 +149,16 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   if start is None and config["init"]["parent"]:
     parent = checkpoint.read_snapshot(config["init"]["parent"], mesh)
   if start is not None:
-    about = _check_same_run(checkpoints.metadata(start), config, model_fields, dataset)
+    about = _check_same_run(checkpoints.metadata(start), config, model_fields, mixture)
   else:
-    about = _metadata(config, model_fields, dataset, parent)
+    about = _metadata(config, model_fields, mixture, parent)
 
   first_example = 0
   if start is not None:
     logging.info("Resuming %s from step %d.", workdir, start)
     placed = sharding.placed(abstract_state, places)
     state, position = checkpoints.restore(start, placed)
-    first_example = data_pipeline.resume_from(position, dataset, seed=config["seed"])
+    first_example = data_pipeline.resume_from(position, mixture, seed=config["seed"])
   elif parent is not None:
     logging.info("Starting %s from %s.", workdir, parent.path)
     params = _transformed(parent, config["init"]["transforms"], model_fields)
@@ -158,30 +180,43 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
 
   # ------------------------------------------------------------------------ batches
   context = mesh.shape["context"]
-  longest = dataset.manifest.longest_sequence(model_fields.patch_size)
+  longest = mixture.longest_sequence(model_fields.patch_size)
   batches = data_pipeline.batches(
-    dataset,
+    mixture,
     batch_size=batch_size,
     seed=config["seed"],
     start_example=first_example,
     patch_size=model_fields.patch_size,
     window=model_fields.window,
     caption_length=model_fields.caption_length,
-    long_caption_ratio=config["data"]["long_caption_ratio"],
+    long_caption_ratio=data["long_caption_ratio"],
     sequence_length=-(-longest // context) * context,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    num_threads=config["data"]["num_threads"],
+    num_threads=data["num_threads"],
+    num_workers=data["num_workers"],
+    damaged=data["damaged"],
+    read_captions=captions.read_captions if captions else None,
   )
+
+  def next_batch() -> dict[str, Any]:
+    local = next(batches)
+    batch = sharding.global_batch(local, sharding.batch_shardings(local, mesh))
+    if captions and "caption_ids" in batch:
+      place = batch["caption_mask"].sharding
+      ids = batch.pop("caption_ids")
+      embeddings = captions.embed(ids, batch["caption_mask"], place)
+      batch["caption_embeddings"] = embeddings.astype(np.float16)  # as it is stored
+    return batch
+
   step = start or 0
   if step >= total_steps:
     logging.info("%s has all its %d steps already.", workdir, total_steps)
     checkpoints.close()
     _snapshot(workdir, state, about)
     return
-  local = next(batches)
-  batch_places = sharding.batch_shardings(local, mesh)
-  batch = sharding.global_batch(local, batch_places)
+  batch = next_batch()
+  batch_places = sharding.batch_shardings(batch, mesh)
 
   # ------------------------------------------------------------------------ compile
   logging.info("Compiling the train step …")
@@ -208,7 +243,9 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     number: signal.signal(number, lambda number, _: signals.append(number))
     for number in (signal.SIGTERM, signal.SIGINT)
   }
-  sampler = _sampler(model_fields, state, dataset, compute) if logs["prompts"] else None
+  sampler = None
+  if logs["sample_every"] and logs["prompts"]:
+    sampler = _sampler(config, model_fields, state, mixture, compute, captions)
   saved = start
   pending: tuple[int, Any, Any] | None = None  # the step whose metrics are not read yet
 
@@ -219,7 +256,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       number, metrics, examples = pending
       pending = None
       metrics = jax.device_get(metrics)
-      _check_finite(number, metrics, examples, dataset, workdir)
+      _check_finite(number, metrics, examples, mixture, workdir)
       window.add(metrics)
 
   def save() -> None:
@@ -228,7 +265,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     settle()
     if saved != step:
       examples = first_example + (step - (start or 0)) * batch_size
-      position = data_pipeline.position(dataset, seed=config["seed"], examples=examples)
+      position = data_pipeline.position(mixture, seed=config["seed"], examples=examples)
       checkpoints.save(step, state, position, about)
       saved = step
 
@@ -241,7 +278,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       pending = (step, metrics, examples)
       if step < total_steps:
         with window.waiting_for_data():
-          batch = sharding.global_batch(next(batches), batch_places)
+          batch = next_batch()
 
       if step % logs["every"] == 0 or step == total_steps:
         settle()
@@ -257,7 +294,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       if every["snapshot_every"] and step % every["snapshot_every"] == 0:
         save()
         _snapshot(workdir, state, about)
-      if sampler and logs["sample_every"] and step % logs["sample_every"] == 0:
+      if sampler and step % logs["sample_every"] == 0:
         settle()
         with window.paused():
           _write_samples(sampler, state, logs["prompts"], workdir, step, writer)
@@ -273,6 +310,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       signal.signal(number, handler)
     progress.close()
     writer.close()
+    batches.close()
   checkpoints.close()
 
   if step < total_steps:
@@ -285,30 +323,41 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   logging.info("%s has ended: %d steps, in %s.", config["stage"], total_steps, workdir)
 
 
-def _check_data(model: PixArtConfig, dataset: Dataset) -> None:
-  """Compares the model's hyper-parameters with what the dataset holds."""
-  manifest = dataset.manifest
+def _check_data(model: PixArtConfig, mixture: Mixture) -> None:
+  """Compares the model's hyper-parameters with what the mixture holds."""
+  features = mixture.features
   pairs = {
-    "in_channels": (model.in_channels, manifest.channels),
-    "caption_width": (model.caption_width, manifest.caption_width),
+    "in_channels": (model.in_channels, features.channels),
+    "caption_width": (model.caption_width, features.caption_width),
   }
   for name, (ours, theirs) in pairs.items():
     if ours != theirs:
       raise ValueError(
-        f"config.model.{name}={ours}, but {dataset.directory} was prepared with "
+        f"config.model.{name}={ours}, but {mixture} was prepared with "
         f"{theirs}: change the one or prepare the other again."
       )
-  downsampling = autoencoder_from(
-    manifest.autoencoder, manifest.scaling_factor
-  ).downsampling
-  side = manifest.resolution / downsampling / model.patch_size
+  latents = features.resolution / downsampling(features.autoencoder)
+  side = latents / model.patch_size
   if side != model.base_size:
     raise ValueError(
-      f"config.model.base_size={model.base_size}, but {dataset.directory} holds images "
-      f"of {manifest.resolution} pixels, {side:g} tokens a side: set base_size="
+      f"config.model.base_size={model.base_size}, but {mixture} holds images "
+      f"of {features.resolution} pixels, {side:g} tokens a side: set base_size="
       f"{side:g} (with pe_interpolation, see the transform interpolate_pe), or give "
       "data of the other resolution."
     )
+
+
+def _check_hashes(wanted: Mapping[str, str], mixture: Mixture) -> None:
+  """Compares the config's hashes, of those that it names, with the manifests'."""
+  check_fields("data.hashes", wanted, ("autoencoder", "text_encoder", "crop_rule"))
+  named = {name: value for name, value in wanted.items() if value}
+  for dataset in mixture.datasets:
+    have = {name: dataset.manifest.hashes.get(name) for name in named}
+    if lines := metadata.disagreements(have, named):
+      raise ValueError(
+        f"{dataset.directory} was not prepared with what config.data.hashes names "
+        f"(have → want): {'; '.join(lines)}. Prepare it again, or correct the config."
+      )
 
 
 def _check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -323,7 +372,7 @@ def _check_batch(batch_size: int, mesh: Mesh) -> None:
 def _metadata(
   config: Mapping[str, Any],
   model: PixArtConfig,
-  dataset: Dataset,
+  mixture: Mixture,
   parent: checkpoint.Snapshot | None,
 ) -> Metadata:
   """What this run's checkpoints will say about themselves."""
@@ -339,24 +388,24 @@ def _metadata(
       "stage": parent.metadata.stage,
       "step": parent.step,
     }
-  manifest = dataset.manifest
+  features = mixture.features
   about = Metadata(
     stage=config["stage"],
     model=_as_dict(model),
-    autoencoder=dict(manifest.autoencoder),
-    scaling_factor=manifest.scaling_factor,
-    text_encoder=dict(manifest.text_encoder),
-    resolution=manifest.resolution,
+    autoencoder=dict(features.autoencoder),
+    scaling_factor=features.scaling_factor,
+    text_encoder=dict(features.text_encoder),
+    resolution=features.resolution,
     provenance=(*(parent.metadata.provenance if parent else ()), entry),
   )
   # As it will be read: tuples become lists now, not between two saves.
   about = Metadata.from_json(json.loads(json.dumps(about.to_json())))
   if parent is not None:
-    _check_inputs(parent.metadata, about, f"The parent {parent.path}", dataset)
+    _check_inputs(parent.metadata, about, f"The parent {parent.path}", mixture)
   return about
 
 
-def _check_inputs(have: Metadata, want: Metadata, whose: str, dataset: Dataset) -> None:
+def _check_inputs(have: Metadata, want: Metadata, whose: str, mixture: Mixture) -> None:
   """Latents and captions must come from the same frozen networks."""
   names = ("autoencoder", "scaling_factor", "text_encoder")
   lines = metadata.disagreements(
@@ -365,7 +414,7 @@ def _check_inputs(have: Metadata, want: Metadata, whose: str, dataset: Dataset) 
   )
   if lines:
     raise ValueError(
-      f"{whose} was trained on other features than {dataset.directory} holds: "
+      f"{whose} was trained on other features than {mixture} holds: "
       f"{'; '.join(lines)}. Prepare the data with the former."
     )
 
@@ -374,14 +423,14 @@ def _check_same_run(
   stored: Metadata,
   config: Mapping[str, Any],
   model: PixArtConfig,
-  dataset: Dataset,
+  mixture: Mixture,
 ) -> Metadata:
   """The stored metadata, if the config still describes the run that wrote it."""
   _refuse_disagreements(
     stored.model, model, "The checkpoint of this workdir", "choose a new --workdir"
   )
-  ours = _metadata(config, model, dataset, None)
-  _check_inputs(stored, ours, "This run", dataset)
+  ours = _metadata(config, model, mixture, None)
+  _check_inputs(stored, ours, "This run", mixture)
   changed = metadata.disagreements(
     stored.provenance[-1]["config"], ours.provenance[-1]["config"]
   )
@@ -455,7 +504,7 @@ def _snapshot(workdir: pathlib.Path, state: TrainState, about: Metadata) -> None
 
 
 def _check_finite(
-  step: int, metrics: Any, examples: Any, dataset: Dataset, workdir: pathlib.Path
+  step: int, metrics: Any, examples: Any, mixture: Mixture, workdir: pathlib.Path
 ) -> None:
   watched = ("loss", "norm/gradients", "norm/params")
   if all(np.isfinite(metrics[name]) for name in watched):
@@ -464,28 +513,40 @@ def _check_finite(
   which = "no example of its own, every one's loss is finite"
   if len(bad):
     numbers = np.asarray(examples)[bad].tolist()
-    names = [f"{dataset[number].id} (record {number})" for number in numbers[:8]]
+    names = [
+      f"{mixture.read([number])[0].id} (record {number})" for number in numbers[:8]
+    ]
     which = f"the examples {', '.join(names)}"
     which += f" and {len(bad) - 8} more" if len(bad) > 8 else ""
   raise NonFiniteError(
     f"{', '.join(f'{name} {float(metrics[name])}' for name in watched)} at step "
-    f"{step}, from {which} of {dataset.directory}. Nothing of this step is saved. "
+    f"{step}, from {which} of {mixture}. Nothing of this step is saved. "
     f"Look at these records, or lower config.optimizer.learning_rate; the same "
     f"command goes on from the newest checkpoint in {workdir}."
   )
 
 
 def _sampler(
-  model: PixArtConfig, state: TrainState, dataset: Dataset, compute: Compute
+  config: Mapping[str, Any],
+  model: PixArtConfig,
+  state: TrainState,
+  mixture: Mixture,
+  compute: Compute,
+  text_encoder: Any | None,
 ) -> Pipeline:
-  manifest = dataset.manifest
+  """Draws the fixed prompts, whose embeddings are all that it keeps of the encoder."""
+  features, source = mixture.features, config["frozen"] or None
+  if text_encoder is None:
+    text_encoder = frozen.load_text_encoder(features, source, dtype=compute.dtype)
   return Pipeline(
     model,
     state.ema_params,
     np.asarray(jax.device_get(state.null_caption)),
-    autoencoder_from(manifest.autoencoder, manifest.scaling_factor),
-    text_encoder_from(manifest.text_encoder),
-    manifest.resolution,
+    frozen.load_autoencoder(features, source, dtype=compute.dtype),
+    frozen.RememberedCaptions.of(
+      text_encoder, config["log"]["prompts"], model.caption_length
+    ),
+    features.resolution,
     compute,
   )
 

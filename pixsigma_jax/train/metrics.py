@@ -117,7 +117,7 @@ class Window:
     """The report of this window, which starts a new one.
 
     `decile_loss` has the mean loss of each tenth of the timesteps, NaN where no example
-    fell.
+    fell. `replaced_examples` is a sum, not a mean.
     """
     seconds = time.perf_counter() - self._began
     steps = len(self._steps)
@@ -129,8 +129,10 @@ class Window:
     count = sums.pop("decile_count")
     with np.errstate(invalid="ignore"):
       deciles = sums.pop("decile_loss") / count
+    replaced = int(sums.pop("replaced_examples"))
     report = {name: float(total) / steps for name, total in sums.items()}
     report |= {
+      "replaced_examples": replaced,
       "decile_loss": deciles,
       "step_time": seconds / steps,
       "images_per_second": steps * self._batch_size / seconds,

@@ -53,7 +53,8 @@ def make_train_step(
 
   Its metrics are those of the batch before the update: `loss`, `mse`, `vb`; norms of
   gradients (before clipping), updates and parameters; `decile_loss` and `decile_count`,
-  loss summed and examples counted by tenth of the timesteps; `example_loss` by row.
+  loss summed and examples counted by tenth of the timesteps; `example_loss` by row;
+  `replaced_examples`, of how many rows the record could not be read.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -75,6 +76,7 @@ def make_train_step(
       "decile_loss": jnp.zeros(DECILES).at[decile].add(per_example["loss"]),
       "decile_count": jnp.zeros(DECILES).at[decile].add(1.0),
       "example_loss": per_example["loss"],
+      "replaced_examples": batch["replaced"].sum(),
     }
     state = state.replace(
       step=state.step + 1,

@@ -1,5 +1,6 @@
 """The stream of batches: the same examples in the same order, whatever the machines."""
 
+import contextlib
 import hashlib
 import itertools
 import pickle
@@ -7,8 +8,9 @@ import pickle
 import numpy as np
 import pytest
 
-from pixsigma_jax.data import pipeline
-from pixsigma_jax.data.records import Features, Record, open_dataset
+from pixsigma_jax.data import order, pipeline
+from pixsigma_jax.data.mixture import open_mixture
+from pixsigma_jax.data.records import Features, Record
 from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.models import tokens
 
@@ -27,6 +29,8 @@ SETTINGS = {
   "process_index": 0,
   "process_count": 1,
   "num_threads": 0,
+  "num_workers": 0,
+  "damaged": "stop",
 }
 
 
@@ -72,7 +76,11 @@ def write(directory, made, kind="latents"):
   with RecordWriter(directory, features, null_caption, shard_bytes=1500) as writer:
     for record in made:
       writer.write(record)
-  return open_dataset(directory)
+  return read(directory)
+
+
+def read(*directories, weights=(), holdout=0.0, split="train"):
+  return open_mixture(directories, weights=weights, holdout=holdout, split=split)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +89,8 @@ def dataset(tmp_path_factory):
 
 
 def take(dataset, count, **changes):
-  stream = pipeline.batches(dataset, **SETTINGS | changes)
-  return list(itertools.islice(stream, count))
+  with contextlib.closing(pipeline.batches(dataset, **SETTINGS | changes)) as stream:
+    return list(itertools.islice(stream, count))
 
 
 def row_hashes(batch):
@@ -132,7 +140,7 @@ def test_another_seed_is_another_order(dataset):
 @pytest.mark.parametrize("num_records", [1, 2, 5, 64, 65, 1000])
 def test_the_order_is_a_permutation_of_any_size(num_records):
   positions = np.arange(3 * num_records)
-  epochs, examples = pipeline.examples_at(positions, seed=0, num_records=num_records)
+  epochs, examples = order.permuted(positions, seed=(0, 0), n=num_records)
   np.testing.assert_array_equal(epochs, positions // num_records)
   for epoch in examples.reshape(3, num_records):
     np.testing.assert_array_equal(np.sort(epoch), np.arange(num_records))
@@ -140,7 +148,7 @@ def test_the_order_is_a_permutation_of_any_size(num_records):
 
 def test_every_place_of_the_order_is_as_likely_for_every_example():
   n, epochs = 7, 7000
-  _, examples = pipeline.examples_at(np.arange(n * epochs), seed=0, num_records=n)
+  _, examples = order.permuted(np.arange(n * epochs), seed=(0, 0), n=n)
   counts = np.stack([np.bincount(place) for place in examples.reshape(epochs, n).T])
   # Chi-squared of 36 degrees of freedom: 68 is passed by chance once in a thousand.
   assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < 68
@@ -149,7 +157,7 @@ def test_every_place_of_the_order_is_as_likely_for_every_example():
 def test_the_order_does_not_change_from_release_to_release():
   # A run resumed after an upgrade must not see other examples: these stay for ever.
   positions = np.array([0, 1, 2, 99, 100, 10**12])
-  epochs, examples = pipeline.examples_at(positions, seed=42, num_records=100)
+  epochs, examples = order.permuted(positions, seed=(order.RECORDS, 42), n=100)
   assert epochs.tolist() == [0, 0, 0, 0, 1, 10**10]
   assert examples.tolist() == [86, 98, 39, 10, 72, 32]
 
@@ -157,7 +165,7 @@ def test_the_order_does_not_change_from_release_to_release():
 @pytest.mark.parametrize("num_records", [3 * 10**7, 2 * 10**9])
 def test_a_large_dataset_costs_no_more_than_a_small_one(num_records):
   positions = np.int64(10) ** 12 + np.arange(1000)
-  _, examples = pipeline.examples_at(positions, seed=0, num_records=num_records)
+  _, examples = order.permuted(positions, seed=(0, 0), n=num_records)
   assert len(np.unique(examples)) > 990
   assert num_records * 0.97 < examples.max() < num_records
 
@@ -203,7 +211,7 @@ def test_threads_change_nothing(dataset):
 
 
 def test_batches_can_be_drawn_in_another_process(dataset):
-  record = pickle.loads(pickle.dumps(dataset))[5]
+  [record] = pickle.loads(pickle.dumps(dataset)).read([5])
   np.testing.assert_array_equal(record.latents, make_record(5).latents)
 
 
@@ -263,6 +271,7 @@ def test_types_and_shapes_are_the_same_for_every_batch(dataset):
     "aspect_ratio": (np.float32, (4,)),
     "row": (np.int32, (4,)),
     "example": (np.int32, (4,)),
+    "replaced": (np.bool_, (4,)),
   }
   for batch in take(dataset, 3, process_count=2):
     assert {name: (x.dtype, x.shape) for name, x in batch.items()} == shapes
@@ -366,7 +375,7 @@ def test_a_damaged_record_surfaces_where_batches_are_asked_for(tmp_path, num_thr
   dataset = write(tmp_path, map(make_record, range(COUNT)))
   (shard,) = tmp_path.glob("*-00001.array_record")
   damaged = bytearray(shard.read_bytes())
-  first = dataset.manifest.shards[0].records
+  first = dataset.datasets[0].manifest.shards[0].records
   damaged[damaged.index(make_record(first).latents.tobytes())] ^= 1
   shard.write_bytes(damaged)
   with pytest.raises(ValueError, match=rf"Record {first} of .*00001\.array_record"):

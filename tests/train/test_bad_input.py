@@ -12,6 +12,7 @@ from absl import flags
 
 from configs.quickstart import compressed, high
 from pixsigma_jax import checkpoint
+from pixsigma_jax.data import mixture
 from pixsigma_jax.data import pipeline as data_pipeline
 from pixsigma_jax.data.records import Dataset, open_dataset
 from pixsigma_jax.data.writing import RecordWriter
@@ -415,7 +416,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
   config = runs.low(data, checkpoint__every=every, log__every=log_every)
   message = rf"at step 4, from the examples {dataset[number].id} \(record {number}\) of"
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "open_dataset", lambda _: poisoned)
+    patch.setattr(mixture, "open_dataset", lambda _: poisoned)
     with pytest.raises(loop.NonFiniteError, match=message):
       runs.train(config, tmp_path)
     saved = {1: [1, 2, 3], 2: [2], 0: []}[every]

@@ -33,7 +33,9 @@ def test_every_logged_step_has_all_that_was_measured(done):
       "images_per_second",
       "step_time",
       "data_share",
+      "replaced_examples",
     }
+    assert line["replaced_examples"] == 0
     assert len(line["decile_loss"]) == 10
     assert any(value is not None for value in line["decile_loss"])
     assert line["norm/params"] > line["norm/gradients"] > 0

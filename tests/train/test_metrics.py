@@ -119,6 +119,7 @@ def step_metrics(loss, decile, examples=4):
     "decile_loss": losses,
     "decile_count": counts,
     "example_loss": np.full(examples, loss),
+    "replaced_examples": np.int32(loss),
   }
 
 
@@ -132,6 +133,7 @@ def test_a_window_means_over_steps_and_over_the_examples_of_each_tenth(clock):
   assert report["loss"] == 4.0
   assert report["decile_loss"][[0, 9]].tolist() == [2.5, 8.0]
   assert np.isnan(report["decile_loss"][1:9]).all()
+  assert report["replaced_examples"] == 12  # in all, not a step
   assert "example_loss" not in report
   assert "decile_count" not in report
 

@@ -62,7 +62,12 @@ def start(key, tx):
 
 def batch_of(seed, scale=1.0):
   x = scale * np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32)
-  return {"x": jnp.asarray(x), "timesteps": jnp.asarray(TIMESTEPS)}
+  replaced = jnp.zeros(len(x), bool)
+  return {
+    "x": jnp.asarray(x),
+    "timesteps": jnp.asarray(TIMESTEPS),
+    "replaced": replaced,
+  }
 
 
 def train_step(loss, tx):
@@ -177,6 +182,7 @@ def image_batch():
     "caption_embeddings": draw.normal(size=(ROWS, 8, 16)).astype(np.float16),
     "caption_mask": np.arange(8)[None] < np.arange(1, 9)[:, None],
     "row": np.arange(ROWS, dtype=np.int32),
+    "replaced": np.arange(ROWS) == 2,
   }
 
 
