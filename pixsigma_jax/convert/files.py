@@ -9,13 +9,15 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from pixsigma_jax import disk
 
 Weights: TypeAlias = Mapping[str, np.ndarray]
 
@@ -213,7 +215,7 @@ def write_safetensors(path: pathlib.Path, weights: Weights, note: Any = None) ->
   metadata = {"format": "pt"}
   if note is not None:
     metadata[_NOTE] = json.dumps(note)
-  write_whole(
+  disk.write_whole(
     path, lambda partial: save_file(dict(weights), partial, metadata=metadata)
   )
 
@@ -244,31 +246,10 @@ def write_pickle(path: pathlib.Path, weights: Weights, note: Any) -> None:
   tensors = {name: tensor(array) for name, array in weights.items()}
   # As text: what is loaded with weights_only may hold little else than tensors.
   content = {"state_dict": tensors, _NOTE: json.dumps(note)}
-  write_whole(path, lambda partial: torch.save(content, partial))
+  disk.write_whole(path, lambda partial: torch.save(content, partial))
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes JSON."""
   text = json.dumps(content, indent=2) + "\n"
-  write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-  """Lets `write` fill a temporary file, which gets its name when it is on the disk."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  try:
-    write(partial)
-    _sync(partial)
-    partial.rename(path)
-    _sync(path.parent)  # the rename itself
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

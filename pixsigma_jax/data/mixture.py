@@ -75,6 +75,11 @@ class Mixture:
     return sum(map(self._count, range(len(self.datasets))))
 
   @property
+  def mean_bytes(self) -> int:
+    """Of a record."""
+    return sum(d.manifest.num_bytes for d in self.datasets) // len(self)
+
+  @property
   def latent_sizes(self) -> dict[tuple[int, int], int]:
     """Height and width of latents, and the number of records that have them."""
     sizes: dict[tuple[int, int], int] = {}

@@ -16,12 +16,16 @@ from absl import flags
 from jaxtyping import Int64
 
 from pixsigma_jax.data import order
+from pixsigma_jax.data.buffers import Buffers
 from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.data.records import CAPTION_KINDS, Record
 from pixsigma_jax.models import tokens
 
 Batch: TypeAlias = dict[str, np.ndarray]
 Position: TypeAlias = dict[str, Any]
+
+_AT_A_TIME = 1 << 22  # bytes of records that are read before they are put in place
+
 # Captions and their length in tokens to arrays of a batch, `caption_mask` among them.
 ReadCaptions: TypeAlias = Callable[[Sequence[str], int], Mapping[str, np.ndarray]]
 
@@ -181,6 +185,7 @@ class _LocalBatches:
   rows: np.ndarray  # int64 [b], of the global batch
   damaged: Literal["stop", "replace"]
   read_captions: ReadCaptions | None
+  buffers: Buffers = dataclasses.field(default_factory=Buffers)
 
   def __len__(self) -> int:
     return sys.maxsize  # Grain wants a length; the stream has none
@@ -188,62 +193,81 @@ class _LocalBatches:
   def __getitem__(self, index: int) -> Batch:
     positions = self.start_example + index * self.batch_size + self.rows
     epochs, examples = self.mixture.examples_at(positions, seed=self.seed)
-    if self.damaged == "replace":
-      records, examples, replaced = self.mixture.read_or_replace(examples)
-    else:
-      records, replaced = self.mixture.read(examples), np.zeros(len(examples), bool)
-    return {
-      **self._images(records),
-      **self._captions(records, epochs, examples),
-      "original_size": np.stack([r.original_size for r in records]).astype(np.float32),
-      "row": self.rows.astype(np.int32),
-      "example": examples.astype(np.int32),
-      "replaced": replaced,
-    }
+    batch = self._empty()
+    texts = []
+    # A few records at a time: the memory of the last ones holds the next.
+    some = max(1, _AT_A_TIME // self.mixture.mean_bytes)
+    for start in range(0, len(examples), some):
+      rows = np.arange(start, min(start + some, len(examples)))
+      if self.damaged == "replace":
+        records, examples[rows], batch["replaced"][rows] = self.mixture.read_or_replace(
+          examples[rows]
+        )
+      else:
+        records = self.mixture.read(examples[rows])
+      chosen = self._choose(records, epochs[rows], examples[rows])
+      self._put_images(batch, rows, records)
+      if self.read_captions is None:
+        self._put_captions(batch, rows, records, chosen)
+      texts += [record.captions[i] for record, i in zip(records, chosen, strict=True)]
+    if self.read_captions is not None:
+      batch.update(self.read_captions(texts, self.caption_length))
+    batch["example"] = examples.astype(np.int32)
+    return batch
 
-  def _images(self, records: list[Record]) -> Batch:
-    kind, b, n = self.mixture.features.kind, len(records), self.sequence_length
+  def _empty(self) -> Batch:
+    """The arrays that records are put into; of the large ones every number is set."""
+    features, b, n = self.mixture.features, len(self.rows), self.sequence_length
+    channels = features.channels * (2 if features.kind == "latent_moments" else 1)
+    width = self.patch_size**2 * channels
+    batch = {
+      features.kind: self.buffers.array((b, n, width), np.float16),
+      "coordinates": np.zeros((b, n, 2), np.int32),
+      "grid": np.zeros((b, 2), np.int32),
+      "original_size": np.zeros((b, 2), np.float32),
+      "aspect_ratio": np.zeros(b, np.float32),
+      "row": self.rows.astype(np.int32),
+      "replaced": np.zeros(b, bool),
+    }
+    if self.read_captions is None:
+      shape = (b, self.caption_length, features.caption_width)
+      batch["caption_embeddings"] = self.buffers.array(shape, np.float16)
+      batch["caption_mask"] = np.zeros(shape[:2], bool)
+    return batch
+
+  def _put_images(
+    self, batch: Batch, rows: Int64[np.ndarray, " b"], records: list[Record]
+  ) -> None:
+    kind = self.mixture.features.kind
     latents = [getattr(record, kind) for record in records]
     sizes = np.array([x.shape[:2] for x in latents], np.int32)
-    width = self.patch_size**2 * latents[0].shape[-1]
-    sequences = np.zeros((b, n, width), np.float16)
-    coordinates = np.zeros((b, n, 2), np.int32)
     for size in np.unique(sizes, axis=0):  # all images of a size at once
-      rows = np.flatnonzero((sizes == size).all(axis=-1))
-      images = np.stack([latents[row] for row in rows])
+      same = np.flatnonzero((sizes == size).all(axis=-1))
+      images = np.stack([latents[i] for i in same])
       grid = tokens.token_grid(tuple(size.tolist()), self.patch_size)
       length = grid[0] * grid[1]
-      sequences[rows, :length] = tokens.to_tokens(images, self.patch_size, self.window)
-      coordinates[rows, :length] = tokens.coordinates(grid, self.window)
-    return {
-      kind: sequences,
-      "coordinates": coordinates,
-      "grid": sizes // np.int32(self.patch_size),
-      "aspect_ratio": (sizes[:, 0] / sizes[:, 1]).astype(np.float32),
-    }
+      patches = tokens.to_tokens(images, self.patch_size, self.window)
+      batch[kind][rows[same], :length] = patches
+      batch[kind][rows[same], length:] = 0
+      batch["coordinates"][rows[same], :length] = tokens.coordinates(grid, self.window)
+    batch["grid"][rows] = sizes // self.patch_size
+    batch["aspect_ratio"][rows] = (sizes[:, 0] / sizes[:, 1]).astype(np.float32)
+    batch["original_size"][rows] = [record.original_size for record in records]
 
-  def _captions(
+  def _put_captions(
     self,
+    batch: Batch,
+    rows: Int64[np.ndarray, " b"],
     records: list[Record],
-    epochs: Int64[np.ndarray, " b"],
-    examples: Int64[np.ndarray, " b"],
-  ) -> Batch:
-    b, t = len(records), self.caption_length
-    chosen = self._choose(records, epochs, examples)
-    if self.read_captions is not None:
-      texts = [record.captions[i] for record, i in zip(records, chosen, strict=True)]
-      return dict(self.read_captions(texts, t))
-    embeddings = np.zeros((b, t, self.mixture.features.caption_width), np.float16)
-    lengths = np.zeros(b, np.int32)
-    for row, (record, i) in enumerate(zip(records, chosen, strict=True)):
+    chosen: list[int],
+  ) -> None:
+    embeddings, mask = batch["caption_embeddings"], batch["caption_mask"]
+    for row, record, i in zip(rows.tolist(), records, chosen, strict=True):
       assert record.caption_embeddings is not None
-      start = record.caption_lengths[:i].sum()
-      length = lengths[row] = record.caption_lengths[i]
+      start, length = record.caption_lengths[:i].sum(), record.caption_lengths[i]
       embeddings[row, :length] = record.caption_embeddings[start : start + length]
-    return {
-      "caption_embeddings": embeddings,
-      "caption_mask": np.arange(t) < lengths[:, None],
-    }
+      embeddings[row, length:] = 0
+      mask[row, :length] = True
 
   def _choose(
     self,

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import types
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,7 +24,7 @@ from array_record.python import (
 from etils import epath
 from jaxtyping import Float
 
-from pixsigma_jax import metadata
+from pixsigma_jax import disk, metadata
 from pixsigma_jax.data import records
 from pixsigma_jax.data.records import (
   CAPTION_KINDS,
@@ -135,7 +134,8 @@ def begin_dataset(
         "Give the same ones to go on, or choose a new directory."
       )
   else:
-    if foreign := next(iter(sorted(_names(directory))), None):
+    whole = [name for name in _names(directory) if not name.endswith(".partial")]
+    if foreign := next(iter(sorted(whole)), None):
       raise FileExistsError(
         f"{directory} holds {foreign} and does not say what it is part of: delete it, "
         "or choose a new directory."
@@ -224,7 +224,7 @@ class ShardWriter:
     self.num_bytes = 0  # of the records so far
     self._features = features
     self._path = directory / f"records-{_SPLIT}-{number:05d}.array_record"
-    self._partial = _partial(self._path)
+    self._partial = disk.partial_path(self._path)
     self._known: dict[str, list[Any]] = collections.defaultdict(list)
     self._crc32 = 0
     # Grain wants one record a chunk; float16 features do not compress.
@@ -268,7 +268,7 @@ class ShardWriter:
       self._writer.close()
       # The shard last: where it is, what is known of it is too.
       _write_whole(_index_of(self._path), lambda file: _savez(file, about))
-      _publish(self._partial, self._path)
+      disk.publish(self._partial, self._path)
 
   def abandon(self) -> None:
     """Leaves nothing behind of a shard that was not closed."""
@@ -346,7 +346,7 @@ def _write_tfds_metadata(
       check_data=False,  # the check reads through TensorFlow
     )
     for name in ("dataset_info.json", "features.json"):
-      _sync(directory / name)
+      disk.sync(directory / name)
 
 
 def tfds_features(features: Features) -> Any:
@@ -411,32 +411,19 @@ def _index_of(shard: pathlib.Path) -> pathlib.Path:
   return shard.with_suffix(".index.npz")
 
 
-def _partial(path: pathlib.Path) -> pathlib.Path:
-  """A name of its own for every attempt: two processes may write the same file."""
-  return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
 def _write_whole(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-  """Lets `path` appear on disk complete or not at all."""
-  partial = _partial(path)
-  try:
-    with _writing(path):
-      with open(partial, "wb") as file:
-        write(file)
-      _publish(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  """Lets `path` appear on disk complete or not at all; `write` takes an open file."""
+
+  def fill(partial: pathlib.Path) -> None:
+    with open(partial, "wb") as file:
+      write(file)
+
+  with _writing(path):
+    disk.write_whole(path, fill)
 
 
 def _savez(file: Any, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
   np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  (a name of NumPy's)
-
-
-def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
-  """Gives a whole file its name, and returns when a power cut cannot undo it."""
-  _sync(partial)
-  partial.rename(path)
-  _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -450,11 +437,3 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
       f"Cannot write {path}: {error}. Make room or choose another directory, and run "
       "the command again."
     ) from error
-
-
-def _sync(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -381,9 +381,9 @@ class KLAutoencoder:
   def moments(
     self, images: Float[Array | np.ndarray, "b H W c1"]
   ) -> tuple[Float32[np.ndarray, "b h w c2"], Float32[np.ndarray, "b h w c2"]]:
-    """Images `[b H W 3]` in [-1, 1] to the posterior's mean and standard deviation.
+    """Images `[b H W 3]` in [-1, 1] to the posterior's mean and log-variance.
 
-    Unscaled; standard deviation and not log-variance, as records store it.
+    Unscaled; the log-variance is clipped to -30 … 20, as in the published code.
 
     Raises:
       ValueError: as `encode`.
@@ -396,7 +396,7 @@ class KLAutoencoder:
       )
     moments = self._apply(Encoder, images, (unit, 1))
     mean, log_variance = np.split(moments, 2, axis=-1)
-    return mean, np.exp(log_variance / 2)
+    return mean, log_variance
 
   def decode(
     self, latents: Float[Array | np.ndarray, "b h w c1"]

@@ -14,9 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from pixsigma_jax.data import records, wire, writing
+from pixsigma_jax.data import records, writing
 from pixsigma_jax.data.records import Features, Record, open_dataset
-from pixsigma_jax.data.writing import RecordWriter, begin_dataset
+from pixsigma_jax.data.writing import RecordWriter
 
 WIDTH, LENGTH, CHANNELS = 6, 5, 3
 SIZES = [(2, 4), (4, 2), (4, 4)]

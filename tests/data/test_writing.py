@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -186,3 +188,23 @@ def test_the_manifest_is_plain_json(tmp_path):
   fields = json.loads((tmp_path / "manifest.json").read_text())
   assert fields["hashes"] == {"autoencoder": "00ff"}
   assert fields["caption_storage"] == "embeddings"
+
+
+def test_two_and_a_half_gigabytes_are_one_shard_and_need_no_tensorflow(tmp_path):
+  # tfds' own writer ends at 1000 MiB, and 2³¹ is where 32-bit offsets do.
+  side, count = 2048, 100  # 25 MB each
+  latents = np.zeros((side, side, 3), np.float16)
+  with RecordWriter(tmp_path, FEATURES, NULL_CAPTION, shard_bytes=1 << 40) as writer:
+    for number in range(count):
+      latents[number, number] = number + 1
+      writer.write(dataclasses.replace(make_record(number), latents=latents))
+  dataset = open_dataset(tmp_path)
+  [shard] = dataset.manifest.shards
+  assert shard.bytes > 2.5e9
+  source = tfds.builder_from_directory(tmp_path).as_data_source("train")
+  for number in (0, 50, 99):
+    for read in (dataset[number].latents, source[number]["latents"]):
+      assert read[number, number, 0] == number + 1
+      assert not read[number + 1 :].any()
+  assert "tensorflow" not in sys.modules
+  shutil.rmtree(tmp_path)  # pytest would keep it for a while

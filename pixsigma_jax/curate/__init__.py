@@ -1,0 +1,1 @@
+"""From a heap of images to training data: steps over a Parquet index."""

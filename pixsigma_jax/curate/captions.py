@@ -1,0 +1,290 @@
+"""Captions of the images of an index: read from JSON lines, or written by a model.
+
+What comes is added to what is there. Each part notes whose captions it has, so that a
+command that was killed goes on after its finished parts.
+"""
+
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fsspec.core
+import numpy as np
+import pyarrow as pa
+
+from pixsigma_jax import command
+from pixsigma_jax.curate.score import decoded
+from pixsigma_jax.data import ingest, sources
+from pixsigma_jax.data.index import SCHEMAS, Index, open_index
+
+_NAME_FIELDS = ("id", "path", "file_name")
+_NAMED = 5  # of the lines that name no image
+_BATCH = 8  # images that a captioner sees at once
+_OFFSET_BITS = 48  # of a place in one of several files
+_SUPPLIERS = b"captions_from"  # in a part's metadata
+_SUFFIXES = [f".{end}" for e in sources.EXTENSIONS for end in (e, e.upper())]
+
+
+def import_captions(index: Index, files: Sequence[str]) -> dict[str, Any] | None:
+  """Adds the captions in JSON-lines files to the images that they name.
+
+  A line names its image by `id`, `path` or `file_name`, with or without the extension,
+  and has captions as `sources.captions_of` reads them. Several files, several lines and
+  several captions of one image are all its captions.
+
+  Returns:
+    The report that is also written to captions/report.json; None if the captions of
+    these files are in already. `lines_refused` counts by reason; `unknown` are lines
+    that name no image of the index. Captions that were `empty` or `repeated` are
+    dropped. A run that goes on after one that was killed counts what it did itself.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a file has no line that can be used.
+  """
+  suppliers = [f"import:{_sha256(file)}" for file in files]
+  if not set(suppliers) - set(_suppliers_of_all(index)):
+    return None
+  book = _Book(files, index.source)
+  used: set[int] = set()
+  counts: collections.Counter[str] = collections.Counter()
+  for part in command.progress(range(index.num_parts), index.num_parts, "Captions"):
+    found = []
+    for row in index.read(part, columns=["id", "location"]).to_pylist():
+      places = book.places(row["id"], row["location"])
+      used.update(places)
+      found.append([caption for place in places for caption in book.captions(place)])
+    if set(suppliers) - set(_suppliers(index, part)):
+      counts += add_captions(index, part, suppliers, found)
+  unknown = [name for place, name in book.names.items() if place not in used]
+  return _finish(
+    index,
+    suppliers,
+    {
+      "files": list(files),
+      "lines": book.lines,
+      "lines_refused": dict(sorted(book.refused.items())),
+      "unknown": len(unknown),
+      "first_unknown": unknown[:_NAMED],
+      "added": counts["added"],
+      "empty": counts["empty"],
+      "repeated": counts["repeated"],
+    },
+  )
+
+
+def write_captions(
+  index: Index,
+  *,
+  model: str,
+  instruction: str,
+  kind: str,
+  max_new_tokens: int,
+  beam_options: Sequence[str],
+) -> dict[str, Any] | None:
+  """Adds what a model of images and text says of every image that can be read.
+
+  Nothing is asked of duplicates, if scan has marked them.
+
+  Args:
+    model: a folder of transformers, or a hub id.
+    instruction: what the model is told beside each image.
+    kind: "long" or "short": which its captions are.
+
+  Returns:
+    The report that is also written to captions/report.json; None if its captions are
+    in already.
+  """
+  asked = {
+    "captioner": model,
+    "instruction": instruction,
+    "kind": kind,
+    "max_new_tokens": max_new_tokens,
+  }
+  supplier = json.dumps(asked)
+  if supplier in _suppliers_of_all(index):
+    return None
+  parts = range(index.num_parts)
+  ingest.run_parts(
+    functools.partial(_write_part, index.directory, supplier),
+    [part for part in parts if supplier not in _suppliers(index, part)],
+    what="Captioning parts",
+    beam_options=beam_options,
+  )
+  return _finish(index, [supplier], asked)
+
+
+def _write_part(directory: str, supplier: str, part: int) -> None:
+  from pixsigma_jax.curate import captioner
+
+  index, asked = open_index(directory), json.loads(supplier)
+  captions: list[list[tuple[str, str]]] = [[] for _ in range(index.rows(part))]
+  for rows, images in decoded(index, part, _BATCH):
+    texts = captioner.caption_images(
+      images,
+      model=asked["captioner"],
+      instruction=asked["instruction"],
+      max_new_tokens=asked["max_new_tokens"],
+    )
+    for row, text in zip(rows, texts, strict=True):
+      captions[row].append((text, asked["kind"]))
+  add_captions(index, part, [supplier], captions)
+
+
+def add_captions(
+  index: Index,
+  part: int,
+  suppliers: Sequence[str],
+  captions: Sequence[Sequence[tuple[str, str]]],
+) -> collections.Counter[str]:
+  """Writes a part's captions anew, with those that come; counts what became of these.
+
+  Args:
+    suppliers: whose captions the part then has, besides those that it had.
+    captions: of each row.
+  """
+  earlier = _suppliers(index, part)
+  step = "captions" if part not in index.missing("captions") else "scan"
+  merged, counts = [], collections.Counter[str]()
+  rows = index.read(part, step, columns=["captions"])["captions"].to_pylist()
+  for old, new in zip(rows, captions, strict=True):
+    kinds = {caption["text"]: caption["kind"] for caption in old}
+    for caption in new:
+      cleaned = sources.clean_captions([caption])
+      if not cleaned:
+        counts["empty"] += 1
+      elif cleaned[0][0] in kinds:
+        counts["repeated"] += 1
+      else:
+        counts["added"] += 1
+        kinds |= dict(cleaned)
+    merged.append([{"text": text, "kind": kind} for text, kind in kinds.items()])
+  table = pa.table({"captions": merged}, schema=SCHEMAS["captions"])
+  from_all = json.dumps([*earlier, *(s for s in suppliers if s not in earlier)])
+  index.write("captions", part, table.replace_schema_metadata({_SUPPLIERS: from_all}))
+  return counts
+
+
+def _suppliers(index: Index, part: int) -> list[str]:
+  if part in index.missing("captions"):
+    return []
+  return json.loads(index.metadata(part, "captions")[_SUPPLIERS])
+
+
+def _suppliers_of_all(index: Index) -> list[str]:
+  """Those whose captions all parts have."""
+  settings = index.settings("captions") or {"from": []}
+  return settings["from"] if index.has("captions") else []
+
+
+def _finish(
+  index: Index, suppliers: Sequence[str], report: Mapping[str, Any]
+) -> dict[str, Any]:
+  earlier = _suppliers_of_all(index)
+  new = [supplier for supplier in suppliers if supplier not in earlier]
+  images, without = 0, 0
+  for part in range(index.num_parts):
+    table = index.read(part, "scan", "captions", columns=["error", "captions"])
+    lengths = np.array([len(captions) for captions in table["captions"].to_pylist()])
+    fine = table["error"].is_null().to_numpy()
+    images += int(fine.sum())
+    without += int((fine & (lengths == 0)).sum())
+  index.note("captions", {"from": [*earlier, *new]})
+  whole = {**report, "images": images, "images_without_caption": without}
+  index.write_json("captions/report.json", whole)
+  return whole
+
+
+def _sha256(file: str) -> str:
+  fs, path = fsspec.core.url_to_fs(file)
+  if not fs.isfile(path):
+    raise FileNotFoundError(f"There are no captions at {file}: no such file.")
+  with fs.open(path, "rb") as content:
+    digest = hashlib.sha256()
+    while block := content.read(2**20):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+class _Book:
+  """Where in files of JSON lines the captions of an image are.
+
+  Places stay in memory, about 200 bytes a line; the captions themselves do not.
+  """
+
+  def __init__(self, files: Sequence[str], source: str):
+    _, self._root = sources.folder_of(source)
+    self._files = [
+      fs.open(path, "rb") for fs, path in map(fsspec.core.url_to_fs, files)
+    ]
+    self._places: dict[str, tuple[int, ...]] = {}  # name → its lines
+    self.names: dict[int, str] = {}  # line → the first of its names
+    self.lines = 0
+    self.refused: collections.Counter[str] = collections.Counter()
+    for number, name in enumerate(files):
+      self._enter(number, name)
+
+  def places(self, id: str, location: str) -> list[int]:
+    """The lines that name an image."""
+    names = [id, location, *(id + suffix for suffix in _SUFFIXES)]
+    found = itertools.chain.from_iterable(
+      self._places.get(unicodedata.normalize("NFC", name), ()) for name in names
+    )
+    return list(dict.fromkeys(found))
+
+  def captions(self, place: int) -> list[tuple[str, str]]:
+    """The captions in a line, as they stand there."""
+    file = self._files[place >> _OFFSET_BITS]
+    file.seek(place & (1 << _OFFSET_BITS) - 1)
+    line, _ = next(sources.lines(file))
+    return sources.captions_of(_row(line))
+
+  def _enter(self, number: int, name: str) -> None:
+    start, of_this_file = 0, 0
+    for line, end in sources.lines(self._files[number]):
+      place, start = number << _OFFSET_BITS | start, end
+      self.lines += 1
+      try:
+        row = _row(line)
+        names = self._names(row)
+        if not sources.captions_of(row):
+          raise ValueError("no caption")
+      except ValueError as problem:
+        self.refused[str(problem).partition(":")[0]] += 1
+        continue
+      of_this_file += 1
+      self.names[place] = names[0]
+      for each in dict.fromkeys(names):
+        self._places[each] = (*self._places.get(each, ()), place)
+    if not of_this_file:
+      raise ValueError(
+        f"{name} has no captions: none of its lines is a JSON object with "
+        f"{' or '.join(_NAME_FIELDS)} and a caption. {dict(self.refused)}"
+      )
+
+  def _names(self, row: Mapping[str, Any]) -> list[str]:
+    given = [row[field] for field in _NAME_FIELDS if row.get(field) is not None]
+    names = [str(name) for name in given if isinstance(name, str | int)]
+    if not names:
+      raise ValueError(f"no {' or '.join(_NAME_FIELDS)}")
+    # File systems decompose what people type: names are compared composed.
+    return [
+      unicodedata.normalize("NFC", name.removeprefix(f"{self._root}/")).removeprefix(
+        "./"
+      )
+      for name in names
+    ]
+
+
+def _row(line: bytes | None) -> Mapping[str, Any]:
+  if line is None:
+    raise ValueError("a line of many megabytes")
+  row = sources.parse_json(line)
+  if not isinstance(row, Mapping):
+    raise ValueError("not an object of fields")
+  return row

@@ -1,0 +1,290 @@
+"""What is there: sizes, hashes, captions and damage of images, and which are alike."""
+
+import collections
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import scipy.fft
+from absl import logging
+from jaxtyping import Int64, UInt64
+from PIL import Image
+
+from pixsigma_jax.data import index as index_module
+from pixsigma_jax.data import ingest, sources
+from pixsigma_jax.data.index import SCHEMAS, Index, open_index
+from pixsigma_jax.data.sources import Entry
+
+HASH_BITS = 64
+_HASH_SIDE, _GRAY_SIDE = 8, 32
+# What rounding a picture to 256 levels leaves in a coefficient has a deviation of 0.3.
+_NOISE = 1.0
+_FEWEST_COEFFICIENTS = 32  # of 63 that must be more than noise
+_NAMED = 20  # of the images with an error
+_MOST_PAIRS = 2**24  # compared at once
+
+
+def scan(
+  directory: str,
+  images: str,
+  *,
+  per_part: int,
+  near_distance: int,
+  beam_options: Sequence[str],
+) -> Index:
+  """Lists a source into an index, and marks duplicates; goes on where it was killed.
+
+  Raises:
+    FileNotFoundError: there is no such source.
+    FileExistsError: the directory holds the index of another source.
+    ValueError: the source holds no images, or the distance is none.
+  """
+  if not 0 <= near_distance < HASH_BITS // 2:
+    raise ValueError(
+      f"--near_distance={near_distance} is not from 0 to {HASH_BITS // 2 - 1}: hashes "
+      f"of pictures that have nothing in common differ in {HASH_BITS // 2} bits."
+    )
+  # Of an index that is there the units stay: the source is not listed again.
+  is_new = not index_module.exists(directory)
+  units = sources.list_units(images, per_unit=per_part) if is_new else []
+  index = index_module.create_index(directory, images, units)
+  missing = index.missing("scan")
+  ingest.run_parts(
+    functools.partial(scan_part, directory),
+    missing,
+    what="Scanning parts",
+    beam_options=beam_options,
+  )
+  parts = index.begin("duplicates", {"near_distance": near_distance})
+  if parts:
+    mark_duplicates(index, parts, near_distance, beam_options=beam_options)
+  if missing or parts:
+    index.write_json("scan/report.json", report(index))
+  else:
+    logging.info("%s is scanned already.", directory)
+  return index
+
+
+def scan_part(directory: str, part: int) -> None:
+  """Reads the images of one part."""
+  index = open_index(directory)
+  rows = [
+    scanned(index.source, entry)
+    for entry in sources.entries(index.source, index.units[part])
+  ]
+  index.write("scan", part, pa.Table.from_pylist(rows, schema=SCHEMAS["scan"]))
+
+
+def scanned(source: str, entry: Entry) -> dict[str, Any]:
+  """One row of the index. The size is the header's; damage shows in decoding."""
+  row: dict[str, Any] = {
+    "id": entry.id,
+    "location": entry.location,
+    "error": entry.error,
+    "captions": [{"text": text, "kind": kind} for text, kind in entry.captions],
+  }
+  if entry.error is not None:
+    return row
+  try:
+    data = sources.read_bytes(source, entry.location)
+    row["bytes"] = len(data)
+    row["sha256"] = hashlib.sha256(data).hexdigest()
+    row |= sources.image_header(data)._asdict()
+    # Twice as fine as the hash looks, so that the decoder's own filter does not matter.
+    row["phash"] = perceptual_hash(sources.open_image(data, at_least=4 * _GRAY_SIDE))
+  except FileNotFoundError:
+    row["error"] = "no such file"
+  except (OSError, ValueError) as error:
+    row["error"] = str(error) or type(error).__name__
+  return row
+
+
+def perceptual_hash(image: Image.Image) -> int | None:
+  """64 bits that stay when a picture is scaled or compressed (pHash).
+
+  The 8 x 8 lowest frequencies (DCT-II) of the picture in 32 x 32 grays, each compared
+  with their median. None where fewer than half of them are more than the noise of
+  rounding: flat pictures and plain gradients. Their bits would be noise, or all the
+  same, and they would pass for duplicates of one another.
+  """
+  gray = image.convert("L").resize(
+    (_GRAY_SIDE, _GRAY_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0
+  )
+  frequencies = scipy.fft.dctn(np.asarray(gray, np.float64), norm="ortho")
+  low = np.asarray(frequencies)[:_HASH_SIDE, :_HASH_SIDE].ravel()
+  if np.count_nonzero(np.abs(low[1:]) > _NOISE) < _FEWEST_COEFFICIENTS:
+    return None
+  return int.from_bytes(np.packbits(low > np.median(low)).tobytes())
+
+
+# ---- duplicates ----
+
+
+class Candidate(NamedTuple):
+  """An image among others like it; of two the lesser is the better."""
+
+  minus_area: int
+  id: str
+  part: int
+  row: int
+
+
+Place: TypeAlias = tuple[int, int]  # part and row
+# Key, image, and its perceptual hash in hex: Beam's integers are signed.
+Keyed: TypeAlias = tuple[str, tuple[Candidate, str]]
+
+
+def mark_duplicates(
+  index: Index, parts: Sequence[int], near_distance: int, *, beam_options: Sequence[str]
+) -> None:
+  """Writes who is a duplicate of whom into `parts`, looking at all images.
+
+  Two images are alike if their bytes are equal (sha256), or if at most `near_distance`
+  bits of their perceptual hashes differ. An image is the duplicate of the best that it
+  is like: of the largest area, then of the smaller id. Chance has no say in that: any
+  runner and any number of workers write the same.
+  """
+  beam = ingest.beam()
+  keys = functools.partial(keys_of_part, index.directory, near_distance)
+  compare = functools.partial(compare_group, near_distance)
+  write = functools.partial(_write_duplicates, index.directory)
+  total = index.num_parts + len(parts)
+  with ingest.run("Comparing parts", total, beam_options) as (pipeline, noting):
+    duplicates = (
+      pipeline
+      | "All parts" >> beam.Create(list(range(index.num_parts)))
+      | "Spread" >> beam.Reshuffle()
+      | "Keys" >> beam.Map(noting(keys))
+      | "One by one" >> beam.FlatMap(_or_nothing)
+      | "Of a key" >> beam.GroupByKey()
+      | "Compare" >> beam.FlatMap(compare)
+      | "Best" >> beam.CombinePerKey(_least)
+      | "To its part" >> beam.Map(_to_its_part)
+    )
+    asked = pipeline | "Parts" >> beam.Create([(part, None) for part in parts])
+    _ = (
+      (asked, duplicates)
+      | "Of a part" >> beam.CoGroupByKey()
+      | "Write" >> beam.Map(noting(write))
+    )
+
+
+def keys_of_part(directory: str, near_distance: int, part: int) -> list[Keyed]:
+  """What the images of a part can be found by if another is like them.
+
+  Of the hash, `near_distance + 1` bands of bits: hashes that differ in fewer bits than
+  there are bands agree in one of them.
+  """
+  table = open_index(directory).read(part)
+  keyed: list[Keyed] = []
+  for row, image in enumerate(table.to_pylist()):
+    if image["error"] is not None:
+      continue
+    area = image["height"] * image["width"]
+    candidate = Candidate(-area, image["id"], part, row)
+    phash = image["phash"]
+    keyed.append((image["sha256"], (candidate, "")))
+    if phash is not None:
+      like = candidate, f"{phash:x}"
+      keyed += [(band, like) for band in _bands(phash, near_distance)]
+  return keyed
+
+
+def _bands(phash: int, near_distance: int) -> Iterator[str]:
+  count = near_distance + 1
+  edges = [HASH_BITS * band // count for band in range(count + 1)]
+  for band, (low, high) in enumerate(itertools.pairwise(edges)):
+    yield f"{band}:{phash >> low & (1 << high - low) - 1:x}"
+
+
+def compare_group(
+  near_distance: int, group: tuple[str, Iterable[tuple[Candidate, str]]]
+) -> list[tuple[Place, Candidate]]:
+  """Of images that share a key: who is like a better one, and the best of these."""
+  key, members = group
+  ordered = sorted((Candidate(*candidate), phash) for candidate, phash in members)
+  if ":" not in key:  # equal bytes
+    best = ordered[0][0]
+    return [((other.part, other.row), best) for other, _ in ordered[1:]]
+  first: dict[str, Candidate] = {}  # hash → its best image, from best to worst
+  for candidate, phash in ordered:
+    first.setdefault(phash, candidate)
+  near = nearest_best(
+    np.array([int(phash, 16) for phash in first], np.uint64), near_distance
+  )
+  bests = list(first.values())
+  best_of = {phash: bests[int(place)] for phash, place in zip(first, near, strict=True)}
+  return [
+    ((candidate.part, candidate.row), best_of[phash])
+    for candidate, phash in ordered
+    if best_of[phash] != candidate
+  ]
+
+
+def nearest_best(
+  hashes: UInt64[np.ndarray, "n"], near_distance: int
+) -> Int64[np.ndarray, "n"]:
+  """For each hash the first of all `hashes` within `near_distance` bits of it."""
+  step = max(1, _MOST_PAIRS // len(hashes))
+  found = [
+    # An image is within 0 of itself: there is always one.
+    np.argmax(np.bitwise_count(rows[:, None] ^ hashes[None]) <= near_distance, axis=1)
+    for rows in (hashes[start : start + step] for start in range(0, len(hashes), step))
+  ]
+  return np.concatenate(found)
+
+
+def _or_nothing(found: list[Keyed] | None) -> list[Keyed]:
+  return found or []  # None of a run that has failed
+
+
+def _least(candidates: Iterable[Candidate]) -> Candidate:
+  return min(Candidate(*candidate) for candidate in candidates)
+
+
+def _to_its_part(found: tuple[Place, Candidate]) -> tuple[int, tuple[int, str]]:
+  (part, row), best = found
+  return part, (row, Candidate(*best).id)
+
+
+def _write_duplicates(directory: str, of_a_part: tuple[int, Any]) -> None:
+  part, (asked, duplicates) = of_a_part
+  if not list(asked):  # it is written already
+    return
+  index = open_index(directory)
+  best = dict(duplicates)
+  column = pa.array([best.get(row) for row in range(index.rows(part))], pa.string())
+  index.write("duplicates", part, pa.table({"duplicate_of": column}))
+
+
+# ---- report ----
+
+
+def report(index: Index) -> dict[str, Any]:
+  """How many images there are, how many cannot be used and why, and which come first.
+
+  The reason is an error's text up to the colon.
+  """
+  images, duplicates = 0, 0
+  reasons: collections.Counter[str] = collections.Counter()
+  first: list[dict[str, str]] = []
+  for part in range(index.num_parts):
+    columns = ["id", "error", "duplicate_of"]
+    table = index.read(part, "scan", "duplicates", columns=columns)
+    images += len(table)
+    duplicates += len(table) - table["duplicate_of"].null_count
+    failed = table.filter(table["error"].is_valid()).to_pylist()
+    reasons.update(row["error"].partition(":")[0] for row in failed)
+    room = _NAMED - len(first)
+    first += [{"id": row["id"], "error": row["error"]} for row in failed[:room]]
+  errors = dict(sorted(reasons.items()))
+  return {
+    "images": images,
+    "duplicates": duplicates,
+    "errors": errors,
+    "first_errors": first,
+  }

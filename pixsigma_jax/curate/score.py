@@ -1,0 +1,107 @@
+"""The aesthetic score of every image of an index."""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+from PIL import Image
+
+from pixsigma_jax.data import ingest, sources
+from pixsigma_jax.data.index import Index, open_index
+
+_BATCH = 32  # images that CLIP sees at once
+
+
+def score(
+  index: Index, *, clip: str, head: str, beam_options: Sequence[str]
+) -> dict[str, Any] | None:
+  """Scores all images that can be read and are no duplicates; the others have none.
+
+  Args:
+    clip: folder or hub id of CLIP ViT-L/14.
+    head: file of the aesthetic head.
+
+  Returns:
+    The report that is also written to scores/report.json; None if all is scored.
+
+  Raises:
+    FileNotFoundError: there is no such head.
+    ValueError: as `aesthetics.Scorer`.
+  """
+  settings = {"clip": clip, "head": head, "head_sha256": _sha256(head)}
+  missing = index.begin("scores", settings)
+  if not missing:
+    return None
+  ingest.run_parts(
+    functools.partial(_score_part, index.directory, clip, head),
+    missing,
+    what="Scoring parts",
+    beam_options=beam_options,
+  )
+  report = {"clip": clip, "head": head, "images": 0, "without_score": 0}
+  for part in range(index.num_parts):
+    column = index.read(part, "scores")["aesthetic"]
+    report["images"] += len(column)
+    report["without_score"] += column.null_count
+  index.write_json("scores/report.json", report)
+  return report
+
+
+def decoded(
+  index: Index, part: int, batch: int
+) -> Iterator[tuple[list[int], list[Image.Image]]]:
+  """The images of a part, at most `batch` at a time, and which rows they are.
+
+  Images with an error are left out, and so are duplicates if scan has marked them.
+  """
+  marked = part not in index.missing("duplicates")
+  steps = ("scan", "duplicates") if marked else ("scan",)
+  rows: list[int] = []
+  images: list[Image.Image] = []
+  columns = ["id", "location", "error", "duplicate_of"]
+  for row, image in enumerate(index.read(part, *steps, columns=columns).to_pylist()):
+    if image["error"] is not None or image.get("duplicate_of") is not None:
+      continue
+    try:
+      data = sources.read_bytes(index.source, image["location"])
+      images.append(sources.open_image(data))
+    except (OSError, ValueError) as error:
+      logging.warning("%s can no longer be read: %s.", image["id"], error)
+      continue
+    rows.append(row)
+    if len(rows) == batch:
+      yield rows, images
+      rows, images = [], []
+  if rows:
+    yield rows, images
+
+
+def _score_part(directory: str, clip: str, head: str, part: int) -> None:
+  index = open_index(directory)
+  found: list[float | None] = [None] * index.rows(part)
+  for rows, images in decoded(index, part, _BATCH):
+    for row, value in zip(rows, _scorer(clip, head).score(images), strict=True):
+      found[row] = float(value) if np.isfinite(value) else None
+  table = pa.table({"aesthetic": pa.array(found, pa.float32())})
+  index.write("scores", part, table)
+
+
+@functools.lru_cache(maxsize=1)
+def _scorer(clip: str, head: str) -> Any:
+  from pixsigma_jax.curate import aesthetics
+
+  return aesthetics.Scorer(clip, head)
+
+
+def _sha256(head: str) -> str:
+  path = pathlib.Path(head)
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"There is no aesthetic head at {head}: give --head the file of one."
+    )
+  return hashlib.sha256(path.read_bytes()).hexdigest()

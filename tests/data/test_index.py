@@ -1,0 +1,186 @@
+"""The index: parts are whole or absent, and all steps speak of the same images."""
+
+import io
+import json
+import os
+import pathlib
+import pickle
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pixsigma_jax.data.index import SCHEMAS, create_index, open_index
+from pixsigma_jax.data.sources import Unit
+
+UNITS = [Unit("folder", "", count=3, first="a.png", last="c.png"), Unit("tar", "x.tar")]
+
+
+def rows(count, **columns):
+  """A part of scan, of `count` made-up images."""
+  nothing = {name: [None] * count for name in SCHEMAS["scan"].names}
+  made = {"id": [f"image {i}" for i in range(count)], "captions": [[]] * count}
+  return pa.table(
+    {**nothing, **made, **columns},
+    schema=SCHEMAS["scan"],
+  )
+
+
+@pytest.fixture
+def index(tmp_path):
+  index = create_index(str(tmp_path / "index"), str(tmp_path), UNITS)
+  index.write("scan", 0, rows(3))
+  return index
+
+
+def scores(*values):
+  return pa.table({"aesthetic": pa.array(values, pa.float32())})
+
+
+def test_what_was_written_comes_back(index):
+  captions = [
+    [{"text": "ein Bär", "kind": "long"}],
+    [],
+    [{"text": "七", "kind": "short"}],
+  ]
+  wanted = rows(3, phash=[0, 2**64 - 1, None], captions=captions)
+  index.write("scan", 0, wanted)
+  assert open_index(index.directory) == index
+  assert index.read(0).equals(wanted)
+  assert pickle.loads(pickle.dumps(index)).read(0).equals(wanted)
+
+
+def test_of_two_steps_the_later_ones_columns_hold(index):
+  new = [[{"text": "new", "kind": "short"}]] * 3
+  index.write("captions", 0, pa.table({"captions": new}))
+  index.write("scores", 0, scores(1, None, 3))
+  table = index.read(0, "scan", "scores", "captions")
+  assert table["captions"].to_pylist() == new
+  assert table["aesthetic"].to_pylist() == [1, None, 3]
+  some = index.read(0, "scan", "scores", columns=["id", "aesthetic"])
+  assert some.column_names == ["id", "aesthetic"]
+
+
+def test_a_step_that_was_not_there_names_its_command(index):
+  with pytest.raises(
+    ValueError, match=r"no part 0 of scores: run `curate score` first"
+  ):
+    index.read(0, "scan", "scores")
+
+
+def test_a_step_is_there_when_all_of_its_parts_are(index):
+  assert (index.missing("scan"), index.has("scan")) == ([1], False)
+  assert index.captions_step == "scan"
+  index.write("scan", 1, rows(1))
+  assert (index.missing("scan"), index.has("scan")) == ([], True)
+  for part, count in enumerate([3, 1]):
+    assert index.captions_step == "scan"
+    index.write("captions", part, pa.table({"captions": [[]] * count}))
+  assert index.captions_step == "captions"
+
+
+def test_a_part_has_a_row_for_every_image(index):
+  with pytest.raises(ValueError, match=r"has 3 images, and scores has 2 rows"):
+    index.write("scores", 0, scores(1, 2))
+  with pytest.raises(ValueError, match=r"scores has the columns \['aesthetic'\]"):
+    index.write("scores", 0, pa.table({"score": [1, 2, 3]}))
+  with pytest.raises(ValueError, match=r"has 2 parts, no part 2"):
+    index.write("scan", 2, rows(1))
+
+
+def test_parts_of_different_scans_do_not_pass_for_one(index):
+  index.write("scores", 0, scores(1, 2, 3))
+  index.write("scan", 0, rows(4))
+  with pytest.raises(ValueError, match=r"has \[3, 4\] rows in its steps scan, scores"):
+    index.read(0, "scan", "scores")
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(index, monkeypatch):
+  index.write("scores", 0, scores(1, 2, 3))
+
+  def power_fails(*_):
+    raise OSError("the power failed")
+
+  monkeypatch.setattr(os, "fsync", power_fails)
+  with pytest.raises(OSError, match="the power failed"):
+    index.write("scores", 0, scores(4, 5, 6))
+  with pytest.raises(OSError, match="the power failed"):
+    index.write("captions", 0, pa.table({"captions": [[]] * 3}))
+  assert index.read(0, "scores")["aesthetic"].to_pylist() == [1, 2, 3]
+  assert index.missing("captions") == [0, 1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_part_is_named(index, damage):
+  index.write("scores", 0, scores(1, 2, 3))
+  path = pathlib.Path(index.directory, "scores", "00000.parquet")
+  data = bytearray(path.read_bytes())
+  data = data[:-9] if damage == "cut" else data[:-4] + b"WRAP"
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=r"scores/00000.parquet is damaged: delete it"):
+    index.read(0, "scores")
+
+
+def test_other_settings_take_the_parts_of_the_old_ones_away(index):
+  assert index.settings("scores") is None
+  assert index.begin("scores", {"head": "a"}) == [0, 1]
+  index.write("scores", 0, scores(1, 2, 3))
+  assert index.begin("scores", {"head": "a"}) == [1]
+  assert index.begin("scores", {"head": "b"}) == [0, 1]
+  assert index.settings("scores") == {"head": "b"}
+
+
+def test_parts_keep_what_was_noted_with_them(index):
+  table = pa.table({"captions": [[]] * 3}).replace_schema_metadata({"from": "a.jsonl"})
+  index.write("captions", 0, table)
+  assert index.metadata(0, "captions") == {b"from": b"a.jsonl"}
+
+
+def test_an_index_is_of_one_source(index, tmp_path):
+  assert create_index(index.directory, str(tmp_path), []) == index  # units stay
+  with pytest.raises(FileExistsError, match=r"is the index of .*, not of /elsewhere"):
+    create_index(index.directory, "/elsewhere", UNITS)
+
+
+def test_a_source_is_found_from_any_working_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  made = create_index("index", "images", UNITS)
+  assert made.source == str(tmp_path / "images")
+  assert made.directory == str(tmp_path / "index")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1, "units": 3}'])
+def test_a_damaged_index_says_so(index, text):
+  pathlib.Path(index.directory, "index.json").write_text(text)
+  with pytest.raises(ValueError, match=r"index.json is damaged"):
+    open_index(index.directory)
+
+
+def test_an_index_of_another_version_is_refused(index):
+  path = pathlib.Path(index.directory, "index.json")
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+  with pytest.raises(ValueError, match="of format 2, and this program reads 1"):
+    open_index(index.directory)
+
+
+def test_a_folder_without_an_index_is_none(tmp_path):
+  with pytest.raises(
+    FileNotFoundError, match=r"has no index.json. `curate scan` makes"
+  ):
+    open_index(str(tmp_path))
+
+
+def test_an_index_may_lie_where_only_fsspec_reaches():
+  try:
+    index = create_index("memory://indices/one", "memory://images", UNITS)
+    index.write("scan", 0, rows(2))
+    assert index.missing("scan") == [1]
+    assert open_index("memory://indices/one").read(0).equals(rows(2))
+  finally:
+    fsspec.filesystem("memory").rm("/indices", recursive=True)
+
+
+def test_parts_are_parquet_that_anyone_reads(index):
+  data = pathlib.Path(index.directory, "scan", "00000.parquet").read_bytes()
+  assert pq.read_table(io.BytesIO(data)).schema.equals(SCHEMAS["scan"])
