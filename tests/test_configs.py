@@ -29,7 +29,10 @@ STAGES = {
   "quickstart/low.py": ([None], None),
   "quickstart/high.py": (["interpolated", "extended"], "quickstart/low.py"),
   "quickstart/compressed.py": (["average", "random"], "quickstart/high.py"),
+  "own_images.py": ([None], None),
 }
+# Stages whose parent is a published model, and where docs tell to put it.
+PUBLISHED = {"own_images.py": "weights/sigma-512"}
 SHARED = {"quickstart/base.py"}  # what stages are made of
 
 ALL = [
@@ -44,9 +47,21 @@ def load(file, argument=None):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """The directory of pictures for each resolution that stages ask for."""
-  directory = tmp_path_factory.mktemp("data")
-  return {side: runs.prepare(directory / f"{side}px", side) for side in (8, 16)}
+  """The directory of the records that a stage asks for: of digits, or of noise."""
+  directory, done = tmp_path_factory.mktemp("data"), {}
+
+  def data(file, argument=None):
+    config = load(file, argument)
+    model = model_config(config.model.to_dict())
+    name = f"{_resolution(config)}px"
+    if name not in done:
+      if file.startswith("quickstart/"):
+        done[name] = runs.prepare(directory / name, _resolution(config))
+      else:
+        done[name] = runs.prepare_features(directory / name, model)
+    return done[name]
+
+  return data
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +75,7 @@ def workdirs(data, tmp_path_factory):
       _, parent = STAGES[file]
       path = directory / str(len(done)) / file.replace("/", "_")
       parent = "" if parent is None else workdir(parent)
-      runs.train(runs.shrink(config, data[_resolution(config)], parent), path)
+      runs.train(runs.shrink(config, data(file, argument), parent), path)
       done[file, argument] = path
     return done[file, argument]
 
@@ -68,7 +83,8 @@ def workdirs(data, tmp_path_factory):
 
 
 def _resolution(config):
-  return 2 * config.model.base_size  # latents are pixels, tokens 2×2 of them
+  # Tokens are 2×2 latents, and those of a miniature are pixels.
+  return 2 * config.model.base_size * (8 if config.model.variant == "XL/2" else 1)
 
 
 def test_every_file_is_known_with_its_arguments():
@@ -88,7 +104,9 @@ def test_a_stage_has_exactly_the_fields_that_the_trainer_reads(file, argument):
   assert config.data.path.endswith(f"{_resolution(config)}px")
   assert config.total_steps > config.optimizer.warmup_steps
   _, parent = STAGES[file]
-  wanted = "" if parent is None else f"runs/{parent.removesuffix('.py')}"
+  wanted = PUBLISHED.get(file, "")
+  if parent is not None:
+    wanted = f"runs/{parent.removesuffix('.py')}"
   assert config.init.parent == wanted
   for prompt in config.log.prompts:
     assert isinstance(prompt, str)
@@ -147,7 +165,7 @@ def test_a_stage_of_full_size_takes_an_abstract_step(file, argument, data):
   config = load(file, argument).to_dict()
   model = model_config(config["model"])
   schedule = linear_schedule()
-  path, section = data[_resolution(load(file, argument))], config["data"]
+  path, section = data(file, argument), config["data"]
   mixture = open_mixture(
     [path], weights=section["weights"], holdout=section["holdout"], split="train"
   )

@@ -25,6 +25,7 @@ from pixsigma_jax.data.crops import CropRule, filter_at
 from pixsigma_jax.data.records import MANIFEST, open_dataset
 from pixsigma_jax.prepare import features, official, pictures
 from pixsigma_jax.prepare.digits import prepare_digits
+from pixsigma_jax.sample.frozen import locate
 
 _PARTS = ("pictures", "features")
 
@@ -66,7 +67,7 @@ _BEAM = flags.DEFINE_string("beam", "", "Options of Apache Beam, such as --runne
 _FROZEN = flags.DEFINE_string(
   "frozen",
   None,
-  "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them.",
+  "Folder, or hub id, with vae/, text_encoder/ and tokenizer/ as diffusers saves them.",
 )
 _CAPTIONS = flags.DEFINE_enum(
   "captions",
@@ -139,11 +140,13 @@ def _from_index(index: str) -> None:
     )
   output = pathlib.Path(_OUTPUT.value)
   where = _PICTURES.value or output.with_name(f"{output.name}-pictures")
-  frozen = _FROZEN.value or ""
-  if ("features" in parts or _CHECK.value is not None) and not frozen:
-    raise ValueError(
-      "Give --frozen=FOLDER, with the VAE and T5 that are to make the features."
-    )
+  frozen = ""
+  if "features" in parts or _CHECK.value is not None:
+    if _FROZEN.value is None:
+      raise ValueError(
+        "Give --frozen=FOLDER, with the VAE and T5 that are to make the features."
+      )
+    frozen = str(locate(_FROZEN.value))
   if "pictures" in parts:
     cropped = pictures.prepare_pictures(
       index,

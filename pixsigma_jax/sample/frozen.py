@@ -120,6 +120,15 @@ def _folder(
         "published: say with --frozen where it is."
       )
     source = HUB_IDS[name]
+  return locate(source)
+
+
+def locate(source: str | os.PathLike[str]) -> pathlib.Path:
+  """The folder of the frozen networks: a local one, or the hub's copy in its cache.
+
+  Raises:
+    FileNotFoundError: it is neither a folder nor can it be fetched from the hub.
+  """
   folder = pathlib.Path(source)
   return folder if folder.is_dir() else _downloaded(os.fspath(source))
 

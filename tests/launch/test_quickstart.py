@@ -85,6 +85,9 @@ def test_the_readme_gives_commands():
     "sample",
     "convert",
     "sample",
+    "curate",
+    "prepare",
+    "train",
   ]
 
 

@@ -18,6 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs.quickstart import low as low_stage
+from pixsigma_jax.data.records import Features, Record
+from pixsigma_jax.data.writing import RecordWriter
+from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.train import loop
 
@@ -43,6 +46,47 @@ def prepare(directory, resolution=8):
   prepare_digits(
     directory, resolution=resolution, count=RECORDS, seed=1, scaling_factor=2.0
   )
+  return directory
+
+
+def prepare_features(directory, model, sizes=((64, 64), (32, 64))):
+  """Records as a VAE and T5 make them, of random numbers, for a config's model."""
+  resolution = 8 * model.patch_size * model.base_size
+  features = Features(
+    kind="latent_moments",
+    channels=model.in_channels,
+    resolution=resolution,
+    autoencoder=vae_identity(SDXL_SCALING_FACTOR, model.in_channels, 8),
+    scaling_factor=SDXL_SCALING_FACTOR,
+    text_encoder={"name": "t5", "width": model.caption_width},
+    caption_storage="embeddings",
+    caption_length=model.caption_length,
+    caption_width=model.caption_width,
+    crop_rule={"name": "none"},
+    hashes={},
+  )
+  draw = np.random.default_rng(0)
+
+  def normal(*shape):
+    return draw.normal(size=shape).astype(np.float16)
+
+  null_caption = normal(model.caption_length, model.caption_width)
+  with RecordWriter(directory, features, null_caption.astype(np.float32)) as writer:
+    for number in range(BATCH):
+      height, width = sizes[number % len(sizes)]
+      pixels = [8 * height, 8 * width]
+      writer.write(
+        Record(
+          id=str(number),
+          captions=("a long caption", "short"),
+          caption_kinds=("long", "short"),
+          caption_lengths=np.array([5, 2], np.int32),
+          caption_embeddings=normal(7, model.caption_width),
+          original_size=np.array(pixels, np.int32),
+          crop=np.array([0, 0, *pixels], np.float32),
+          latent_moments=normal(height, width, 2 * model.in_channels),
+        )
+      )
   return directory
 
 
