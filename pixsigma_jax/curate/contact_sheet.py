@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from pixsigma_jax import disk
 from pixsigma_jax.data.buckets import BUCKETS, Buckets, read_table
 from pixsigma_jax.data.crops import Crop, CropRule, filter_at
+from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import Index, open_index
-from pixsigma_jax.data.sources import open_image, read_bytes
+from pixsigma_jax.data.sources import read_bytes
 
 _SIDE = 320  # pixels: each picture is fitted into a square of it
 _GAP, _MARGIN = 12, 28

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pixsigma_jax.data import index as index_module
 from pixsigma_jax.data import ingest, sources
+from pixsigma_jax.data.image_bytes import image_header, open_image
 from pixsigma_jax.data.index import SCHEMAS, Index, open_index
 from pixsigma_jax.data.sources import Entry
 
@@ -93,9 +94,9 @@ def scanned(source: str, entry: Entry) -> dict[str, Any]:
     data = sources.read_bytes(source, entry.location)
     row["bytes"] = len(data)
     row["sha256"] = hashlib.sha256(data).hexdigest()
-    row |= sources.image_header(data)._asdict()
+    row |= image_header(data)._asdict()
     # Twice as fine as the hash looks, so that the decoder's own filter does not matter.
-    row["phash"] = perceptual_hash(sources.open_image(data, at_least=4 * _GRAY_SIDE))
+    row["phash"] = perceptual_hash(open_image(data, at_least=4 * _GRAY_SIDE))
   except FileNotFoundError:
     row["error"] = "no such file"
   except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from absl import logging
 from PIL import Image
 
 from pixsigma_jax.data import ingest, sources
+from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import Index, open_index
 
 _BATCH = 32  # images that CLIP sees at once
@@ -69,7 +70,7 @@ def decoded(
       continue
     try:
       data = sources.read_bytes(index.source, image["location"])
-      images.append(sources.open_image(data))
+      images.append(open_image(data))
     except (OSError, ValueError) as error:
       logging.warning("%s can no longer be read: %s.", image["id"], error)
       continue

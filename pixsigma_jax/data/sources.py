@@ -8,36 +8,29 @@ source's folder is never read, whatever a manifest, a tar or a link says.
 
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import os
 import posixpath
 import re
-import tarfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import fsspec.core
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+
+from pixsigma_jax.data import tar_headers
 
 Captions: TypeAlias = tuple[tuple[str, str], ...]  # (text, "long" or "short")
 
-# Pillow's own limit, above which it suspects a decompression bomb: 9459 x 9459.
-MOST_PIXELS = 89_478_485
 MOST_BYTES = 2**29  # of one image file
 EXTENSIONS = (
   *("jpg", "jpeg", "jfif", "png", "webp", "avif", "tif", "tiff", "bmp", "gif", "jp2"),
   *("heic", "heif"),  # which Pillow cannot read: named, not passed over
 )
 
-# Not every plug-in of Pillow: the one for EPS starts Ghostscript on what it is given.
-# JPEG's also opens MPO, which is what many phones and cameras write.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
 _PATH_FIELDS = ("path", "file_name")
 _CAPTION_FIELDS = {
   "caption_long": "long",
@@ -47,27 +40,9 @@ _CAPTION_FIELDS = {
 }
 _MOST_CAPTION_BYTES = 2**20  # of one .txt or .json file beside an image
 _MOST_LINE_BYTES = 2**24  # of one line of a manifest
-_MOST_NAME_BYTES = 2**16  # of one long name in a tar
 _MOST_ROWS_PER_BYTE = 64  # of a Parquet file that does not lie about its rows
-_BLOCK = 512  # of a tar
-_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_WITHOUT_CONTENT = (
-  *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
-  *(tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE),
-)
 _OFFICIAL_LIST, _OFFICIAL_IMAGES = "InternData/data_info.json", "InternImgs"
 _IN_A_TAR = re.compile(r"(.+\.tar)\?offset=(\d{1,18})&size=(\d{1,18})", re.DOTALL)
-_ORIENTATION = 0x0112  # the EXIF tag
-_MARKS_OF_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # in a PNG
-_UPRIGHT = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
 # Unicode's categories: control characters, and halves of surrogate pairs.
 _REPLACED = {"Cc": " ", "Cs": "\N{REPLACEMENT CHARACTER}"}
 _OUTSIDE = "its path leads outside of the source's folder"
@@ -98,14 +73,6 @@ class Entry:
   location: str  # for `read_bytes`
   captions: Captions = ()
   error: str | None = None
-
-
-class Header(NamedTuple):
-  """What an image says of itself before it is decoded; the sides as displayed."""
-
-  format: str
-  height: int
-  width: int
 
 
 # ---- what there is ----
@@ -334,86 +301,12 @@ def _reason(error: Exception) -> str:
 # ---- tars ----
 
 
-class _Member(NamedTuple):
-  name: str
-  offset: int
-  size: int
-  type: bytes
-
-
-def _members(file: Any, size: int) -> Iterator[_Member]:
-  """The headers of a tar, one after the other.
-
-  `tarfile.TarFile` takes damage in the middle for the end, keeps all headers in memory,
-  and in Pythons before 3.11.14 and 3.12.12 goes in circles on a negative size.
-
-  Raises:
-    ValueError: the tar is damaged from here on.
-  """
-  position, long_name, long_size = 0, None, None
-  while True:
-    file.seek(position)
-    block = file.read(_BLOCK)
-    if not block.strip(b"\0") and len(block) == _BLOCK:
-      return
-    try:
-      header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-      what = "damaged" if len(block) == _BLOCK else "truncated"
-      raise ValueError(f"the tar is {what} at byte {position}") from None
-    offset = position + _BLOCK
-    if header.size < 0:
-      raise ValueError(f"the tar is damaged at byte {position}")
-    is_extension = header.type in (b"L", b"K", b"x", b"X", b"g")
-    if is_extension and header.size > _MOST_NAME_BYTES:
-      raise ValueError(f"the tar is damaged at byte {position}: a name too long")
-    length = header.size
-    if not is_extension and long_size is not None:
-      length = long_size
-    if header.type in _WITHOUT_CONTENT:
-      length = 0  # whatever it says
-    if offset + length > size:
-      raise ValueError(f"the tar is truncated at byte {position}")
-    if header.type == b"L":
-      text = file.read(length).partition(b"\0")[0]
-      long_name = text.decode("utf-8", "surrogateescape")
-    elif header.type in (b"x", b"X"):
-      fields = _pax_fields(file.read(length))
-      long_name = fields.get("path", long_name)
-      long_size = _pax_size(fields, position)
-    elif not is_extension:
-      yield _Member(long_name or header.name, offset, length, header.type)
-      long_name, long_size = None, None
-    position = offset + -(-length // _BLOCK) * _BLOCK
-
-
-def _pax_fields(data: bytes) -> dict[str, str]:
-  """Records `LENGTH KEY=VALUE\\n`; what is none ends them."""
-  fields, position = {}, 0
-  while match := re.compile(rb"(\d{1,9}) ([^=\n]+)=").match(data, position):
-    end = position + int(match[1])
-    if end <= match.end() or end > len(data):
-      break
-    value = data[match.end() : end - 1]
-    fields[match[2].decode(errors="replace")] = value.decode("utf-8", "surrogateescape")
-    position = end
-  return fields
-
-
-def _pax_size(fields: Mapping[str, str], position: int) -> int | None:
-  if "size" not in fields:
-    return None
-  if not re.fullmatch(r"[0-9]{1,18}", fields["size"]):
-    raise ValueError(f"the tar is damaged at byte {position}")
-  return int(fields["size"])
-
-
 def _tar_entries(source: str, unit: Unit) -> Iterator[Entry]:
   shard, seen, damage = _stem(unit.path), set(), []
   try:
     fs, path, size = _located(source, unit.path)
     with fs.open(path, "rb") as file:
-      members = _until_damage(_members(file, size), damage)
+      members = _until_damage(tar_headers.members(file, size), damage)
       for key, group in itertools.groupby(members, lambda member: _key(member.name)):
         yield from _of_a_key(unit.path, f"{shard}/{key}", group, file, key in seen)
         seen.add(key)
@@ -425,11 +318,11 @@ def _tar_entries(source: str, unit: Unit) -> Iterator[Entry]:
 
 
 def _until_damage(
-  members: Iterator[_Member], damage: list[Exception]
-) -> Iterator[_Member]:
+  members: Iterator[tar_headers.Member], damage: list[Exception]
+) -> Iterator[tar_headers.Member]:
   """What can be read; why no more can, if so, is added to `damage` at the end."""
   try:
-    yield from (member for member in members if member.type != tarfile.DIRTYPE)
+    yield from (member for member in members if member.type != tar_headers.FOLDER)
   except ValueError as problem:
     damage.append(problem)
 
@@ -441,7 +334,7 @@ def _key(name: str) -> str:
 
 
 def _of_a_key(
-  tar: str, id: str, members: Iterable[_Member], file: Any, is_taken: bool
+  tar: str, id: str, members: Iterable[tar_headers.Member], file: Any, is_taken: bool
 ) -> Iterator[Entry]:
   images, captions, error = [], [], None
   for member in members:
@@ -450,7 +343,7 @@ def _of_a_key(
       continue
     if end in EXTENSIONS:
       images.append(member)
-    elif end in ("txt", "json") and member.type in _PLAIN:
+    elif end in ("txt", "json") and member.type in tar_headers.PLAIN:
       try:
         if member.size > _MOST_CAPTION_BYTES:
           raise ValueError(f"{member.size} bytes")
@@ -461,7 +354,7 @@ def _of_a_key(
   for number, member in enumerate(images):
     # Another image of the key, say .jpg beside .png, is told by its whole name.
     own = id if not number else f"{posixpath.dirname(id)}/{_base(member)}"
-    if member.type not in _PLAIN:
+    if member.type not in tar_headers.PLAIN:
       problem = "a link, a device or a sparse file in a tar"
     elif member.name.startswith("/") or ".." in member.name.split("/"):
       problem = _OUTSIDE
@@ -473,7 +366,7 @@ def _of_a_key(
     yield Entry(own, place, clean_captions(captions), problem)
 
 
-def _base(member: _Member) -> str:
+def _base(member: tar_headers.Member) -> str:
   return posixpath.basename(member.name)
 
 
@@ -774,88 +667,3 @@ def _inside(root: str, path: str) -> str:
   if path.startswith("/") or path.split("/")[0] in ("", ".", ".."):
     raise ValueError(_OUTSIDE)
   return path
-
-
-# ---- pictures ----
-
-
-def image_header(data: bytes) -> Header:
-  """Format and size out of an image's first bytes; nothing is decoded.
-
-  Raises:
-    ValueError: these are not an image's, or it has more than `MOST_PIXELS`.
-  """
-  image, orientation = _opened(data)
-  width, height = image.size
-  if orientation > 4:
-    width, height = height, width
-  return Header(str(image.format), height, width)
-
-
-def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
-  """A decoded image: upright as EXIF says, RGB, what is transparent over white.
-
-  Args:
-    at_least: it may come smaller, its shorter side at least this: a JPEG is then
-      decoded at a fraction of the cost.
-
-  Raises:
-    ValueError: with the reason in a few words: not an image, truncated, damaged, too
-      many pixels.
-  """
-  image, orientation = _opened(data)
-  try:
-    if at_least is not None:
-      image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
-    image.load()
-    image = _rgb(image)
-    if orientation in _UPRIGHT:
-      image = image.transpose(_UPRIGHT[orientation])
-    return image
-  except Exception as error:  # Pillow raises whatever its decoders come across
-    reason = "truncated" if "truncated" in str(error).lower() else "damaged"
-    raise ValueError(f"{reason}: {type(error).__name__}: {error}") from None
-
-
-def _opened(data: bytes) -> tuple[Image.Image, int]:
-  """The image, not yet decoded, and its EXIF orientation."""
-  try:
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise ValueError(f"too many pixels: more than {MOST_PIXELS}") from None
-  except Exception:  # as below
-    raise ValueError("not an image") from None
-  width, height = image.size
-  if width * height > MOST_PIXELS:
-    raise ValueError(f"too many pixels: {height}x{width}")
-  if min(width, height) < 1:
-    raise ValueError(f"not an image: {height}x{width}")
-  return image, _orientation(image, data)
-
-
-def _orientation(image: Image.Image, data: bytes) -> int:
-  if image.format == "TIFF":  # Pillow turns these itself
-    return 1
-  # To look for EXIF behind the pixels, Pillow decodes a whole PNG.
-  if image.format == "PNG" and not any(mark in data for mark in _MARKS_OF_EXIF):
-    return 1
-  try:
-    found = image.getexif().get(_ORIENTATION, 1)
-  except Exception:  # as below; a picture without readable EXIF is shown as it is
-    return 1
-  return found if isinstance(found, int) else 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith("I"):  # 16 bits a pixel
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-      raise ValueError("more than 16 bits a pixel")
-    image = Image.fromarray((levels // 257).astype(np.uint8))
-  if image.mode == "F":
-    raise ValueError("floating-point pixels, whose white is unknown")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-  return image.convert("RGB")

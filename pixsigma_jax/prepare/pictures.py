@@ -33,6 +33,7 @@ from pixsigma_jax import disk, metadata
 from pixsigma_jax.convert import files
 from pixsigma_jax.data import ingest, sources, wire
 from pixsigma_jax.data.crops import CropRule
+from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import Index, open_index
 
 _FORMAT = 1
@@ -411,7 +412,7 @@ def _picture(
 ) -> tuple[Picture, tuple[int, int]] | Refusal:
   """A row's image as a picture with its size, or why not."""
   try:
-    image = sources.open_image(sources.read_bytes(source, row["location"]))
+    image = open_image(sources.read_bytes(source, row["location"]))
   except FileNotFoundError as error:
     return Refusal(id=row["id"], reason="is gone", detail=str(error))
   except ValueError as error:

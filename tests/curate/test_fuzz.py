@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pixsigma_jax.curate import captions, scan
-from pixsigma_jax.data import sources
+from pixsigma_jax.data import image_bytes, sources
 from pixsigma_jax.data.index import SCHEMAS, create_index
 from pixsigma_jax.data.sources import Unit
 
@@ -95,7 +95,7 @@ def assert_is_a_row(row):
   pa.Table.from_pylist([row], schema=SCHEMAS["scan"])
   assert row.get("sha256") != hashlib.sha256(SECRET).hexdigest()
   if row["error"] is None:
-    assert 0 < row["height"] * row["width"] <= sources.MOST_PIXELS
+    assert 0 < row["height"] * row["width"] <= image_bytes.MOST_PIXELS
     assert len(row["sha256"]) == 64
   else:
     assert row["error"]

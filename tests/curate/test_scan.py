@@ -19,6 +19,7 @@ from PIL import Image
 from pixsigma_jax.curate import scan as scan_module
 from pixsigma_jax.curate.scan import Candidate, compare_group, perceptual_hash, scan
 from pixsigma_jax.data import sources
+from pixsigma_jax.data.image_bytes import open_image
 
 PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
@@ -142,8 +143,8 @@ def test_a_photograph_is_known_again(name):
   image = photo(name)
   whole = perceptual_hash(image)
   half = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
-  poor = sources.open_image(encoded(image, "JPEG", quality=50))
-  draft = sources.open_image(encoded(image, "JPEG", quality=90), at_least=128)
+  poor = open_image(encoded(image, "JPEG", quality=50))
+  draft = open_image(encoded(image, "JPEG", quality=90), at_least=128)
   for other in (half, poor, draft):
     # The default distance.
     assert (whole ^ perceptual_hash(other)).bit_count() <= 4

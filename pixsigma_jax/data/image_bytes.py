@@ -1,0 +1,115 @@
+"""Images as bytes: their size before decoding, and decoded as they are displayed."""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+# Pillow's own limit, above which it suspects a decompression bomb: 9459 x 9459.
+MOST_PIXELS = 89_478_485
+
+# Not every plug-in of Pillow: the one for EPS starts Ghostscript on what it is given.
+# JPEG's also opens MPO, which is what many phones and cameras write.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
+_ORIENTATION = 0x0112  # the EXIF tag
+_MARKS_OF_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # in a PNG
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+
+class Header(NamedTuple):
+  """What an image says of itself before it is decoded; the sides as displayed."""
+
+  format: str
+  height: int
+  width: int
+
+
+def image_header(data: bytes) -> Header:
+  """Format and size out of an image's first bytes; nothing is decoded.
+
+  Raises:
+    ValueError: these are not an image's, or it has more than `MOST_PIXELS`.
+  """
+  image, orientation = _opened(data)
+  width, height = image.size
+  if orientation > 4:
+    width, height = height, width
+  return Header(str(image.format), height, width)
+
+
+def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
+  """A decoded image: upright as EXIF says, RGB, what is transparent over white.
+
+  Args:
+    at_least: it may come smaller, its shorter side at least this: a JPEG is then
+      decoded at a fraction of the cost.
+
+  Raises:
+    ValueError: with the reason in a few words: not an image, truncated, damaged, too
+      many pixels.
+  """
+  image, orientation = _opened(data)
+  try:
+    if at_least is not None:
+      image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
+    image.load()
+    image = _rgb(image)
+    if orientation in _UPRIGHT:
+      image = image.transpose(_UPRIGHT[orientation])
+    return image
+  except Exception as error:  # Pillow raises whatever its decoders come across
+    reason = "truncated" if "truncated" in str(error).lower() else "damaged"
+    raise ValueError(f"{reason}: {type(error).__name__}: {error}") from None
+
+
+def _opened(data: bytes) -> tuple[Image.Image, int]:
+  """The image, not yet decoded, and its EXIF orientation."""
+  try:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise ValueError(f"too many pixels: more than {MOST_PIXELS}") from None
+  except Exception:  # as below
+    raise ValueError("not an image") from None
+  width, height = image.size
+  if width * height > MOST_PIXELS:
+    raise ValueError(f"too many pixels: {height}x{width}")
+  if min(width, height) < 1:
+    raise ValueError(f"not an image: {height}x{width}")
+  return image, _orientation(image, data)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+  if image.format == "TIFF":  # Pillow turns these itself
+    return 1
+  # To look for EXIF behind the pixels, Pillow decodes a whole PNG.
+  if image.format == "PNG" and not any(mark in data for mark in _MARKS_OF_EXIF):
+    return 1
+  try:
+    found = image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # as below; a picture without readable EXIF is shown as it is
+    return 1
+  return found if isinstance(found, int) else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith("I"):  # 16 bits a pixel
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+      raise ValueError("more than 16 bits a pixel")
+    image = Image.fromarray((levels // 257).astype(np.uint8))
+  if image.mode == "F":
+    raise ValueError("floating-point pixels, whose white is unknown")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+  return image.convert("RGB")

@@ -1,0 +1,131 @@
+"""Pictures out of bytes: upright, RGB, or refused with a reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, ImageOps
+
+from pixsigma_jax.data import image_bytes
+from pixsigma_jax.data.image_bytes import open_image
+from tests.data.test_sources import picture
+
+
+def png_header(width, height):
+  def chunk(name, data):
+    return (
+      struct.pack(">I", len(data))
+      + name
+      + data
+      + struct.pack(">I", zlib.crc32(name + data))
+    )
+
+  head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_upright(format, orientation):
+  # Four quadrants, so that each of the eight ways to lie is another picture.
+  levels = np.kron(
+    np.array([[0, 80], [160, 240]], np.uint8), np.ones((16, 24), np.uint8)
+  )
+  upright = Image.fromarray(np.stack([levels] * 3, -1))
+  lying = upright
+  if orientation in image_bytes._UPRIGHT:  # the inverse: two of them swap
+    way = {6: 8, 8: 6}.get(orientation, orientation)
+    lying = upright.transpose(image_bytes._UPRIGHT[way])
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  file = io.BytesIO()
+  lossless = {"lossless": True} if format == "WEBP" else {}
+  lying.save(file, format, exif=exif, **lossless)
+  data = file.getvalue()
+  assert image_bytes.image_header(data)[1:] == (32, 48)
+  shown = np.asarray(open_image(data)).astype(int)
+  assert shown.shape == (32, 48, 3)
+  # 3 levels: what JPEG costs flat areas at quality 75, away from the edges
+  pillows = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+  np.testing.assert_array_equal(shown, np.asarray(pillows))
+  for y, x in [(4, 4), (4, 40), (28, 4), (28, 40)]:
+    assert abs(shown[y, x] - levels[y, x]).max() <= 3, (y, x)
+
+
+def test_a_png_may_say_behind_its_pixels_how_it_lies():
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = picture(exif=exif)
+  start = data.index(b"eXIf") - 4
+  end = start + 12 + int.from_bytes(data[start : start + 4])
+  moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+  assert image_bytes.image_header(moved)[1:] == (12, 8)
+  assert open_image(moved).size == (8, 12)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF"])
+def test_the_size_is_known_without_decoding(format, monkeypatch):
+  data = picture(format=format)
+
+  def decode(_):
+    raise AssertionError("decoded")
+
+  for plugin in [ImageFile.ImageFile, *ImageFile.ImageFile.__subclasses__()]:
+    monkeypatch.setattr(plugin, "load", decode)
+  assert image_bytes.image_header(data) == (format, 8, 12)
+
+
+def test_what_is_transparent_is_white():
+  pixels = np.zeros((2, 2, 4), np.uint8)
+  pixels[0, 0] = [255, 0, 0, 255]
+  for image in (Image.fromarray(pixels), Image.fromarray(pixels).convert("RGBa")):
+    file = io.BytesIO()
+    image.convert("RGBA").save(file, "PNG")
+    shown = np.asarray(open_image(file.getvalue()))
+    assert shown[0, 0].tolist() == [255, 0, 0]
+    assert shown[1, 1].tolist() == [255, 255, 255]
+  palette = Image.new("P", (2, 2))
+  palette.putpalette([1, 2, 3, 4, 5, 6])
+  file = io.BytesIO()
+  palette.save(file, "GIF", transparency=0)
+  assert np.asarray(open_image(file.getvalue()))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_sixteen_bits_keep_their_range():
+  levels = np.array([[0, 32768], [65535, 257]], np.uint16)
+  file = io.BytesIO()
+  Image.fromarray(levels).save(file, "PNG")
+  shown = np.asarray(open_image(file.getvalue()))[..., 0]
+  np.testing.assert_array_equal(shown, [[0, 127], [255, 1]])
+
+
+def test_a_small_jpeg_is_the_picture_made_smaller():
+  smooth = np.add.outer(np.arange(256), np.arange(512)) // 3
+  file = io.BytesIO()
+  Image.fromarray(np.stack([smooth.astype(np.uint8)] * 3, -1)).save(file, "JPEG")
+  small = open_image(file.getvalue(), at_least=64)
+  assert small.size == (128, 64)
+  whole = open_image(file.getvalue()).resize(small.size, Image.Resampling.BOX)
+  # 2 levels: both are means of 4x4 pixels, one of them taken in the frequencies
+  assert np.abs(np.asarray(small, int) - np.asarray(whole, int)).max() <= 2
+
+
+@pytest.mark.parametrize(
+  ("data", "reason"),
+  [
+    (b"", "not an image"),
+    (b"<html>", "not an image"),
+    (picture()[:-40], "truncated"),
+    (picture(format="JPEG", size=(64, 64))[:-300], "truncated"),
+    (png_header(2**30, 2**30), "too many pixels"),
+    (png_header(12_000, 12_000), "too many pixels"),
+    (png_header(0, 5), "not an image"),
+    (png_header(64, 64), "damaged|truncated"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+  ],
+)
+def test_a_picture_that_cannot_be_shown_has_a_reason(data, reason):
+  with pytest.raises(ValueError, match=reason):
+    open_image(data)
