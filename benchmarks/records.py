@@ -141,14 +141,20 @@ def main(_: list[str]) -> None:
       run(order)
       times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
   print(f"{size / 1e6:.2f} MB a record, {os.cpu_count()} cores, best of {ROUNDS}")
-  print(f"{'':28}records/s   MB/s   records a CPU second   of plain ArrayRecord")
-  ceiling = min(wall for wall, _ in times["plain ArrayRecord"])
-  for name, taken in times.items():
-    wall, cpu = min(wall for wall, _ in taken), min(cpu for _, cpu in taken)
-    rate = len(order) / wall
+  print("| | records/s | MB/s | records a CPU second | of plain: wall | CPU |")
+  print("|---|---|---|---|---|---|")
+  best = {
+    name: (min(wall for wall, _ in taken), min(cpu for _, cpu in taken))
+    for name, taken in times.items()
+  }
+  for name, (wall, cpu) in best.items():
+    shares = [
+      plain_time / time_
+      for plain_time, time_ in zip(best["plain ArrayRecord"], (wall, cpu), strict=True)
+    ]
     print(
-      f"{name:28}{rate:9.0f}{rate * size / 1e6:7.0f}{len(order) / cpu:23.0f}"
-      f"{ceiling / wall:22.0%}"
+      f"| {name} | {len(order) / wall:.0f} | {len(order) * size / wall / 1e6:.0f} "
+      f"| {len(order) / cpu:.0f} | {shares[0]:.0%} | {shares[1]:.0%} |"
     )
 
 

@@ -15,7 +15,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
-COMMANDS = ["train", "sample", "evaluate", "prepare", "convert", "curate", "demo"]
+COMMANDS = [
+  *("train", "sample", "evaluate", "prepare", "convert", "curate", "transform"),
+  "demo",
+]
 
 LINTERS = {
   "ruff check": ["ruff", "check"],

@@ -6,6 +6,7 @@ their own; within its share a dataset goes through its records epoch by epoch.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -55,7 +56,7 @@ class Mixture:
   def __str__(self) -> str:
     return ",".join(str(dataset.directory) for dataset in self.datasets)
 
-  @property
+  @functools.cached_property
   def features(self) -> Features:
     """What the datasets hold; the caption length is the least of theirs."""
     length = min(dataset.manifest.caption_length for dataset in self.datasets)
@@ -74,7 +75,7 @@ class Mixture:
     """Records of the split."""
     return sum(map(self._count, range(len(self.datasets))))
 
-  @property
+  @functools.cached_property
   def mean_bytes(self) -> int:
     """Of a record."""
     return sum(d.manifest.num_bytes for d in self.datasets) // len(self)
@@ -130,6 +131,8 @@ class Mixture:
     Raises:
       ValueError: a record is damaged; the message names file and record.
     """
+    if len(self.datasets) == 1:
+      return self.datasets[0].read(numbers)
     numbers = np.asarray(numbers, np.int64)
     which = np.searchsorted(self._starts, numbers, side="right") - 1
     records: dict[int, Record] = {}
@@ -193,7 +196,7 @@ class Mixture:
     numbers = self.numbers[i]
     return len(self.datasets[i]) if numbers is None else len(numbers)
 
-  @property
+  @functools.cached_property
   def _starts(self) -> np.ndarray:
     return np.cumsum([0, *map(len, self.datasets[:-1])])
 

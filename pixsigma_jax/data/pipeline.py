@@ -6,6 +6,7 @@ threads and in processes.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -13,10 +14,10 @@ from typing import Any, Literal, TypeAlias
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from pixsigma_jax.data import order
-from pixsigma_jax.data.buffers import Buffers
+from pixsigma_jax.data.buffers import Buffers, Rows
 from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.data.records import CAPTION_KINDS, Record
 from pixsigma_jax.models import tokens
@@ -193,101 +194,112 @@ class _LocalBatches:
   def __getitem__(self, index: int) -> Batch:
     positions = self.start_example + index * self.batch_size + self.rows
     epochs, examples = self.mixture.examples_at(positions, seed=self.seed)
-    batch = self._empty()
-    texts = []
-    # A few records at a time: the memory of the last ones holds the next.
-    some = max(1, _AT_A_TIME // self.mixture.mean_bytes)
-    for start in range(0, len(examples), some):
-      rows = np.arange(start, min(start + some, len(examples)))
-      if self.damaged == "replace":
-        records, examples[rows], batch["replaced"][rows] = self.mixture.read_or_replace(
-          examples[rows]
-        )
-      else:
-        records = self.mixture.read(examples[rows])
-      chosen = self._choose(records, epochs[rows], examples[rows])
-      self._put_images(batch, rows, records)
-      if self.read_captions is None:
-        self._put_captions(batch, rows, records, chosen)
-      texts += [record.captions[i] for record, i in zip(records, chosen, strict=True)]
-    if self.read_captions is not None:
-      batch.update(self.read_captions(texts, self.caption_length))
-    batch["example"] = examples.astype(np.int32)
-    return batch
-
-  def _empty(self) -> Batch:
-    """The arrays that records are put into; of the large ones every number is set."""
+    draws = np.stack(
+      [
+        order.uniform(order.hashed(stream, self.seed, epochs, examples))
+        for stream in (order.CAPTION_KIND, order.CAPTION)
+      ],
+      axis=-1,
+    )
     features, b, n = self.mixture.features, len(self.rows), self.sequence_length
     channels = features.channels * (2 if features.kind == "latent_moments" else 1)
-    width = self.patch_size**2 * channels
+    images = self.buffers.rows((b, n, self.patch_size**2 * channels), np.float16)
+    captions = None
+    if self.read_captions is None:
+      shape = (b, self.caption_length, features.caption_width)
+      captions = self.buffers.rows(shape, np.float16)
     batch = {
-      features.kind: self.buffers.array((b, n, width), np.float16),
+      features.kind: images.array,
       "coordinates": np.zeros((b, n, 2), np.int32),
       "grid": np.zeros((b, 2), np.int32),
       "original_size": np.zeros((b, 2), np.float32),
-      "aspect_ratio": np.zeros(b, np.float32),
       "row": self.rows.astype(np.int32),
       "replaced": np.zeros(b, bool),
     }
-    if self.read_captions is None:
-      shape = (b, self.caption_length, features.caption_width)
-      batch["caption_embeddings"] = self.buffers.array(shape, np.float16)
-      batch["caption_mask"] = np.zeros(shape[:2], bool)
+    texts, lengths = [], []
+    # A few records at a time, each let go of before the next: their memory is used
+    # again, where fresh memory would cost more than reading.
+    some = max(1, _AT_A_TIME // self.mixture.mean_bytes)
+    for start in range(0, b, some):
+      rows = np.arange(start, min(start + some, b))
+      shown, count = self._put(batch, images, captions, rows, examples, draws[rows])
+      texts += shown
+      lengths += count
+    if self.read_captions is not None:
+      batch.update(self.read_captions(texts, self.caption_length))
+    elif captions is not None:
+      batch["caption_embeddings"] = captions.array
+      batch["caption_mask"] = (
+        np.arange(self.caption_length) < np.array(lengths)[:, None]
+      )
+    batch["aspect_ratio"] = (batch["grid"][:, 0] / batch["grid"][:, 1]).astype(
+      np.float32
+    )
+    batch["example"] = examples.astype(np.int32)
     return batch
 
-  def _put_images(
-    self, batch: Batch, rows: Int64[np.ndarray, " b"], records: list[Record]
-  ) -> None:
-    kind = self.mixture.features.kind
-    latents = [getattr(record, kind) for record in records]
-    sizes = np.array([x.shape[:2] for x in latents], np.int32)
-    for size in np.unique(sizes, axis=0):  # all images of a size at once
-      same = np.flatnonzero((sizes == size).all(axis=-1))
-      images = np.stack([latents[i] for i in same])
-      grid = tokens.token_grid(tuple(size.tolist()), self.patch_size)
-      length = grid[0] * grid[1]
-      patches = tokens.to_tokens(images, self.patch_size, self.window)
-      batch[kind][rows[same], :length] = patches
-      batch[kind][rows[same], length:] = 0
-      batch["coordinates"][rows[same], :length] = tokens.coordinates(grid, self.window)
-    batch["grid"][rows] = sizes // self.patch_size
-    batch["aspect_ratio"][rows] = (sizes[:, 0] / sizes[:, 1]).astype(np.float32)
-    batch["original_size"][rows] = [record.original_size for record in records]
-
-  def _put_captions(
+  def _put(
     self,
     batch: Batch,
+    images: Rows,
+    captions: Rows | None,
+    rows: Int64[np.ndarray, " k"],
+    examples: Int64[np.ndarray, " b"],
+    draws: Float64[np.ndarray, "k 2"],
+  ) -> tuple[list[str], list[int]]:
+    """Reads the records of some rows; returns the captions shown and their lengths.
+
+    Where a record is replaced, its number in `examples` is, too.
+    """
+    if self.damaged == "replace":
+      read = self.mixture.read_or_replace(examples[rows])
+      records, examples[rows], batch["replaced"][rows] = read
+    else:
+      records = self.mixture.read(examples[rows])
+    batch["original_size"][rows] = [record.original_size for record in records]
+    self._put_images(batch, images, rows, records)
+    pairs = list(zip(records, map(self._choose, records, draws), strict=True))
+    if captions is not None:
+      captions.put(rows.tolist(), itertools.starmap(_embeddings, pairs))
+    texts = [record.captions[i] for record, i in pairs]
+    return texts, [int(record.caption_lengths[i]) for record, i in pairs]
+
+  def _put_images(
+    self,
+    batch: Batch,
+    images: Rows,
     rows: Int64[np.ndarray, " b"],
     records: list[Record],
-    chosen: list[int],
   ) -> None:
-    embeddings, mask = batch["caption_embeddings"], batch["caption_mask"]
-    for row, record, i in zip(rows.tolist(), records, chosen, strict=True):
-      assert record.caption_embeddings is not None
-      start, length = record.caption_lengths[:i].sum(), record.caption_lengths[i]
-      embeddings[row, :length] = record.caption_embeddings[start : start + length]
-      embeddings[row, length:] = 0
-      mask[row, :length] = True
+    """Their tokens, coordinates and grids into these rows of a batch."""
+    same_size: dict[tuple[int, int], tuple[list[int], list[np.ndarray]]] = {}
+    for row, record in zip(rows.tolist(), records, strict=True):
+      latents = getattr(record, self.mixture.features.kind)
+      places, stack = same_size.setdefault(latents.shape[:2], ([], []))
+      places.append(row)
+      stack.append(latents)
+    for size, (places, stack) in same_size.items():
+      latents = stack[0][None] if len(stack) == 1 else np.stack(stack)
+      images.put(places, tokens.to_tokens(latents, self.patch_size, self.window))
+      grid = tokens.token_grid(size, self.patch_size)
+      where = tokens.coordinates(grid, self.window)
+      batch["coordinates"][places, : len(where)] = where
+      batch["grid"][places] = grid
 
-  def _choose(
-    self,
-    records: list[Record],
-    epochs: Int64[np.ndarray, " b"],
-    examples: Int64[np.ndarray, " b"],
-  ) -> list[int]:
-    """Which of its captions each record shows."""
-    draws = [
-      order.uniform(order.hashed(stream, self.seed, epochs, examples))
-      for stream in (order.CAPTION_KIND, order.CAPTION)
-    ]
+  def _choose(self, record: Record, draws: Float64[np.ndarray, " 2"]) -> int:
+    """Which of its captions a record shows, by a draw of the kind and one among it."""
     long, short = CAPTION_KINDS
-    chosen = []
-    for record, kind_draw, caption_draw in zip(records, *draws, strict=True):
-      kind = long if kind_draw < self.long_caption_ratio else short
-      same = [i for i, other in enumerate(record.caption_kinds) if other == kind]
-      candidates = same or range(len(record.captions))
-      chosen.append(candidates[int(caption_draw * len(candidates))])
-    return chosen
+    kind = long if draws[0] < self.long_caption_ratio else short
+    same = [i for i, other in enumerate(record.caption_kinds) if other == kind]
+    candidates = same or range(len(record.captions))
+    return candidates[int(draws[1] * len(candidates))]
+
+
+def _embeddings(record: Record, caption: int) -> np.ndarray:
+  """Of one of its captions, a view `[length e]`."""
+  assert record.caption_embeddings is not None
+  start = record.caption_lengths[:caption].sum()
+  return record.caption_embeddings[start : start + record.caption_lengths[caption]]
 
 
 def _check_latents(

@@ -13,9 +13,11 @@ TensorFlow is needed neither to write nor to read. Damage does not pass: ArrayRe
 keeps a hash of each record (one chunk each) and checks it whenever the record is read.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -282,20 +284,21 @@ class Dataset:
       IndexError: there is no record of such a number.
       ValueError: a record is damaged; the message names file and record.
     """
-    numbers = np.asarray(numbers, np.int64)
-    for number in numbers[(numbers < 0) | (numbers >= len(self))]:
-      raise IndexError(
-        f"{self.directory} has {len(self)} records, there is no {number}."
-      )
-    shards = np.searchsorted(self._ends, numbers, side="right")
-    records: list[Record | None] = [None] * len(numbers)
-    for shard in np.unique(shards).tolist():
-      rows = np.flatnonzero(shards == shard)
-      first = self._ends[shard] - self.manifest.shards[shard].records
-      positions = (numbers[rows] - first).tolist()
-      for row, record in zip(rows, self._read_shard(shard, positions), strict=True):
-        records[row] = record
-    return records  # pyright: ignore[reportReturnType]  (every row has its shard)
+    by_shard: dict[int, list[tuple[int, int]]] = {}  # row, position in the shard
+    for row, number in enumerate(np.asarray(numbers).tolist()):
+      if not 0 <= number < len(self):
+        raise IndexError(
+          f"{self.directory} has {len(self)} records, there is no {number}."
+        )
+      shard = bisect.bisect_right(self._starts, number) - 1
+      place = (row, number - self._starts[shard])
+      by_shard.setdefault(shard, []).append(place)
+    records: dict[int, Record] = {}
+    for shard, places in by_shard.items():
+      rows, positions = zip(*places, strict=True)
+      read = self._read_shard(shard, list(positions))
+      records.update(zip(rows, read, strict=True))
+    return [records[row] for row in range(len(records))]
 
   @functools.cached_property
   def index(self) -> dict[str, np.ndarray]:
@@ -314,8 +317,10 @@ class Dataset:
       raise ValueError(f"{path} cannot be read: {error}. {_REPAIR}") from error
 
   @functools.cached_property
-  def _ends(self) -> np.ndarray:
-    return np.cumsum([shard.records for shard in self.manifest.shards])
+  def _starts(self) -> list[int]:
+    """The number of each shard's first record; an empty shard shares the next one's."""
+    counts = [shard.records for shard in self.manifest.shards]
+    return [0, *itertools.accumulate(counts[:-1])]
 
   def _read_shard(self, number: int, positions: list[int]) -> list[Record]:
     shard = self.manifest.shards[number]
@@ -325,7 +330,7 @@ class Dataset:
     except Exception as error:  # RuntimeError of Riegeli, or bytes that are no record
       if len(positions) > 1:  # the reader does not say which: read them one at a time
         return [self._read_shard(number, [position])[0] for position in positions]
-      first = int(self._ends[number]) - shard.records
+      first = self._starts[number]
       raise ValueError(
         f"Record {first + positions[0]} of {self.directory} is damaged (record "
         f"{positions[0]} of {shard.file}): {error}. {_REPAIR}"

@@ -57,11 +57,15 @@ class Features:
       while start < end:
         entry, start = self._field(start, end, _FIRST)
         name, value = self._field(entry, start, _FIRST)
-        feature, entry_end = self._field(value, start, _SECOND)
-        kind = data[feature] if feature < entry_end else _BYTES
-        empty = feature == entry_end
-        values = (feature, feature) if empty else self._field(feature, entry_end, kind)
-        self._lists[data[name:value].decode()] = (kind, *values)
+        feature, last = self._field(value, start, _SECOND)
+        if feature < last:
+          kind = data[feature]
+          self._lists[data[name:value].decode()] = (
+            kind,
+            *self._field(feature, last, kind),
+          )
+        else:  # a list of nothing has no kind
+          self._lists[data[name:value].decode()] = _BYTES, feature, feature
     except (IndexError, UnicodeDecodeError) as error:
       raise ValueError(f"not a tf.train.Example: {error}") from error
 
@@ -112,9 +116,12 @@ class Features:
 
   def _field(self, start: int, end: int, tag: int) -> Span:
     """Where the contents of a length-delimited field lie."""
-    if self._data[start] != tag:
-      raise ValueError(f"not a tf.train.Example: tag {self._data[start]} at {start}")
-    length, start = self._varint(start + 1)
+    data = self._data
+    if data[start] != tag:
+      raise ValueError(f"not a tf.train.Example: tag {data[start]} at {start}")
+    length, start = data[start + 1], start + 2
+    if length >= 0x80:  # most are shorter
+      length, start = self._varint(start - 1)
     if start + length > end:
       raise ValueError(f"not a tf.train.Example: {length} bytes at {start} of {end}")
     return start, start + length

@@ -73,6 +73,15 @@ def token_grid(latent_size: Grid, patch_size: int) -> Grid:
 def to_tokens(latents: Arrays, patch_size: int, window: Grid) -> Arrays:
   """Cuts `[... h' w' c]` latents into `[... n p*p*c]` tokens in window-major order."""
   grid = token_grid(latents.shape[-3:-1], patch_size)
+  if not (grid[0] % window[0] or grid[1] % window[1]):  # windows cover it: one copy
+    return einops.rearrange(
+      latents,
+      "... (y r p) (x s q) c -> ... (y x r s) (p q c)",
+      r=window[0],
+      s=window[1],
+      p=patch_size,
+      q=patch_size,
+    )
   tokens = einops.rearrange(
     latents, "... (h p) (w q) c -> ... (h w) (p q c)", p=patch_size, q=patch_size
   )

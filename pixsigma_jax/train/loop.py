@@ -1,12 +1,12 @@
 """The training of one stage, top to bottom, in the order in which things happen."""
 
 import contextlib
-import inspect
+import dataclasses
 import json
 import pathlib
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from pixsigma_jax.train.metrics import MetricWriter, Window
 from pixsigma_jax.train.optimizer import make_optimizer, make_schedule
 from pixsigma_jax.train.progress import Progress
 from pixsigma_jax.train.step import TrainState, init_state, make_train_step
-from pixsigma_jax.transforms import TRANSFORMS
+from pixsigma_jax.transforms import Model, apply_transforms
 
 
 class NonFiniteError(ArithmeticError):
@@ -148,6 +148,10 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   parent = None
   if start is None and config["init"]["parent"]:
     parent = checkpoint.read_snapshot(config["init"]["parent"], mesh)
+    transformed = _transformed(parent, config["init"]["transforms"], model_fields, mesh)
+    parent = dataclasses.replace(
+      parent, params=transformed.params, metadata=transformed.metadata
+    )
   if start is not None:
     about = _check_same_run(checkpoints.metadata(start), config, model_fields, mixture)
   else:
@@ -161,9 +165,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     first_example = data_pipeline.resume_from(position, mixture, seed=config["seed"])
   elif parent is not None:
     logging.info("Starting %s from %s.", workdir, parent.path)
-    params = _transformed(parent, config["init"]["transforms"], model_fields)
     build = jax.jit(lambda p, n, k: init_state(p, n, tx, k), out_shardings=places)
-    state = build(params, null_caption, key)
+    state = build(parent.params, null_caption, key)
     # The parent as the transforms left it, for looking at before any training.
     _snapshot(workdir, state, about)
   else:
@@ -443,32 +446,28 @@ def _transformed(
   parent: checkpoint.Snapshot,
   transforms: Sequence[Mapping[str, Any]],
   want: PixArtConfig,
-) -> Any:
-  """The parent's parameters after the transforms, for the model of the config."""
-  have, params = parent.config, parent.params
-  for transform in transforms:
-    arguments = dict(transform)
-    name = arguments.pop("name", None)
-    if name not in TRANSFORMS:
-      raise ValueError(
-        f"Unknown transform {name!r} in config.init.transforms; choose from "
-        f"{', '.join(TRANSFORMS)}."
-      )
-    try:
-      inspect.signature(TRANSFORMS[name]).bind(have, params, **arguments)
-    except TypeError as error:
-      raise ValueError(
-        f"The transform {name} of config.init.transforms: {error}. Its arguments are "
-        f"{', '.join(list(inspect.signature(TRANSFORMS[name]).parameters)[2:])}."
-      ) from error
-    have, params = TRANSFORMS[name](have, params, **arguments)
+  mesh: Mesh,
+) -> Model:
+  """The parent after the transforms, which leads to the model of the config."""
+
+  def read(path: str) -> tuple[Metadata, Callable[[], Any]]:
+    about = checkpoint.read_metadata(path)
+    return about, lambda: checkpoint.read_snapshot(path, mesh).params
+
+  model = Model(
+    config=parent.config,
+    params=parent.params,
+    null_caption=parent.null_caption,
+    metadata=parent.metadata,
+  )
+  model = apply_transforms(model, transforms, read=read)
   _refuse_disagreements(
-    _as_dict(have),
+    model.metadata.model,
     want,
     f"The parent {parent.path} after {len(transforms)} transforms",
     "add the transform to config.init.transforms",
   )
-  return params
+  return model
 
 
 def _refuse_disagreements(
@@ -478,6 +477,9 @@ def _refuse_disagreements(
     "base_size": "interpolate_pe",
     "pe_interpolation": "interpolate_pe",
     "kv_compression": "add_kv_compression",
+    "in_channels": "swap_vae",
+    "caption_length": "alpha_to_sigma",
+    "size_conditions": "alpha_to_sigma",
   }
   lines = metadata.disagreements(dict(have), _as_dict(want))
   if lines:

@@ -1,4 +1,4 @@
-"""Adds key/value compression to a model trained without it (PixArt-Σ, section 3.3)."""
+"""Adds key/value compression to a model, or removes it (PixArt-Σ, section 3.3)."""
 
 import dataclasses
 from typing import Any
@@ -68,6 +68,38 @@ def add_kv_compression(
       attention = {**blocks["attention"], "kv_compressor": compressor}
       blocks = {**blocks, "attention": attention}
     params[segment_name(segment)] = blocks
+  return target, params
+
+
+def remove_kv_compression(
+  config: PixArtConfig, params: Any
+) -> tuple[PixArtConfig, Any]:
+  """Takes the compressors out and stacks all blocks in one again.
+
+  Undoes `add_kv_compression` to the bit. After training, what the compressors learned
+  is lost, and the compressed layers see keys and values that they have not seen since.
+
+  Returns:
+    The new hyper-parameters and tree; leaves outside regrouped blocks are shared.
+
+  Raises:
+    ValueError: the model compresses nothing.
+  """
+  if not config.kv_compression.layers:
+    raise ValueError("The model does not compress keys and values: nothing to remove.")
+  target = dataclasses.replace(config, kv_compression=KVCompression())
+  params = dict(params)
+  stacks = []
+  for segment, _ in config.segments():
+    blocks = params.pop(segment_name(segment))
+    attention = dict(blocks["attention"])
+    attention.pop("kv_compressor", None)  # only the operator `conv` learns anything
+    stacks.append({**blocks, "attention": attention})
+  params[segment_name(range(config.depth))] = (
+    stacks[0]
+    if len(stacks) == 1
+    else jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+  )
   return target, params
 
 

@@ -1,6 +1,7 @@
 """Carries a model to the next resolution: position-embedding interpolation.
 
-PixArt has no table of positions but a fixed field (`models/positions.py`), so both
+Neither α nor Σ has a learned table of positions that could be resampled, but a fixed
+field (`models/positions.py`; `convert` refuses a `pos_embed` that is another). So both
 transforms change two hyper-parameters and hand every parameter on as it is.
 """
 

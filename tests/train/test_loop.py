@@ -11,6 +11,7 @@ from PIL import Image
 from configs.quickstart import compressed, high, low
 from pixsigma_jax import checkpoint
 from pixsigma_jax.models.text_encoders import text_encoder_from
+from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.train import loop
 from pixsigma_jax.transforms import add_kv_compression
 from tests.train import runs
@@ -280,3 +281,19 @@ def test_the_chain_hands_parameters_and_history_from_stage_to_stage(
 def _assert_same_trees(have, want):
   assert jax.tree.structure(have) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, have, want)
+
+
+def test_a_swapped_vae_and_an_average_lead_to_data_of_other_latents(
+  data, done, tmp_path
+):
+  prepare_digits(tmp_path / "data", resolution=8, count=48, seed=1, scaling_factor=0.5)
+  config = runs.shrink(low.get_config(), tmp_path / "data", done)
+  config.init.transforms = (
+    {"name": "average", "others": (str(done),), "weights": (0.5, 0.5)},
+    {"name": "swap_vae", "scaling_factor": 0.5},
+  )
+  runs.train(config, tmp_path / "run")
+  first = checkpoint.read_snapshot(tmp_path / "run" / "snapshots" / "0")
+  assert first.metadata.scaling_factor == 0.5
+  parent = checkpoint.read_snapshot(done)
+  jax.tree.map(np.testing.assert_array_equal, first.params, parent.params)

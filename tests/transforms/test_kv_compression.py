@@ -1,4 +1,4 @@
-"""Compression added to a trained model: the blocks stay, compressors join them."""
+"""Compression added to a trained model and removed: the blocks stay as they are."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 from pixsigma_jax import tree
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params
-from pixsigma_jax.transforms import add_kv_compression
+from pixsigma_jax.transforms import add_kv_compression, remove_kv_compression
 from tests.sample import models
 
 PLAIN = PixArtConfig(
@@ -182,3 +182,40 @@ def test_a_model_that_compresses_already_is_refused(params):
 def test_arguments_that_fit_nothing_are_named(params, fields, message):
   with pytest.raises(ValueError, match=message):
     add_kv_compression(PLAIN, params, **{**CONV, "layers": (2, 3), **fields})
+
+
+@pytest.mark.parametrize("layers", [(2, 3), (1,), (0, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("operator", ["conv", "average"])
+def test_removing_what_was_added_gives_the_model_back_to_the_bit(
+  params, layers, operator
+):
+  fields = {**CONV, "operator": operator}
+  added = add_kv_compression(PLAIN, params, **fields, layers=layers)
+  config, back = remove_kv_compression(*added)
+  assert config == PLAIN
+  assert tree.differences(back, abstract_params(PLAIN)) == []
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_removing_shares_what_is_outside_the_blocks_and_leaves_its_input_alone(params):
+  config, compressed = add_kv_compression(PLAIN, params, **CONV, layers=(0, 3))
+  before = tree.named_leaves(compressed)
+  _, back = remove_kv_compression(config, compressed)
+  for name in params:
+    if name != "blocks_00_03":
+      assert back[name] is params[name]
+  after = tree.named_leaves(compressed)
+  assert list(after) == list(before)
+  assert all(after[name] is before[name] for name in before)
+
+
+def test_a_stack_that_was_compressed_as_a_whole_is_shared_when_compression_goes(params):
+  added = add_kv_compression(PLAIN, params, **CONV, layers=(0, 1, 2, 3))
+  _, back = remove_kv_compression(*added)
+  before, after = tree.named_leaves(params), tree.named_leaves(back)
+  assert all(after[name] is before[name] for name in before)
+
+
+def test_a_model_that_does_not_compress_has_nothing_to_remove(params):
+  with pytest.raises(ValueError, match=r"does not compress .*nothing to remove"):
+    remove_kv_compression(PLAIN, params)

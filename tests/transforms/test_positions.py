@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pixsigma_jax.models import positions, tokens
-from pixsigma_jax.transforms import TRANSFORMS, extend_pe, interpolate_pe
+from pixsigma_jax.transforms import extend_pe, interpolate_pe
 from tests.sample import models
 
 # The middle of a chain: its field was made finer before.
@@ -71,9 +71,3 @@ def test_extension_keeps_the_spacing_and_goes_on_beyond_the_old_edge():
 def test_a_grid_without_tokens_is_refused(transform, base_size):
   with pytest.raises(ValueError, match=f"base_size {base_size} must be at least 1"):
     transform(CONFIG, PARAMS, base_size=base_size)
-
-
-def test_a_transform_is_found_by_its_own_name():
-  assert {name: f.__name__ for name, f in TRANSFORMS.items()} == {
-    name: name for name in ("interpolate_pe", "extend_pe", "add_kv_compression")
-  }

@@ -1,0 +1,1 @@
+"""The command that applies a transform to a snapshot and says what it changed."""
