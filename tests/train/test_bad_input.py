@@ -12,8 +12,7 @@ from absl import flags
 
 from configs.quickstart import compressed, high
 from pixsigma_jax import checkpoint
-from pixsigma_jax.data import mixture
-from pixsigma_jax.data import pipeline as data_pipeline
+from pixsigma_jax.data import mixture, order
 from pixsigma_jax.data.records import Dataset, open_dataset
 from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.train import loop
@@ -345,7 +344,7 @@ def test_a_truncated_shard_is_named(command, copy, tmp_path):
 def _example_of(step, dataset):
   """A record that a run of seed 0 first meets at this step."""
   positions = np.arange((step - 1) * runs.BATCH, step * runs.BATCH)
-  _, examples = data_pipeline.examples_at(positions, seed=0, num_records=runs.RECORDS)
+  _, examples = order.permuted(positions, seed=(order.RECORDS, 0), n=runs.RECORDS)
   return int(examples[runs.BATCH // 2])
 
 
