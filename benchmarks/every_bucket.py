@@ -5,9 +5,9 @@ r"""From images to pictures at every size of every table, by the commands of the
 For each size of each table an image a little larger is drawn, and the photographs of
 scikit-image and scikit-learn come beside them. `curate` reads them, `prepare` makes
 records of each resolution with a VAE and a T5 of random weights in their published
-formats (few channels: it is about sizes, not about networks). Up to 1024 a transformer
-of two layers is trained for 20 steps and draws a picture. What is there from an earlier
-run is gone on with.
+formats (few channels: it is about sizes, not about networks), and a transformer of two
+layers is trained for 20 steps and draws a picture. Above `--encode_up_to` images are
+read and cropped, and no more. What is there from an earlier run is gone on with.
 """
 
 import json
@@ -23,14 +23,18 @@ from PIL import Image
 from pixsigma_jax import command
 from pixsigma_jax.data.buckets import BUCKETS
 from pixsigma_jax.data.records import open_dataset
+from pixsigma_jax.prepare.pictures import open_pictures
 
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for all of it.", required=True)
 _RESOLUTIONS = flags.DEFINE_list(
   "resolutions", [str(resolution) for resolution in BUCKETS], "Tables to go through."
 )
 
+_ENCODE_UP_TO = flags.DEFINE_integer(
+  "encode_up_to", 4096, "The highest resolution whose pictures the networks see."
+)
+
 _CHANNELS, _GROUPS = (8, 8, 8, 8), 4  # of the VAE
-_TRAINED_UP_TO = 1024
 
 
 def write_networks(folder: pathlib.Path) -> None:
@@ -89,6 +93,7 @@ def main(_: list[str]) -> None:
     here = root / str(resolution)
     if not (here / "photos").exists():
       draw_images(here / "photos", resolution)
+    encoded = resolution <= _ENCODE_UP_TO.value
     seconds = {
       "scan": run(
         "pixsigma_jax.curate", "scan", f"{here}/index", f"--images={here}/photos"
@@ -99,24 +104,26 @@ def main(_: list[str]) -> None:
         f"--resolution={resolution}",
         f"--frozen={root}/frozen",
         f"--output={here}/data",
+        f"--parts={'pictures,features' if encoded else 'pictures'}",
         "--text_dtype=float32",
         "--batch_size=1",
-        "--traceback",
       ),
     }
-    dataset = open_dataset(here / "data")
-    found = {size[:2] for size in dataset.manifest.latent_sizes}
-    wanted = {(h // 8, w // 8) for h, w in BUCKETS[resolution].values()}
+    pictures = open_pictures(here / "data-pictures")
     own = {
-      dataset[number].id: tuple(size)
-      for number, size in enumerate(dataset.index["latent_size"].tolist())
+      name: size
+      for shard in range(pictures.num_shards)
+      for name, size in zip(pictures.ids(shard), pictures.sizes(shard), strict=True)
     }
+    if encoded:
+      dataset = open_dataset(here / "data")
+      own = {
+        dataset[number].id: (8 * height, 8 * width)
+        for number, (height, width) in enumerate(dataset.index["latent_size"].tolist())
+      }
     sizes = list(BUCKETS[resolution].values())
-    right = sum(
-      own.get(f"{number:02d}") == (h // 8, w // 8)
-      for number, (h, w) in enumerate(sizes)
-    )
-    if resolution <= _TRAINED_UP_TO:
+    right = sum(own.get(f"{number:02d}") == size for number, size in enumerate(sizes))
+    if encoded:
       seconds["train"] = run(
         "pixsigma_jax.train",
         "--config=configs/own_images.py",
@@ -145,10 +152,9 @@ def main(_: list[str]) -> None:
     results.append(
       {
         "resolution": resolution,
-        "sizes": len(wanted),
-        "found": len(found & wanted),
+        "sizes": len(sizes),
         "right": right,
-        "records": len(dataset),
+        "records": len(own),
         "seconds": {name: round(value) for name, value in seconds.items()},
       }
     )

@@ -122,9 +122,12 @@ def test_within_its_share_a_dataset_shows_each_record_once_an_epoch(paths):
   epochs, numbers = mixture.examples_at(np.arange(3 * mixtures._BLOCK), seed=2)
   shown = collections.Counter(zip(epochs.tolist(), numbers.tolist(), strict=True))
   assert set(shown.values()) == {1}
-  # Of the first dataset 3 · 2¹⁴ examples: 819 whole epochs of 60 and 12 of the next.
-  own = np.array([key for key in shown if key[1] < SIZES["a"]])
-  assert np.bincount(own[:, 0]).tolist() == [60] * 819 + [12]
+  # Of the first dataset 3 · 2¹⁴ examples: 819 whole epochs of 60 and 12 of the next. Of
+  # the last 3 · 2¹⁵: 327 epochs of 300 and 204.
+  keys = np.array(list(shown))
+  first, last = keys[:, 1] < SIZES["a"], keys[:, 1] >= SIZES["a"] + SIZES["b"]
+  assert np.bincount(keys[first, 0]).tolist() == [60] * 819 + [12]
+  assert np.bincount(keys[last, 0]).tolist() == [300] * 327 + [204]
 
 
 def test_a_mixture_of_one_is_the_dataset(paths):
@@ -135,9 +138,9 @@ def test_a_mixture_of_one_is_the_dataset(paths):
 
 def test_datasets_of_a_mixture_are_not_in_step(paths):
   twins = read([paths[0], paths[0]])
-  _, numbers = twins.examples_at(np.arange(mixtures._BLOCK), seed=0)
-  own = [numbers[numbers < 60][:60], numbers[numbers >= 60][:60] - 60]
-  assert (own[0] == own[1]).mean() < 0.2
+  orders = [twins._in_dataset(i, np.arange(60), 0)[1] - 60 * i for i in range(2)]
+  assert sorted(orders[0]) == sorted(orders[1]) == list(range(60))
+  assert (orders[0] == orders[1]).mean() < 0.2
 
 
 def test_the_stream_is_another_when_anything_that_decides_it_is(paths):

@@ -156,6 +156,13 @@ def test_another_job_in_the_same_place_is_refused(tmp_path):
     begin(tmp_path)
 
 
+def test_what_a_kill_has_left_half_written_is_in_nobodys_way(tmp_path):
+  (tmp_path / "unfinished.json.0a1b2c3d.partial").write_text("{")
+  write_shard(begin(tmp_path, num_shards=1), 0)
+  begin(tmp_path, num_shards=1).finish()
+  assert not list(tmp_path.glob("*.partial"))
+
+
 def test_a_null_caption_goes_with_embeddings_and_only_with_them(tmp_path):
   with pytest.raises(ValueError, match=r"stored as embeddings: .*null caption"):
     begin(tmp_path, null_caption=None)
