@@ -313,6 +313,9 @@ def test_another_crop_or_an_unknown_hash_is_no_obstacle(paths, tmp_path):
   changes = {"crop_rule": {"name": "other"}, "hashes": {"crop_rule": "cc"}}
   other = write(tmp_path / "other", ["x"], dataclasses.replace(FEATURES, **changes))
   assert len(read([paths[0], other])) == 61
+  changes = {"hashes": {"crop_rule": "dd"}}
+  third = write(tmp_path / "third", ["y"], dataclasses.replace(FEATURES, **changes))
+  assert len(read([other, third])) == 2
 
 
 def test_other_null_captions_are_of_another_text_encoder(paths, tmp_path):

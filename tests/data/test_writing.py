@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from pixsigma_jax.data import writing
 from pixsigma_jax.data.records import Features, Record, open_dataset
 from pixsigma_jax.data.writing import RecordWriter, begin_dataset
 
@@ -154,6 +155,16 @@ def test_another_job_in_the_same_place_is_refused(tmp_path):
   (tmp_path / "unfinished.json").unlink()
   with pytest.raises(FileExistsError, match=r"records-train-00000.* part of"):
     begin(tmp_path)
+
+
+def test_where_a_shard_is_there_what_is_known_of_it_is_too(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(writing, "_savez", full)
+  with pytest.raises(OSError, match="No space left"):
+    write_shard(begin(tmp_path), 0)
+  assert begin(tmp_path).missing() == [0, 1, 2]
 
 
 def test_what_a_kill_has_left_half_written_is_in_nobodys_way(tmp_path):
