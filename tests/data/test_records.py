@@ -232,6 +232,15 @@ REFUSED = {
   r"original_size \[0, 40\] must be positive": {
     "original_size": np.array([0, 40], np.int32)
   },
+  r"the text 'a \\ud83d' holds half a character": {
+    "captions": ("a \ud83d", "b", "c"),
+  },
+  r"crop \[0.0, 0.0, 40.0, 41.0\] is no part of an image of 40x40 pixels": {
+    "crop": np.array([0, 0, 40, 41], np.float32)
+  },
+  "the dataset takes caption_embeddings, and there are no": {
+    "caption_embeddings": None
+  },
 }
 
 
