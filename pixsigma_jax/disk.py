@@ -15,6 +15,12 @@ def partial_path(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
+def whole_files(folder: pathlib.Path) -> list[str]:
+  """The names in a folder, in order, without what a kill has left half written."""
+  names = (path.name for path in folder.iterdir())
+  return sorted(name for name in names if not name.endswith(".partial"))
+
+
 def publish(partial: pathlib.Path, path: pathlib.Path) -> None:
   """Gives a whole file its name, and returns when a power cut cannot undo it."""
   sync(partial)

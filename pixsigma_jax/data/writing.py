@@ -134,8 +134,7 @@ def begin_dataset(
         "Give the same ones to go on, or choose a new directory."
       )
   else:
-    whole = [name for name in _names(directory) if not name.endswith(".partial")]
-    if foreign := next(iter(sorted(whole)), None):
+    if foreign := next(iter(disk.whole_files(directory)), None):
       raise FileExistsError(
         f"{directory} holds {foreign} and does not say what it is part of: delete it, "
         "or choose a new directory."

@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -269,10 +268,7 @@ def _lines(refusals: Iterable[Refusal]) -> str:
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
-  # A name of its own: several processes may finish at once.
-  own = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-  disk.write_whole(own, lambda partial: partial.write_text(text, encoding="utf-8"))
-  own.replace(path)
+  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _features(

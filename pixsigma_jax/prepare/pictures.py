@@ -314,12 +314,11 @@ def _store_plan(
       )
     return
   directory.mkdir(parents=True, exist_ok=True)
-  own = (_ROWS, _REFUSED, _PLAN)  # left behind, whole or in part, by a run that died
-  for file in sorted(directory.iterdir()):
-    if file.name.removesuffix(".partial") not in own:
+  for name in disk.whole_files(directory):
+    if name not in (_ROWS, _REFUSED):  # left behind by a run that died
       raise FileExistsError(
-        f"{directory} holds {file.name}, which is no part of a plan. Choose a new or "
-        "an empty directory with --pictures."
+        f"{directory} holds {name}, which is no part of a plan. Choose a new or an "
+        "empty directory with --pictures."
       )
 
   def save_rows(partial: pathlib.Path) -> None:

@@ -242,3 +242,14 @@ def test_workers_of_their_own_processes_write_the_same(index, tmp_path):
   several = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
   prepare(index, tmp_path / "two", beam_options=several)
   assert world.files_of(tmp_path / "one") == world.files_of(tmp_path / "two")
+
+
+def test_a_plan_that_was_half_written_is_made_again(index, tmp_path):
+  prepare(index, tmp_path / "whole")
+  (tmp_path / "pictures").mkdir()
+  for name in ("plan.npy.0a1b2c3d.partial", "plan.json.0a1b2c3d.partial"):
+    (tmp_path / "pictures" / name).write_text("{")
+  prepared = prepare(index, tmp_path / "pictures")
+  assert prepared.missing() == []
+  made = world.files_of(tmp_path / "pictures")
+  assert world.files_of(tmp_path / "whole").items() <= made.items()
