@@ -32,10 +32,12 @@ def run(capsys, monkeypatch, module, *arguments):
       runpy.run_module(f"pixsigma_jax.{module}", run_name="__main__", alter_sys=True)
   finally:
     # The command's own flags make place for those of the next.
-    known = flags.FLAGS.flags_by_module_dict()
-    for name in [n for n in known if n.endswith("__main__.py")]:
-      for flag in list(known[name]):
-        delattr(flags.FLAGS, flag.name)
+    for module_, own in list(flags.FLAGS.flags_by_module_dict().items()):
+      for flag in list(own):
+        # Overrides of a config's fields are flags too, which ml_collections defines in
+        # absl's name while it parses them.
+        if module_.endswith("__main__.py") or flag.name.startswith("config."):
+          delattr(flags.FLAGS, flag.name)
     flags.FLAGS.unparse_flags()
   out, err = capsys.readouterr()
   return Done(int(exit_.value.code or 0), out, err)
