@@ -12,7 +12,7 @@ from configs.quickstart import compressed, high, low
 from pixsigma_jax import checkpoint
 from pixsigma_jax.models.text_encoders import text_encoder_from
 from pixsigma_jax.prepare.digits import prepare_digits
-from pixsigma_jax.train import loop
+from pixsigma_jax.train import loop, program, sheets
 from pixsigma_jax.transforms import add_kv_compression
 from tests.train import runs
 
@@ -111,9 +111,9 @@ def test_the_null_caption_is_the_text_encoders(done):
 
 def test_one_compilation_serves_every_aspect_ratio(data, tmp_path, monkeypatch):
   traces, grids = [], []
-  make_loss, batches = loop.make_loss, loop.data_pipeline.batches
+  make_loss, batches = program.make_loss, loop.data_pipeline.batches
 
-  @functools.wraps(make_loss)  # the loop looks at the names of its arguments
+  @functools.wraps(make_loss)  # the program looks at the names of its arguments
   def counted(*args, **fields):
     loss = make_loss(*args, **fields)
 
@@ -128,7 +128,7 @@ def test_one_compilation_serves_every_aspect_ratio(data, tmp_path, monkeypatch):
       grids.append(tuple(map(tuple, batch["grid"].tolist())))
       yield batch
 
-  monkeypatch.setattr(loop, "make_loss", counted)
+  monkeypatch.setattr(program, "make_loss", counted)
   monkeypatch.setattr(loop.data_pipeline, "batches", seen)
   runs.train(runs.low(data), tmp_path)
   assert len(grids) == 6
@@ -188,7 +188,7 @@ def test_sample_grids_of_the_average_are_drawn_at_intervals_and_change_nothing(
   data, done, tmp_path, monkeypatch
 ):
   drawn, asked = [], []
-  replace, call = loop.Pipeline.replace, loop.Pipeline.__call__
+  replace, call = sheets.Pipeline.replace, sheets.Pipeline.__call__
 
   def replaced(self, **fields):
     drawn.append(jax.tree.map(np.array, fields["params"]))
@@ -198,8 +198,8 @@ def test_sample_grids_of_the_average_are_drawn_at_intervals_and_change_nothing(
     asked.append((prompts, fields))
     return call(self, prompts, **fields)
 
-  monkeypatch.setattr(loop.Pipeline, "replace", replaced)
-  monkeypatch.setattr(loop.Pipeline, "__call__", called)
+  monkeypatch.setattr(sheets.Pipeline, "replace", replaced)
+  monkeypatch.setattr(sheets.Pipeline, "__call__", called)
   prompts = ("a red seven", "a white three")
   runs.train(runs.low(data, log__sample_every=3, log__prompts=prompts), tmp_path)
 
