@@ -80,16 +80,14 @@ def main(_: list[str]) -> None:
   dataset = open_dataset(directory)
   mixture = open_mixture([directory], weights=(), holdout=0.0, split="train")
   size = dataset.manifest.num_bytes / len(dataset)
-  ends = np.cumsum([shard.records for shard in dataset.manifest.shards])
   readers = [
     records._open_shard(dataset.directory, shard) for shard in dataset.manifest.shards
   ]
 
   def plain(numbers: np.ndarray) -> None:
     for number in numbers:
-      shard = int(np.searchsorted(ends, number, side="right"))
-      first = ends[shard] - dataset.manifest.shards[shard].records
-      readers[shard].read([int(number - first)])
+      shard, position = dataset.place(int(number))
+      readers[shard].read([position])
 
   def decoded(numbers: np.ndarray) -> None:
     for number in numbers:

@@ -260,7 +260,7 @@ class _LocalBatches:
     self._put_images(batch, images, rows, records)
     pairs = list(zip(records, map(self._choose, records, draws), strict=True))
     if captions is not None:
-      captions.put(rows.tolist(), itertools.starmap(_embeddings, pairs))
+      captions.put(rows.tolist(), itertools.starmap(Record.embeddings, pairs))
     texts = [record.captions[i] for record, i in pairs]
     return texts, [int(record.caption_lengths[i]) for record, i in pairs]
 
@@ -293,13 +293,6 @@ class _LocalBatches:
     same = [i for i, other in enumerate(record.caption_kinds) if other == kind]
     candidates = same or range(len(record.captions))
     return candidates[int(draws[1] * len(candidates))]
-
-
-def _embeddings(record: Record, caption: int) -> np.ndarray:
-  """Of one of its captions, a view `[length e]`."""
-  assert record.caption_embeddings is not None
-  start = record.caption_lengths[:caption].sum()
-  return record.caption_embeddings[start : start + record.caption_lengths[caption]]
 
 
 def _check_latents(

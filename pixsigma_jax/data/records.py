@@ -30,7 +30,7 @@ import numpy as np
 from array_record.python import (
   array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
 )
-from jaxtyping import Float
+from jaxtyping import Float, Float16
 
 from pixsigma_jax.data import wire
 
@@ -69,6 +69,12 @@ class Record:
   aesthetic_score: float = float("nan")  # of curate's `score`; nan if it has none
   latents: np.ndarray | None = None  # float16 [h' w' c]
   latent_moments: np.ndarray | None = None  # float16 [h' w' 2c], mean ‖ log-variance
+
+  def embeddings(self, caption: int) -> Float16[np.ndarray, "t e"]:
+    """Of one of its captions, a view of those that are stored."""
+    assert self.caption_embeddings is not None
+    start = self.caption_lengths[:caption].sum()
+    return self.caption_embeddings[start : start + self.caption_lengths[caption]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,15 +296,19 @@ class Dataset:
         raise IndexError(
           f"{self.directory} has {len(self)} records, there is no {number}."
         )
-      shard = bisect.bisect_right(self._starts, number) - 1
-      place = (row, number - self._starts[shard])
-      by_shard.setdefault(shard, []).append(place)
+      shard, position = self.place(number)
+      by_shard.setdefault(shard, []).append((row, position))
     records: dict[int, Record] = {}
     for shard, places in by_shard.items():
       rows, positions = zip(*places, strict=True)
       read = self._read_shard(shard, list(positions))
       records.update(zip(rows, read, strict=True))
     return [records[row] for row in range(len(records))]
+
+  def place(self, number: int) -> tuple[int, int]:
+    """The shard that holds a record, and the record's position in it."""
+    shard = bisect.bisect_right(self._starts, number) - 1
+    return shard, number - self._starts[shard]
 
   @functools.cached_property
   def index(self) -> dict[str, np.ndarray]:

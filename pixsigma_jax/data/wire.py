@@ -73,6 +73,11 @@ class Features:
     """The values of a bytes feature, decoded as UTF-8."""
     return tuple([self._data[a:b].decode() for a, b in self._spans(name)])
 
+  def bytes(self, name: str) -> bytes:
+    """The one value of a bytes feature."""
+    [(start, end)] = self._spans(name)
+    return self._data[start:end]
+
   def array(self, name: str, shape: Sequence[int]) -> Float16[np.ndarray, "..."]:
     """The one value of a bytes feature as float16: a view, which cannot be written."""
     [(start, end)] = self._spans(name)

@@ -134,9 +134,9 @@ def main(_: list[str]) -> None:
 
 def _from_index(index: str) -> None:
   parts = _PARTS_FLAG.value
-  if unknown := [part for part in parts if part not in _PARTS] or not parts:
+  if not parts or not set(parts) <= set(_PARTS):
     raise ValueError(
-      f"--parts={','.join(parts)} must be some of {','.join(_PARTS)}, not {unknown}."
+      f"--parts={','.join(parts)} must be one or more of {','.join(_PARTS)}."
     )
   output = pathlib.Path(_OUTPUT.value)
   where = _PICTURES.value or output.with_name(f"{output.name}-pictures")

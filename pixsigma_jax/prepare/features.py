@@ -529,12 +529,11 @@ def check(
       "as when it was prepared."
     )
   autoencoder = vae.load_autoencoder(vae_folder, dtype=jnp.float32)
-  ends = np.cumsum([shard.records for shard in dataset.manifest.shards])
   count = min(_CHECKED, len(dataset))
   numbers = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
   shown, labels, errors = [], [], []
   for number, record in zip(numbers, dataset.read(numbers), strict=True):
-    shard = int(np.searchsorted(ends, number, side="right"))
+    shard, _ = dataset.place(number)
     if shard >= pictures.num_shards or record.id not in pictures.ids(shard):
       raise ValueError(
         f"{record.id} of {directory} is not among the pictures of "

@@ -292,11 +292,25 @@ def _feature(
   return by_name
 
 
+# What NumPy raises for one file or another that is not what it should be.
+_UNREADABLE = (
+  OSError,
+  ValueError,
+  EOFError,
+  KeyError,
+  AttributeError,
+  TypeError,
+  SyntaxError,
+  MemoryError,
+  zipfile.BadZipFile,
+)
+
+
 def _load(path: pathlib.Path) -> np.ndarray | str:
   """An array of a .npy file, or why it cannot be read; never a pickle."""
   try:
     array = np.load(path, allow_pickle=False)
-  except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+  except _UNREADABLE as error:
     return str(error) or type(error).__name__
   return array if isinstance(array, np.ndarray) else "it is no array"
 
@@ -327,9 +341,7 @@ def _embedding(
   try:
     with np.load(path, allow_pickle=False) as arrays:
       embedding, mask = arrays["caption_feature"], arrays["attention_mask"]
-  except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
-    return str(error) or type(error).__name__
-  except (zipfile.BadZipFile, SyntaxError, MemoryError, TypeError) as error:
+  except _UNREADABLE as error:
     return str(error) or type(error).__name__
   if embedding.ndim == 3 and len(embedding) == 1:
     embedding = embedding[0]

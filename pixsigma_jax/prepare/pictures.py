@@ -27,7 +27,6 @@ from array_record.python import (
 )
 from jaxtyping import Float32, Int32
 from PIL import Image
-from tensorflow_datasets.proto import tf_example_pb2
 
 from pixsigma_jax import disk, metadata
 from pixsigma_jax.convert import files
@@ -40,8 +39,6 @@ _FORMAT = 1
 _PLAN, _ROWS, _REFUSED = "plan.json", "plan.npy", "refused.jsonl"
 # Columns of the index that decide what becomes of an image.
 _PLANNED_BY = ("id", "error", "height", "width", "captions", "kept", "reason")
-# The class is built at import, out of a description that type checkers do not read.
-_Example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)  # arrays: no one bool
@@ -449,16 +446,17 @@ def _encoded(picture: Picture) -> bytes:
 
 
 def _decoded(data: bytes) -> Picture:
-  features = _Example.FromString(data).features.feature
-
-  def texts(name: str) -> list[str]:
-    return [text.decode() for text in features[name].bytes_list.value]
-
+  features = wire.Features(data)
+  [identity] = features.texts("id")
+  [score] = features.floats("aesthetic_score").tolist()
+  captions = zip(
+    features.texts("captions"), features.texts("caption_kinds"), strict=True
+  )
   return Picture(
-    id=texts("id")[0],
-    png=features["png"].bytes_list.value[0],
-    original_size=np.array(features["original_size"].int64_list.value, np.int32),
-    crop=np.array(features["crop"].float_list.value, np.float32),
-    aesthetic_score=features["aesthetic_score"].float_list.value[0],
-    captions=tuple(zip(texts("captions"), texts("caption_kinds"), strict=True)),
+    id=identity,
+    png=features.bytes("png"),
+    original_size=np.array(features.integers("original_size"), np.int32),
+    crop=features.floats("crop"),
+    aesthetic_score=score,
+    captions=tuple(captions),
   )
