@@ -14,7 +14,7 @@ from pixsigma_jax.models.layers import Compute, Linear, normal_init, uniform_ini
 # What the published initialisation is for: width, T5-XXL's width, a patch of latents.
 XL_WIDTH, XL_CAPTION_WIDTH, XL_PATCH = 1152, 4096, 16
 
-_FREQUENCIES = 256
+FREQUENCIES = 256
 _MAX_PERIOD = 1e4
 
 
@@ -23,7 +23,7 @@ def timestep_features(timesteps: Array) -> Float32[Array, "*b 256"]:
 
   A timestep in bfloat16 would be rounded (999 → 1000) before its sine is taken.
   """
-  half = _FREQUENCIES // 2
+  half = FREQUENCIES // 2
   # Exponents rounded to float32, as the reference's: at t = 999 an ulp shows.
   exponents = (
     np.float32(-np.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32) / half
@@ -44,7 +44,7 @@ class ScalarEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, scalars: Array) -> Float32[Array, "*b d"]:
-    init = normal_init(_FREQUENCIES, _FREQUENCIES)
+    init = normal_init(FREQUENCIES, FREQUENCIES)
     out_init = normal_init(self.width, self.published_width)
     x = timestep_features(scalars)
     x = Linear(self.width, self.compute, kernel_init=init, name="in")(x)
