@@ -1,0 +1,622 @@
+"""Several processes as one job: who belongs to it, who is missing, and when to stop.
+
+JAX connects processes and runs their collectives. Around it stands what a person who is
+woken at night wants to know: before JAX starts, process 0 calls the roll, and whoever
+waits says which processes have not come; the connections of the roll call stay open, so
+that the end of a process is known at once, and every other ends with a message that
+names it. A scheduler then starts all of them again.
+
+A roll call is a line of JSON from each process to process 0, on the coordinator's port
+before JAX takes it, and a line back.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+VARIABLES = {
+  "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+  "num_processes": "JAX_NUM_PROCESSES",
+  "process_id": "JAX_PROCESS_ID",
+}
+HOSTS_VARIABLE = "PIXSIGMA_HOSTS"  # hosts in order, each with as many processes
+_COMPARED = 256  # so many bytes of a value are told to the others, beside its hash
+_NAMED = 8  # so many processes, of those that are missing, a message names
+# An error waits for so long whether another process has gone before it; a process has
+# so long for its last words.
+_SECONDS_FOR_OTHERS, _SECONDS_TO_END = 2.0, 5.0
+
+
+class DistributedError(RuntimeError):
+  """The processes of a job do not come, or do not stay, together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a process stands in its job.
+
+  Attributes:
+    coordinator_address: host and port of process 0.
+    num_processes: of the job.
+    process_id: 0 … num_processes - 1.
+    local_device_ids: accelerators of this host that are its own; None for all.
+  """
+
+  coordinator_address: str
+  num_processes: int
+  process_id: int
+  local_device_ids: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    if not re.fullmatch(r".+:\d{1,5}", self.coordinator_address):
+      raise ValueError(
+        f"coordinator_address={self.coordinator_address!r} must be HOST:PORT, an "
+        "address of process 0 that all others reach."
+      )
+    if not 0 <= self.process_id < self.num_processes:
+      raise ValueError(
+        f"process_id={self.process_id} must lie in 0 … num_processes - 1 = "
+        f"{self.num_processes - 1}."
+      )
+
+  @property
+  def address(self) -> tuple[str, int]:
+    """Host and port apart."""
+    host, _, port = self.coordinator_address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def find_place(
+  *,
+  coordinator_address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  timeout: int,
+) -> Place | None:
+  """Where this process stands; None for a job of one process.
+
+  What is given counts, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID, then what JAX itself finds: a TPU pod, SLURM, Open MPI, Kubernetes.
+
+  Args:
+    timeout: seconds that finding may wait, e.g. for a name to be resolved.
+
+  Raises:
+    ValueError: some of the three are given and others are not, or they are wrong.
+  """
+  address = coordinator_address or os.environ.get(VARIABLES["coordinator_address"])
+  count = _number(num_processes, VARIABLES["num_processes"])
+  index = _number(process_id, VARIABLES["process_id"])
+  if count is None and index is None:
+    place = _detect(address, timeout)
+    if place is None and address is None:
+      return None
+  elif address is None or count is None or index is None:
+    place = None
+  else:
+    place = Place(address, count, index)
+  if place is None:
+    given = dict(zip(VARIABLES, (address, count, index), strict=True))
+    missing = [name for name, value in given.items() if value is None]
+    raise ValueError(
+      f"A process of several must be told all of --{', --'.join(given)} (or "
+      f"{', '.join(VARIABLES.values())}), or none of them where JAX finds them itself: "
+      f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing."
+    )
+  return place if place.num_processes > 1 else None
+
+
+def _number(given: int | None, variable: str) -> int | None:
+  text = os.environ.get(variable)
+  if given is not None or not text:
+    return given
+  if not text.isdigit():
+    raise ValueError(f"{variable}={text} must be a whole number.")
+  return int(text)
+
+
+def _detect(address: str | None, timeout: int) -> Place | None:
+  """What JAX finds in its environment."""
+  # Private, and asked here because only `jax.distributed.initialize` asks it otherwise,
+  # which waits for all processes without a word and ends the program if one is missing.
+  from jax._src.clusters import ClusterEnv
+
+  address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+    address, None, None, None, None, timeout
+  )
+  if address is None or count is None or index is None:
+    return None
+  return Place(address, count, index, tuple(devices) if devices else None)
+
+
+@contextlib.contextmanager
+def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
+  """The job's processes work together in here; they leave it together.
+
+  Without a place there is one process, and nothing to be done. Must come before
+  anything that JAX computes. Only process 0 logs what is not a warning.
+
+  A process that goes without a word (killed, out of memory, its machine lost), or in an
+  error, takes the others with it: each prints which one it was and exits with code 1.
+
+  Args:
+    place: of this process.
+    startup_timeout: seconds to wait for all processes.
+    silence_timeout: seconds after which a machine that does not answer is lost. A
+      process that ends on a machine that goes on is noticed at once.
+
+  Raises:
+    DistributedError: processes have not come, or two claim to be the same one.
+  """
+  if place is None:
+    yield
+    return
+  links = _Links.call_the_roll(place, startup_timeout, silence_timeout)
+  try:
+    jax.distributed.initialize(
+      place.coordinator_address,
+      place.num_processes,
+      place.process_id,
+      local_device_ids=place.local_device_ids,
+      cluster_detection_method="deactivate",  # done
+      initialization_timeout=startup_timeout,
+      heartbeat_timeout_seconds=silence_timeout,
+      shutdown_timeout_seconds=startup_timeout,
+    )
+    if place.process_id:
+      logging.set_verbosity(logging.WARNING)
+    logging.info("Together: %s.", _listed(range(place.num_processes), links.hosts))
+    yield
+  except SystemExit:
+    _leave(links)  # stopped, by agreement
+    raise
+  except BaseException as error:
+    links.fail(error)
+    raise
+  else:
+    _leave(links)
+
+
+def _leave(links: "_Links") -> None:
+  links.say_goodbye()
+  jax.distributed.shutdown()  # waits for the others
+  links.close()
+
+
+def _listed(indices: Sequence[int], hosts: Mapping[int, str]) -> str:
+  """Processes by number, and by host where that is known; the first few."""
+  names = [
+    f"{index} ({hosts[index]})" if index in hosts else str(index)
+    for index in indices[:_NAMED]
+  ]
+  more = len(indices) - len(names)
+  word = "process" if len(indices) == 1 else "processes"
+  return f"{word} {', '.join(names)}" + (f" and {more} more" if more else "")
+
+
+def is_first() -> bool:
+  """Whether this is the process that speaks for all."""
+  return jax.process_index() == 0
+
+
+def check_same(what: str, value: Any) -> None:
+  """Compares a value of this process with those of the others, who must call it too.
+
+  Raises:
+    DistributedError: `what` differs; names the processes.
+  """
+  if jax.process_count() == 1:
+    return
+  text = json.dumps(value, sort_keys=True, default=str).encode()
+  mine = np.zeros(_COMPARED + 4, np.uint8)
+  mine[:4] = np.frombuffer(zlib.crc32(text).to_bytes(4), np.uint8)
+  text = text[:_COMPARED]
+  mine[4 : 4 + len(text)] = np.frombuffer(text, np.uint8)
+  have: dict[bytes, list[int]] = {}
+  for index, row in enumerate(multihost_utils.process_allgather(mine)):
+    have.setdefault(row.tobytes(), []).append(index)
+  if len(have) > 1:
+    lines = [
+      f"{row[4:].rstrip(bytes(1)).decode(errors='replace')} in {_listed(indices, {})}"
+      for row, indices in have.items()
+    ]
+    raise DistributedError(
+      f"The processes do not have the same {what}: {'; '.join(lines[:_NAMED])}. Give "
+      "all the same command, and a disk on which they see the same files."
+    )
+
+
+def _expected_hosts(count: int) -> dict[int, str]:
+  """Hosts of the processes, where the environment says: a TPU pod, or launch/."""
+  for variable in ("TPU_WORKER_HOSTNAMES", HOSTS_VARIABLE):
+    hosts = os.environ.get(variable, "").split(",")
+    each, rest = divmod(count, len(hosts))
+    # A TPU pod of several slices names those of one slice only.
+    named = all(re.fullmatch(r"[\w.:-]+", host) for host in hosts)
+    if named and not rest and (each == 1 or variable == HOSTS_VARIABLE):
+      return {index: hosts[index // each] for index in range(count)}
+  return {}
+
+
+def wait_for_all() -> None:
+  """Returns when all processes have come here, of which some compile for longer."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("wait_for_all")
+
+
+def whole(array: Any) -> np.ndarray:
+  """An array that is spread over processes, on the host; all must ask for it."""
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    return multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
+
+
+class Stop:
+  """SIGTERM and SIGINT as a wish to stop, heeded by all processes after the same step.
+
+  From its making to `close`, a signal to any process makes `is_due` true, in every
+  process at the same step: JAX spreads the notice in the background, which costs a step
+  nothing.
+
+  Attributes:
+    number: of the signal, once `is_due` has been true.
+  """
+
+  def __init__(self):
+    self.number: int | None = None
+    self._asked = 0  # not the step, which a rollback turns back
+    # With several processes SIGTERM is JAX's: its handler, which Python does not see,
+    # is what spreads the notice.
+    self._alone = jax.process_count() == 1
+    numbers = (signal.SIGINT, signal.SIGTERM)[: 1 + self._alone]
+    self._handlers = {n: signal.signal(n, self._heard) for n in numbers}
+
+  def close(self) -> None:
+    """Signals mean again what they meant before."""
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+
+  def _heard(self, number: int, _: types.FrameType | None) -> None:
+    self.number = self.number or number
+    if not self._alone:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def is_due(self) -> bool:
+    """Whether to stop here; to be asked before every step."""
+    if self._alone:
+      return self.number is not None
+    self._asked += 1
+    reached = multihost_utils.reached_preemption_sync_point(self._asked)
+    if reached:
+      self.number = self.number or signal.SIGTERM
+    return reached
+
+
+class _Links:
+  """Connections between process 0 and each other one, as long as the job is together.
+
+  Of process 0 they lead to all others, by number; of another to process 0.
+  """
+
+  def __init__(
+    self, place: Place, hosts: dict[int, str], sockets: dict[int, socket.socket]
+  ):
+    self.hosts = hosts
+    self._place = place
+    self._sockets = sockets
+    self._left: set[int] = set()  # those that said goodbye
+    self._ending = threading.Event()  # this process is in an error of its own
+    self._heard_of = threading.Event()  # or another one, as `_news` has it
+    self._news: dict[str, Any] = {}
+    self._closed = False
+    self._lock = threading.Lock()
+    self._watch = threading.Thread(target=self._listen, daemon=True)
+
+  @classmethod
+  def call_the_roll(
+    cls, place: Place, startup_timeout: float, silence_timeout: float
+  ) -> "_Links":
+    """Returns when all processes have come; see `joined`."""
+    call = _call_as_first if place.process_id == 0 else _call_as_other
+    hosts, sockets = call(place, startup_timeout)
+    for connection in sockets.values():
+      connection.settimeout(silence_timeout)
+      _keep_alive(connection, silence_timeout)
+    links = cls(place, hosts, sockets)
+    links._watch.start()
+    return links
+
+  def say_goodbye(self) -> None:
+    """From now on it is in order that this process is no longer there."""
+    self._tell({"goodbye": True})
+
+  def close(self) -> None:
+    """Ends the connections."""
+    self._closed = True
+    for connection in self._sockets.values():
+      with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    self._watch.join()
+    for connection in self._sockets.values():
+      connection.close()
+
+  def fail(self, error: BaseException) -> None:
+    """Tells the others; lets this process end in `error`, but not hang on its way.
+
+    Unless another process was there first: then this error, most likely of a collective
+    that was left, says less than that one's.
+    """
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if self._heard_of.wait(_SECONDS_FOR_OTHERS) and self._news.get("failed") != line:
+      self._watch.join()
+    self._ending.set()
+    self._tell({"failed": line})
+    # What waits for other processes at the exit, in JAX or Orbax, would wait in vain.
+    atexit.register(_exit)
+    timer = threading.Timer(_SECONDS_TO_END, _exit)
+    timer.daemon = True
+    timer.start()
+
+  def _tell(self, message: Mapping[str, Any], apart_from: int | None = None) -> None:
+    for index, connection in self._sockets.items():
+      if index != apart_from:
+        with contextlib.suppress(OSError), self._lock:
+          connection.sendall(_line(message))
+
+  def _listen(self) -> None:
+    """Reads what the others say until this process leaves, or one of them is gone."""
+    unread = dict.fromkeys(self._sockets, b"")
+    with selectors.DefaultSelector() as selector:
+      for index, connection in self._sockets.items():
+        selector.register(connection, selectors.EVENT_READ, index)
+      while selector.get_map():
+        for key, _ in selector.select():
+          index = key.data
+          try:
+            text = self._sockets[index].recv(1 << 16)
+          except OSError:
+            text = b""
+          if self._closed:
+            return
+          *lines, unread[index] = (unread[index] + text).split(b"\n")
+          for line in lines:
+            self._heard(index, json.loads(line))
+          if not text:
+            selector.unregister(key.fileobj)
+            if index not in self._left:
+              self._end({"gone": index})
+
+  def _heard(self, index: int, message: dict[str, Any]) -> None:
+    if "goodbye" in message:
+      self._left.add(index)
+    else:
+      self._end({"process": index, **message})
+
+  def _end(self, message: dict[str, Any]) -> None:
+    """Tells the others, and ends this process."""
+    self._news = message
+    self._heard_of.set()
+    if self._place.process_id == 0:
+      self._tell(message, apart_from=message.get("gone"))
+    if "gone" in message:
+      index = message["gone"]
+      what = (
+        f"Process {index} on {self.hosts[index]} is gone without a word: killed, out "
+        "of memory, or its machine is lost"
+      )
+    else:
+      # All may be in the same error, and say so themselves.
+      if self._ending.wait(_SECONDS_TO_END):
+        return
+      index = message["process"]
+      what = f"Process {index} on {self.hosts[index]} ended in {message['failed']}"
+    if self._ending.is_set():
+      return
+    logging.flush()
+    print(
+      f"Error: {what}. Process {self._place.process_id} ends too; its log has no more "
+      f"to say. Look at that of process {index}. The same command in all "
+      f"{self._place.num_processes} processes goes on from the newest checkpoint.",
+      file=sys.stderr,
+    )
+    _exit()
+
+
+def _exit() -> NoReturn:
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(1)
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+  return json.dumps(message).encode() + b"\n"
+
+
+def _read_line(connection: socket.socket, timeout: float) -> dict[str, Any] | None:
+  """One message; None if the other side is none of this job, or is gone again."""
+  connection.settimeout(max(timeout, 0.01))
+  text = b""
+  try:
+    # Byte by byte: what follows the line must stay for whoever reads on.
+    while not text.endswith(b"\n") and len(text) < 1 << 20:
+      byte = connection.recv(1)
+      if not byte:
+        return None
+      text += byte
+    message = json.loads(text)
+  except (OSError, ValueError):
+    return None
+  return message if isinstance(message, dict) else None
+
+
+def _keep_alive(connection: socket.socket, seconds: float) -> None:
+  """Lets the system notice within `seconds` that the other machine is lost."""
+  connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+  options = {
+    "TCP_KEEPIDLE": max(1, int(seconds / 4)),
+    "TCP_KEEPINTVL": max(1, int(seconds / 8)),
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": int(1000 * seconds),
+  }
+  for name, value in options.items():
+    if hasattr(socket, name):  # not on every system
+      connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _call_as_first(
+  place: Place, timeout: float
+) -> tuple[dict[int, str], dict[int, socket.socket]]:
+  """Waits for all others; their hosts and connections by number."""
+  count, port = place.num_processes, place.address[1]
+  hosts = {0: socket.gethostname()}
+  sockets: dict[int, socket.socket] = {}
+  until = time.monotonic() + timeout
+
+  def refuse(message: str) -> NoReturn:
+    for connection in sockets.values():
+      with contextlib.suppress(OSError):
+        connection.sendall(_line({"error": message}))
+      connection.close()
+    raise DistributedError(message)
+
+  with _listener(port, until, timeout) as listener:
+    while len(_still_here(hosts, sockets)) < count:
+      listener.settimeout(max(until - time.monotonic(), 0.01))
+      try:
+        connection, _ = listener.accept()
+      except TimeoutError:
+        missing = sorted(set(range(count)) - set(hosts))
+        refuse(
+          f"{len(missing)} of {count} processes did not come within {timeout:g} s to "
+          f"process 0 at {place.coordinator_address}: missing "
+          f"{'is' if len(missing) == 1 else 'are'} "
+          f"{_listed(missing, _expected_hosts(count))}; here "
+          f"{'is' if len(hosts) == 1 else 'are'} {_listed(sorted(hosts), hosts)}. Look "
+          "at the logs of the former, or raise --startup_timeout."
+        )
+      message = _read_line(connection, min(5.0, until - time.monotonic()))
+      if message is None or "process" not in message:
+        connection.close()
+        continue
+      index, host = message["process"], message["host"]
+      taken = _still_here(hosts, sockets).get(index)
+      if message["processes"] != count or taken is not None:
+        what = (
+          f"there are two processes {index}, on {taken} and on {host}"
+          if message["processes"] == count
+          else f"process 0 knows of {count} processes, process {index} on {host} of "
+          f"{message['processes']}"
+        )
+        sockets[-1] = connection
+        refuse(
+          f"The processes do not fit together: {what}. Give each its own --process_id, "
+          "and all the same --num_processes."
+        )
+      hosts[index], sockets[index] = host, connection
+  for connection in sockets.values():
+    with contextlib.suppress(OSError):  # gone again, as will be noticed
+      connection.sendall(_line({"hosts": hosts}))
+  return hosts, sockets
+
+
+def _still_here(
+  hosts: dict[int, str], sockets: dict[int, socket.socket]
+) -> dict[int, str]:
+  """Forgets those that ended while the others were waited for: they may come again."""
+  for index, connection in list(sockets.items()):
+    connection.settimeout(0.0)
+    gone = True
+    with contextlib.suppress(ConnectionError):
+      try:
+        gone = not connection.recv(1)
+      except BlockingIOError:  # nothing to read, from somebody who is there
+        gone = False
+    connection.settimeout(5.0)
+    if gone:
+      del hosts[index]
+      sockets.pop(index).close()
+  return hosts
+
+
+@contextlib.contextmanager
+def _listener(port: int, until: float, timeout: float) -> Iterator[socket.socket]:
+  """On all addresses of this host; waits if the job's last attempt is still ending."""
+  while True:
+    try:
+      both = socket.has_dualstack_ipv6()
+      listener = socket.create_server(
+        ("", port),
+        family=socket.AF_INET6 if both else socket.AF_INET,
+        dualstack_ipv6=both,
+        backlog=1024,
+      )
+      break
+    except OSError as error:
+      if time.monotonic() > until:
+        raise DistributedError(
+          f"Process 0 could not listen on port {port} for {timeout:g} s: {error}. "
+          "Another program has it: end that, or give another --coordinator_address."
+        ) from error
+      time.sleep(0.5)
+  # Closed before JAX takes the port; the connections stay.
+  with listener:
+    yield listener
+
+
+def _call_as_other(
+  place: Place, timeout: float
+) -> tuple[dict[int, str], dict[int, socket.socket]]:
+  """Tells process 0 that this one is here; hosts of all, and the connection to it."""
+  until = time.monotonic() + timeout
+  said = "nothing was heard"
+  while (left := until - time.monotonic()) > 0:
+    try:
+      connection = socket.create_connection(place.address, timeout=min(left, 10.0))
+    except OSError as error:
+      said = str(error)
+      time.sleep(min(0.2, left))
+      continue
+    me = {
+      "process": place.process_id,
+      "processes": place.num_processes,
+      "host": socket.gethostname(),
+    }
+    with contextlib.suppress(OSError):
+      connection.sendall(_line(me))
+    # Process 0 counts from its own start, and is the one that knows who is missing.
+    answer = _read_line(connection, timeout + 5.0)
+    if answer and "error" in answer:
+      connection.close()
+      raise DistributedError(answer["error"])
+    if answer and "hosts" in answer:
+      hosts = {int(index): host for index, host in answer["hosts"].items()}
+      return hosts, {0: connection}
+    # Gone again, or JAX's own service of an attempt that is still ending.
+    connection.close()
+    said = "it does not answer"
+    time.sleep(min(0.2, max(until - time.monotonic(), 0.0)))
+  raise DistributedError(
+    f"Process 0 of {place.num_processes} has not come within {timeout:g} s: nobody "
+    f"calls the roll at {place.coordinator_address} ({said}). Look at the log of "
+    "process 0 and whether its port can be reached from "
+    f"{socket.gethostname()}, or raise --startup_timeout."
+  )
