@@ -5,18 +5,23 @@ split the batch; `context`, shards of the token axis for 2K images and above.
 Parameters stay a plain tree of arrays; a leaf's place follows from its name.
 """
 
+import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import tree
 
 AXES = ("data", "fsdp", "context")
+CHOSEN = 0  # the size of an axis that is left to `choose_axes`
 
 # Name of a leaf → the logical axes of its last dimensions; dimensions before them, such
 # as the layers of a scanned stack, stay whole. The first match counts. A leaf is split
@@ -25,6 +30,9 @@ AXES = ("data", "fsdp", "context")
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"/(surprise_)?(row|column)$", ()),  # CAME's statistics, a row or column a matrix
   (r"/square$", ()),
+  (r"/(down|up|magnitude)$", ()),  # of an adapter: too small to be worth gathering
+  (r"/(v_row|v_col|v)$", ()),  # Adafactor's; v is of vectors and small matrices
+  (r"/ns_coeffs$", ()),  # Muon's
   (r"mlp/out/kernel$", ("hidden", None)),
   (r"caption_projection/in/kernel$", ("caption", None)),
   (r"patch_embedding/kernel$", ("embed",)),
@@ -55,21 +63,164 @@ def make_mesh(
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {"data": data, "fsdp": fsdp, "context": context}
-  free = [axis for axis, size in sizes.items() if size == -1]
-  known = int(np.prod([size for size in sizes.values() if size != -1]))
-  if len(free) == 1 and known > 0 and len(devices) % known == 0:
-    sizes[free[0]] = len(devices) // known
-  if any(size < 1 for size in sizes.values()) or np.prod(list(sizes.values())) != len(
-    devices
-  ):
-    raise ValueError(
-      f"Mesh {sizes} does not cover {len(devices)} devices: the axes must multiply to "
-      "that number, and at most one of them may be -1."
-    )
+  sizes = _covering({"data": data, "fsdp": fsdp, "context": context}, len(devices))
   # Auto, because Linen layers under Explicit axes refuse FSDP-sharded parameters.
   return jax.make_mesh(
     tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def _covering(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+  """The sizes, -1 replaced by what the others leave of `count` devices."""
+  sizes = dict(sizes)
+  free = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) == 1 and known > 0 and count % known == 0:
+    sizes[free[0]] = count // known
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+    raise ValueError(
+      f"Mesh {sizes} does not cover {count} devices: the axes must multiply to that "
+      "number, and at most one of them may be -1."
+    )
+  return sizes
+
+
+def choose_axes(
+  count: int,
+  *,
+  slices: int,
+  data: int,
+  fsdp: int,
+  context: int,
+  batch_size: int,
+  width: int,
+) -> tuple[dict[str, int], str]:
+  """Sizes for the axes that are 0, and why; -1 still takes what the others leave.
+
+  `context` is 1 as long as each device has a row of its own: splitting a batch costs
+  nothing, splitting an image's tokens gathers keys and values. `fsdp` is 8, or the
+  nearest below that leaves whole tiles: within a slice, where parameters are gathered
+  at every step. What remains is `data`, the only axis that crosses slices.
+
+  Args:
+    count: devices.
+    slices: groups of devices with a fast network, see `make_mesh_of_slices`.
+    batch_size: rows that are computed at once, over all devices.
+    width: of the network, the axis that `fsdp` splits.
+  """
+  sizes = {"data": data, "fsdp": fsdp, "context": context}
+  if CHOSEN not in sizes.values():
+    return sizes, "as configured"
+  reasons = []
+  within = count // slices
+  if context == CHOSEN:
+    rows = max(data, 1) * max(fsdp, 1)  # at least
+    fitting = [
+      size
+      for size in range(1, within + 1)
+      if within % size == 0
+      and batch_size % (count // size) == 0
+      and (count // size) % rows == 0
+    ]
+    context = sizes["context"] = min(fitting, default=1)
+    reasons.append(
+      f"context {context}, as a batch of {batch_size} gives its rows to "
+      f"{count // context} of {count} devices"
+    )
+  if fsdp == CHOSEN and data > 0:
+    sizes["fsdp"] = -1
+    reasons.append("fsdp has what data leaves")
+  elif fsdp == CHOSEN:
+    # A shard of a matrix has whole tiles of 16 rows, or XLA emulates its gathering;
+    # beyond 8 shards a step is no faster.
+    left = within // max(context, 1)
+    fitting = (f for f in (8, 4, 2) if left % f == 0 and width % (16 * f) == 0)
+    sizes["fsdp"] = next(fitting, 1)
+    reasons.append(f"fsdp {sizes['fsdp']}, as matrices have {width} rows")
+  if data == CHOSEN:
+    sizes["data"] = -1
+    reasons.append("data has the rest")
+  return sizes, "; ".join(reasons)
+
+
+def make_mesh_of_slices(
+  *,
+  slices: int,
+  data: int,
+  fsdp: int,
+  context: int,
+  devices: Sequence[Any],
+  batch_size: int,
+  width: int,
+) -> Mesh:
+  """The mesh of a training run: `make_mesh` over groups of devices, by rule if wished.
+
+  Devices of a slice reach each other by a fast network (a TPU's interconnect, NVLink),
+  those of several by a slow one. `data` goes over slices first: a gradient crosses the
+  slow network once a step, parameters never do.
+
+  Args:
+    slices: into how many the devices fall; 0 for as many as they themselves say. Where
+      they do not say, those that follow each other belong together.
+    data, fsdp, context: size of an axis over all slices; -1 for what the others leave;
+      0 for what `choose_axes` finds best, which is logged.
+    devices: of all processes.
+    batch_size: rows that are computed at once.
+    width: of the network.
+
+  Raises:
+    ValueError: the axes do not cover the devices, or do not fit into the slices.
+  """
+  told = len({getattr(device, "slice_index", None) or 0 for device in devices})
+  if slices == CHOSEN:
+    slices = told
+  if slices < 1 or len(devices) % slices or (told > 1 and slices != told):
+    raise ValueError(
+      f"config.mesh.slices={slices} does not fit {len(devices)} devices in {told} "
+      f"slices: set it to {told}, or to {CHOSEN} for as many as there are."
+    )
+  sizes, why = choose_axes(
+    len(devices),
+    slices=slices,
+    data=data,
+    fsdp=fsdp,
+    context=context,
+    batch_size=batch_size,
+    width=width,
+  )
+  if slices == 1:
+    mesh = make_mesh(**sizes, devices=devices)
+  else:
+    sizes = _covering(sizes, len(devices))
+    if sizes["data"] % slices:
+      raise ValueError(
+        f"Mesh {sizes} does not fit {slices} slices of {len(devices) // slices} "
+        "devices: fsdp × context must lie within a slice, so that data is a multiple "
+        f"of {slices}."
+      )
+    mesh = Mesh(
+      _over_slices(sizes, slices, devices, told), AXES, axis_types=(AxisType.Auto,) * 3
+    )
+  if why != "as configured":
+    logging.info("Chose the mesh %s: %s.", dict(mesh.shape), why)
+  return mesh
+
+
+def _over_slices(
+  sizes: Mapping[str, int], slices: int, devices: Sequence[Any], told: int
+) -> np.ndarray:
+  """Devices by their place in the mesh, `data` over slices first."""
+  shape = (sizes["data"] // slices, sizes["fsdp"], sizes["context"])
+  if told == 1:
+    each = len(devices) // slices
+    groups = [devices[start : start + each] for start in range(0, len(devices), each)]
+    return np.concatenate([np.array(group).reshape(shape) for group in groups])
+  return mesh_utils.create_hybrid_device_mesh(
+    shape,
+    (slices, 1, 1),
+    devices=devices,
+    # As `jax.make_mesh` does: (4, 8, 2) over 8x8 chips splits a side of them in two.
+    allow_split_physical_axes=devices[0].platform == "tpu",
   )
 
 
@@ -130,11 +281,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+@functools.cache
+def batch_part(mesh: Mesh, process_index: int) -> tuple[int, int]:
+  """Which part of a batch's rows a process holds, and of how many.
+
+  Processes that share the tokens of the same images hold the same part. The rows of a
+  part need not follow each other on the mesh: a TPU's host has chips in a square.
+
+  Raises:
+    ValueError: parts overlap, or differ in size.
+  """
+  rows = mesh.devices.reshape(-1, mesh.shape["context"])
+  held: dict[int, set[int]] = {}
+  for row, devices in enumerate(rows):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(row)
+  parts = sorted({tuple(sorted(part)) for part in held.values()})
+  if sum(map(len, parts)) != len(rows) or len({len(part) for part in parts}) != 1:
+    raise ValueError(
+      f"On the mesh {dict(mesh.shape)} processes share some rows of a batch and not "
+      "others: make context a divisor or a multiple of the devices of a process."
+    )
+  return parts.index(tuple(sorted(held[process_index]))), len(parts)
+
+
 def global_batch(
   local: Mapping[str, np.ndarray], places: Mapping[str, NamedSharding]
 ) -> dict[str, jax.Array]:
-  """This process's rows, put where they belong in the global batch."""
+  """This process's part of the rows, put where they belong in the global batch.
+
+  Each row comes with all its tokens, of which a process takes those that it holds.
+  """
+  mesh = next(iter(places.values())).mesh
+  assert isinstance(mesh, Mesh)
+  _, parts = batch_part(mesh, jax.process_index())
   return {
-    name: jax.make_array_from_process_local_data(places[name], rows)
+    name: jax.make_array_from_process_local_data(
+      places[name], rows, (len(rows) * parts, *rows.shape[1:])
+    )
     for name, rows in local.items()
   }

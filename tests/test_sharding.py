@@ -1,17 +1,20 @@
 """The mesh and the table of rules: a pod's layout, checked without a pod."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import sharding, tree
 from pixsigma_jax.models.kv_compression import KVCompression
-from pixsigma_jax.models.pixart import PixArtConfig, init_params
+from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, init_params
+from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.optimizer import make_optimizer
 from pixsigma_jax.train.step import init_state
 
@@ -24,6 +27,9 @@ XL = PixArtConfig.from_variant(
   qk_norm=True,
   size_conditions=True,
   kv_compression=KVCompression(ratio=4, layers=tuple(range(14, 28))),
+)
+EMA = Ema(
+  kind="exponential", values=(0.9999,), unit="updates", offload=False, batch_size=1
 )
 POD = AbstractMesh((16, 16, 1), sharding.AXES)
 
@@ -39,12 +45,13 @@ def xl_state():
     eps=1e-8,
     weight_decay=0.0,
     clip_norm=1.0,
+    groups=(),
   )
 
   def build():
     key = jax.random.key(0)
     null_caption = jnp.zeros((XL.caption_length, XL.caption_width))
-    return init_state(init_params(XL, key), null_caption, tx, key)
+    return init_state(init_params(XL, key), null_caption, tx, EMA, key)
 
   return jax.eval_shape(build)
 
@@ -81,7 +88,7 @@ def test_a_chip_holds_a_sixteenth_of_xls_train_state(xl_state):
 
 def test_a_kernel_is_split_along_its_input_and_so_are_its_moments_and_its_ema(xl_state):
   shapes = shard_shapes(xl_state, POD)
-  for kind in ("params", "ema_params", "opt_state/1/mu", "opt_state/1/nu"):
+  for kind in ("params", "ema_params/0", "opt_state/1/mu", "opt_state/1/nu"):
     expected = {
       "blocks_00_13/attention/qkv/kernel": (14, 3, 72, 1152),
       "blocks_14_27/attention/out/kernel": (14, 72, 1152),
@@ -96,6 +103,54 @@ def test_a_kernel_is_split_along_its_input_and_so_are_its_moments_and_its_ema(xl
     }
     found = {name: shapes[f"{kind}/{name}"][1] for name in expected}
     assert found == expected
+
+
+OPTIMIZERS = {
+  "came": {
+    "b1": 0.9,
+    "b2": 0.999,
+    "b3": 0.9999,
+    "eps": (1e-30, 1e-16),
+    "clip_threshold": 1.0,
+    "momentum_dtype": "bfloat16",
+  },
+  "lion": {"b1": 0.9, "b2": 0.99},
+  "adafactor": {
+    "b1": 0.9,
+    "decay_rate": 0.8,
+    "eps": 1e-30,
+    "clip_threshold": 1.0,
+    "min_size_to_factor": 128,
+    "scale_by_parameter": False,
+  },
+  "muon": {
+    "beta": 0.95,
+    "nesterov": True,
+    "newton_schulz_steps": 5,
+    "consistent_rms": 0.2,
+    "eps": 1e-8,
+    "adam_b1": 0.9,
+    "adam_b2": 0.99,
+  },
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizers_state_of_xl_has_its_place(name):
+  tx = make_optimizer(
+    lambda step: step,
+    name=name,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    groups=(("^size_conditions", 0.0), ("qkv", 0.5)),
+    **OPTIMIZERS[name],
+  )
+  shapes = shard_shapes(jax.eval_shape(tx.init, abstract_params(XL)), POD)
+  whole = [size_in_bytes(leaf.shape, leaf) for leaf, s in shapes.values()]
+  chip = [size_in_bytes(shape, leaf) for leaf, shape in shapes.values()]
+  # A sixteenth, and what is small: rows, columns, vectors, tables.
+  assert sum(chip) < sum(whole) / 16 + 24 * MEGABYTE
+  assert not any("size_conditions" in leaf for leaf in shapes)
 
 
 def test_a_leaf_without_a_rule_is_named():
@@ -166,3 +221,165 @@ def test_replicated_is_whole_everywhere():
   mesh = sharding.make_mesh(data=2, fsdp=2, context=2)
   assert sharding.replicated(mesh).spec == P()
   assert sharding.replicated(mesh).shard_shape((8, 3)) == (8, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device as far as a mesh looks at one."""
+
+  id: int
+  process_index: int
+  slice_index: int = 0
+  platform: str = "cpu"
+  device_kind: str = "cpu"
+
+
+def chips(count, each=4, slices=1):
+  """Of hosts with some each."""
+  return [Chip(i, i // each, i * slices // count) for i in range(count)]
+
+
+def chosen(count, batch_size, slices=1, width=1152, **sizes):
+  sizes = {"data": 0, "fsdp": 0, "context": 0} | sizes
+  sizes, why = sharding.choose_axes(
+    count, slices=slices, batch_size=batch_size, width=width, **sizes
+  )
+  return tuple(sizes.values()), why
+
+
+# The meshes that were best for XL/2, compiled ahead of time and counted in cycles.
+@pytest.mark.parametrize(
+  ("count", "batch_size", "mesh"),
+  [
+    (8, 32, (-1, 8, 1)),
+    (32, 32, (-1, 8, 1)),
+    (64, 256, (-1, 8, 1)),
+    (64, 32, (-1, 8, 2)),
+    (256, 32, (-1, 8, 8)),
+    (1024, 16384, (-1, 8, 1)),
+    (1, 32, (-1, 1, 1)),
+    (4, 2, (-1, 2, 2)),
+  ],
+)
+def test_a_mesh_is_chosen_by_rows_first_and_then_by_tiles(count, batch_size, mesh):
+  assert chosen(count, batch_size)[0] == mesh
+
+
+def test_a_choice_keeps_what_is_fixed_and_says_why():
+  sizes, why = chosen(64, 32, fsdp=16)
+  assert sizes == (-1, 16, 2)
+  assert why == (
+    "context 2, as a batch of 32 gives its rows to 32 of 64 devices; data has the rest"
+  )
+  assert chosen(8, 64, data=4, context=1) == ((4, -1, 1), "fsdp has what data leaves")
+  assert chosen(8, 64, width=64)[0] == (-1, 4, 1)  # 16 rows in a tile
+  assert chosen(8, 64, data=2, fsdp=-1, context=4) == ((2, -1, 4), "as configured")
+
+
+def test_neither_parameters_nor_tokens_are_split_over_slices():
+  assert chosen(8, 2, slices=2)[0] == (-1, 1, 4)
+  assert chosen(8, 64, slices=4)[0] == (-1, 2, 1)
+
+
+def make(devices, **fields):
+  fields = {"slices": 0, "data": -1, "fsdp": 1, "context": 1} | fields
+  return sharding.make_mesh_of_slices(
+    **fields, devices=devices, batch_size=64, width=1152
+  )
+
+
+def test_only_data_crosses_slices():
+  mesh = make(chips(16, slices=2), fsdp=4, context=2)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "context": 2}
+  for part, slice_ in enumerate(mesh.devices):
+    assert {chip.slice_index for chip in slice_.flat} == {part}
+
+
+def test_devices_that_do_not_say_their_slice_are_neighbors():
+  mesh = make(chips(16), slices=4, fsdp=2, context=2)
+  assert [chip.id for chip in mesh.devices.flat] == list(range(16))
+  mesh = make(chips(16), slices=2, fsdp=2)
+  assert [chip.id for chip in mesh.devices.flat] == list(range(16))
+
+
+@pytest.mark.parametrize(
+  ("devices", "fields", "message"),
+  [
+    (chips(16, slices=2), {"slices": 1}, r"slices=1 does not fit 16 devices in 2 sl"),
+    (chips(16), {"slices": 3}, r"slices=3 does not fit 16 devices in 1 slices: set"),
+    (
+      chips(16, slices=2),
+      {"fsdp": 16},
+      r"'fsdp': 16, 'context': 1} does not fit 2 slices of 8 devices: fsdp × context",
+    ),
+    (chips(16, slices=2), {"fsdp": 3}, r"does not cover 16 devices"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_its_slices_is_refused(devices, fields, message):
+  with pytest.raises(ValueError, match=message):
+    make(devices, **fields)
+
+
+def mesh_of(shape, order, each=4):
+  return Mesh(
+    np.array([Chip(i, i // each) for i in order], object).reshape(shape), sharding.AXES
+  )
+
+
+def test_processes_that_share_images_hold_the_same_part_of_a_batch():
+  # Four hosts of four; images of a row lie on eight devices, or on two.
+  across = mesh_of((1, 2, 8), range(16))
+  assert [sharding.batch_part(across, i) for i in range(4)] == [
+    *[(0, 2), (0, 2)],
+    *[(1, 2), (1, 2)],
+  ]
+  within = mesh_of((2, 4, 2), range(16))
+  assert [sharding.batch_part(within, i) for i in range(4)] == [
+    (i, 4) for i in range(4)
+  ]
+
+
+def test_the_rows_of_a_process_need_not_follow_each_other():
+  # A host's chips form a square: rows 0, 1, 4, 5 and 2, 3, 6, 7.
+  mesh = mesh_of((2, 4, 1), [0, 1, 4, 5, 2, 3, 6, 7])
+  assert sharding.batch_part(mesh, 0) == (0, 2)
+  assert sharding.batch_part(mesh, 1) == (1, 2)
+
+
+def test_processes_that_share_some_rows_and_not_others_are_refused():
+  mesh = mesh_of((4, 1, 3), range(12), each=4)
+  with pytest.raises(ValueError, match="share some rows of a batch and not others"):
+    sharding.batch_part(mesh, 0)
+
+
+@pytest.fixture
+def topology(monkeypatch):
+  """Chips that are elsewhere, as libtpu describes them."""
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+  def describe(name, slices=1):
+    return topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=name,
+      **({"num_slices": slices} if slices > 1 else {}),
+    ).devices
+
+  return describe
+
+
+def test_a_pod_of_two_slices_crosses_between_them_along_data_alone(topology):
+  mesh = make(topology("v5e:2x4", slices=2), fsdp=8)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "context": 1}
+  for number, slice_ in enumerate(mesh.devices):
+    assert {chip.slice_index for chip in slice_.flat} == {number}
+
+
+# On 8×8 chips with hosts of 2×2: images of eight chips are shared by four hosts.
+@pytest.mark.parametrize(("context", "parts"), [(1, 16), (2, 16), (8, 4)])
+def test_every_host_of_a_pod_holds_a_part_of_a_batch(topology, context, parts):
+  mesh = make(topology("v5e:8x8"), fsdp=8, context=context)
+  held = [sharding.batch_part(mesh, host) for host in range(16)]
+  assert sorted(held) == [
+    (part, parts) for part in range(parts) for _ in range(16 // parts)
+  ]
