@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from pixsigma_jax import sharding
@@ -40,49 +41,72 @@ class SavingError(OSError):
 
 
 class Checkpoints:
-  """The checkpoints of one run."""
+  """The checkpoints of one run: in its workdir and, to outlive it, elsewhere."""
 
-  def __init__(self, workdir: str | pathlib.Path, *, keep_last: int, keep_every: int):
-    """Opens or makes WORKDIR/checkpoints.
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    keep_last: int,
+    keep_every: int,
+    remote: str = "",
+  ):
+    """Opens or makes WORKDIR/checkpoints, and REMOTE/checkpoints.
 
     Args:
       keep_last: how many of the newest steps stay.
       keep_every: steps divisible by this stay for good; 0 keeps none for good.
+      remote: a directory or bucket (`gs://…`) for copies; "" for none.
     """
     self.directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-    with _saving(self.directory):
-      self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
+    places: list[Any] = [self.directory]
+    if remote:
+      places.append(epath.Path(remote) / CHECKPOINTS)
+    self._managers = []
+    for place in places:
+      with _saving(place):
+        options = ocp.CheckpointManagerOptions(
           max_to_keep=keep_last,
           keep_period=keep_every or None,
           enable_async_checkpointing=True,
-        ),
-      )
+        )
+        self._managers.append(ocp.CheckpointManager(place, options=options))
 
   def latest_step(self) -> int | None:
-    """The newest complete step, None before the first."""
-    return self._manager.latest_step()
+    """The newest complete step, wherever it is; None before the first."""
+    steps = [manager.latest_step() for manager in self._managers]
+    return max((step for step in steps if step is not None), default=None)
 
-  def save(self, step: int, state: Any, position: Any, metadata: Metadata) -> None:
+  def save(
+    self,
+    step: int,
+    state: Any,
+    position: Any,
+    metadata: Metadata,
+    *,
+    remotely: bool = False,
+  ) -> None:
     """Starts saving a step in the background; a second save waits for the first.
 
     Args:
       state: the train state, of which a copy is taken before this returns.
       position: place in the data, as JSON.
+      remotely: to the remote place instead of the workdir.
 
     Raises:
       SavingError: this save, or one that was still under way, failed.
     """
-    with _saving(self.directory):
-      # Asked first: Orbax finds a disk full in the middle, and says so in pages.
-      needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-      free = shutil.disk_usage(self.directory).free
-      if free < needed:
-        raise OSError(
-          f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free"
-        )
-      self._manager.save(
+    manager = self._managers[1 if remotely else 0]
+    with _saving(manager.directory):
+      if not remotely:
+        # Asked first: Orbax finds a disk full in the middle, and says so in pages.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+          raise OSError(
+            f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free"
+          )
+      manager.save(
         step,
         force=True,  # else a step below the newest is passed over without a word
         args=ocp.args.Composite(
@@ -98,13 +122,15 @@ class Checkpoints:
     Raises:
       SavingError: it could not be saved.
     """
-    with _saving(self.directory):
-      self._manager.wait_until_finished()
+    for manager in self._managers:
+      with _saving(manager.directory):
+        manager.wait_until_finished()
 
   def metadata(self, step: int) -> Metadata:
     """What the checkpoint of `step` says about itself."""
-    with _reading(self.directory / str(step)):
-      return _metadata(self._manager, step)
+    manager = self._holder(step)
+    with _reading(manager.directory / str(step)):
+      return _metadata(manager, step)
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
     """Train state and position of `step`, onto the shardings of `abstract_state`.
@@ -114,8 +140,9 @@ class Checkpoints:
     Raises:
       ValueError: the files are damaged or of another tree.
     """
-    with _reading(self.directory / str(step)):
-      restored: Any = self._manager.restore(
+    manager = self._holder(step)
+    with _reading(manager.directory / str(step)):
+      restored: Any = manager.restore(
         step,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeRestore(
@@ -128,9 +155,17 @@ class Checkpoints:
       return restored.state, restored.data
 
   def close(self) -> None:
-    """Waits for what is being saved and lets go of the directory."""
-    with _saving(self.directory):
-      self._manager.close()
+    """Waits for what is being saved and lets go of the directories."""
+    for manager in self._managers:
+      with _saving(manager.directory):
+        manager.close()
+
+  def _holder(self, step: int) -> ocp.CheckpointManager:
+    # The workdir's own is nearer.
+    for manager in self._managers:
+      if step in manager.all_steps():
+        return manager
+    return self._managers[0]  # whose error says which steps there are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -324,7 +359,7 @@ def _is_snapshot(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _saving(directory: pathlib.Path) -> Iterator[None]:
+def _saving(directory: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # Orbax and TensorStore raise many types
@@ -338,7 +373,7 @@ def _saving(directory: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
+def _reading(path: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:

@@ -17,6 +17,7 @@ import pytest
 
 from pixsigma_jax import checkpoint, sharding, tree
 from pixsigma_jax.metadata import Metadata
+from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.optimizer import make_optimizer
 from pixsigma_jax.train.step import init_state
 from tests.sample import models
@@ -33,6 +34,10 @@ TX = make_optimizer(
   eps=1e-8,
   weight_decay=0.0,
   clip_norm=1.0,
+  groups=(),
+)
+EMA = Ema(
+  kind="exponential", values=(0.9, 0.5), unit="updates", offload=False, batch_size=1
 )
 TINY = {"w": np.arange(6, dtype=np.float32)}
 
@@ -52,7 +57,8 @@ def collect_what_orbax_leaves():
 def train_state():
   """A state in which no two leaves are equal, as after some steps of training."""
   null_caption = jnp.asarray(models.null_caption(CONFIG))
-  state = init_state(models.random_params(CONFIG), null_caption, TX, jax.random.key(7))
+  params, key = models.random_params(CONFIG), jax.random.key(7)
+  state = init_state(params, null_caption, TX, EMA, key)
   draw = np.random.default_rng(1)
 
   def disturb(leaf):
