@@ -2,13 +2,11 @@
 
 Reference: `CAME` of came-pytorch, which PixArt-Σ was trained with, on tensors as torch
 lays them out. Statistics belong to one tensor of theirs, so each of our leaves is first
-seen as what it is there: a layer of a stack is a tensor of its own, stacked maps of one
-input are one matrix, and a convolution is factored over its window.
+seen as what it is there (`train/tensors.py`): a layer of a stack is a tensor by itself,
+stacked maps of one input are one matrix, and a convolution is factored over its window.
 """
 
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,9 @@ import optax
 from jaxtyping import Array, Float, Float32
 
 from pixsigma_jax import tree
+from pixsigma_jax.train.tensors import View, view
 
-Reshape: TypeAlias = Callable[[Array], Array]
+MOMENTUM_DTYPES = ("float32", "bfloat16")
 
 
 class Factored(NamedTuple):
@@ -42,46 +41,14 @@ class CameState(NamedTuple):
   statistics: Any
 
 
-class _View(NamedTuple):
-  """How a leaf is seen: `stacked` layers first, then one tensor of the reference."""
-
-  stacked: bool
-  into: Reshape
-  back: Callable[[Array, Array], Array]  # (seen, a leaf of the shape to go back to)
-
-
-def _moved(permutation: tuple[int, ...]) -> tuple[Reshape, Callable]:
-  inverse = tuple(permutation.index(i) for i in range(len(permutation)))
-  return (lambda x: x.transpose(permutation), lambda x, _: x.transpose(inverse))
-
-
-def _fused_kernel(x: Array) -> Array:
-  layers, copies, fan_in, features = x.shape
-  return x.transpose(0, 2, 1, 3).reshape(layers, fan_in, copies * features)
-
-
-def _unfused_kernel(x: Array, like: Array) -> Array:
-  layers, copies, fan_in, features = like.shape
-  return x.reshape(layers, fan_in, copies, features).transpose(0, 2, 1, 3)
-
-
-# Name of a leaf → its view; the first match counts. A matrix may be seen transposed:
-# rows and columns have equal parts in the update.
-_VIEWS: tuple[tuple[str, _View], ...] = (
-  (r"^blocks_.*/(qkv|kv)/kernel$", _View(True, _fused_kernel, _unfused_kernel)),
-  (
-    r"^blocks_.*/(qkv|kv)/bias$",
-    _View(True, lambda x: x.reshape(len(x), -1), lambda x, like: x.reshape(like.shape)),
-  ),
-  (r"^blocks_.*/kv_compressor/kernel$", _View(True, *_moved((0, 3, 1, 2)))),
-  (r"^patch_embedding/kernel$", _View(False, *_moved((3, 2, 0, 1)))),
-  (r"^blocks_", _View(True, lambda x: x, lambda x, _: x)),
-  (r"", _View(False, lambda x: x, lambda x, _: x)),
-)
-
-
 def scale_by_came(
-  *, b1: float, b2: float, b3: float, eps: tuple[float, float], clip_threshold: float
+  *,
+  b1: float,
+  b2: float,
+  b3: float,
+  eps: tuple[float, float],
+  clip_threshold: float,
+  momentum_dtype: str,
 ) -> optax.GradientTransformation:
   """CAME's update, before learning rate and weight decay.
 
@@ -93,9 +60,12 @@ def scale_by_came(
     eps: what is added to the squares and to the squared surprises.
     clip_threshold: root mean square that a tensor's update is cut down to before it
       enters the momentum.
+    momentum_dtype: what the momentum is kept in, `float32` or `bfloat16`. Updates are
+      computed in float32 from what was kept; bfloat16 halves the optimizer's memory.
 
   Raises:
-    ValueError: a decay is not between 0 and 1, or the threshold is not positive.
+    ValueError: a decay is not between 0 and 1, the threshold is not positive, or an
+      unknown dtype.
   """
   decays = {"b1": b1, "b2": b2, "b3": b3}
   for name, decay in decays.items():
@@ -103,10 +73,15 @@ def scale_by_came(
       raise ValueError(f"optimizer.{name}={decay} must be at least 0 and below 1.")
   if clip_threshold <= 0:
     raise ValueError(f"optimizer.clip_threshold={clip_threshold} must be above 0.")
+  if momentum_dtype not in MOMENTUM_DTYPES:
+    raise ValueError(
+      f"Unknown optimizer.momentum_dtype {momentum_dtype!r}; choose "
+      f"{' or '.join(map(repr, MOMENTUM_DTYPES))}."
+    )
 
-  def start(view: _View, leaf: Any) -> Factored | Full:
-    shape = jax.eval_shape(view.into, leaf).shape
-    if len(shape) - view.stacked < 2:
+  def start(seen: View, leaf: Any) -> Factored | Full:
+    shape = jax.eval_shape(seen.into, leaf).shape
+    if len(shape) - seen.stacked < 2:
       return Full(jnp.zeros(shape, jnp.float32))
     row = jnp.zeros(shape[:-1], jnp.float32)
     column = jnp.zeros((*shape[:-2], shape[-1]), jnp.float32)
@@ -114,8 +89,8 @@ def scale_by_came(
 
   def init(params: Any) -> CameState:
     return CameState(
-      momentum=jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
-      statistics=tree.map_with_name(lambda n, x: start(_view(n), x), params),
+      momentum=jax.tree.map(lambda x: jnp.zeros(x.shape, momentum_dtype), params),
+      statistics=tree.map_with_name(lambda name, x: start(view(name), x), params),
     )
 
   def one_tensor(
@@ -154,21 +129,21 @@ def scale_by_came(
       structure.flatten_up_to(state.statistics),
       strict=True,
     ):
-      view = _view(name)
-      step = jax.vmap(one_tensor) if view.stacked else one_tensor
-      seen = view.into(gradient.astype(jnp.float32))
-      found, kept, statistics = step(seen, view.into(momentum), statistics)
-      rows.append((view.back(found, gradient), view.back(kept, gradient), statistics))
+      seen = view(name)
+      step = jax.vmap(one_tensor) if seen.stacked else one_tensor
+      found, kept, statistics = step(
+        seen.into(gradient.astype(jnp.float32)),
+        seen.into(momentum.astype(jnp.float32)),
+        statistics,
+      )
+      kept = seen.back(kept, gradient).astype(momentum_dtype)
+      rows.append((seen.back(found, gradient), kept, statistics))
     found, momentum, statistics = (
       structure.unflatten(c) for c in zip(*rows, strict=True)
     )
     return found, CameState(momentum, statistics)
 
   return optax.GradientTransformation(init, update)
-
-
-def _view(name: str) -> _View:
-  return next(view for rule, view in _VIEWS if re.search(rule, name))
 
 
 def _mean(decay: float, old: Array, new: Array) -> Array:
