@@ -5,7 +5,9 @@ r"""Applies a transform to a snapshot, says what it changed, and writes the resu
   python -m pixsigma_jax.transform remove_kv_compression SRC DST
   python -m pixsigma_jax.transform swap_vae SRC DST --scaling_factor=0.13025
   python -m pixsigma_jax.transform alpha_to_sigma SRC DST --fold_size=1024,1024
+  python -m pixsigma_jax.transform merge_lora SRC DST --adapter=RUN/adapters/1000
   python -m pixsigma_jax.transform average SRC DST --others=RUN/snapshots/4000
+  python -m pixsigma_jax.transform post_hoc_ema SRC DST --others=… --sigma_rel=0.15
 
 SRC is a run's workdir or a snapshot, DST becomes a workdir with `snapshots/0`. With
 --dry_run the difference is printed and nothing is written.
@@ -19,10 +21,12 @@ from typing import Any
 from absl import flags
 
 from pixsigma_jax import checkpoint, command
+from pixsigma_jax.convert.lora import read_lora
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.kv_compression import OPERATORS, WINDOWS
 from pixsigma_jax.transform.report import report
-from pixsigma_jax.transforms import Model, apply_transforms, with_defaults
+from pixsigma_jax.transforms import OF_SEVERAL, Model, apply_transforms, with_defaults
+from pixsigma_jax.transforms.chain import OF_ADAPTERS
 
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the difference, write nothing.")
 
@@ -57,9 +61,16 @@ _ARGUMENTS = (
   flags.DEFINE_list(
     "fold_size", None, "HEIGHT,WIDTH of the images whose size conditions are kept."
   ),
-  # average
+  # merge_lora, unmerge_lora
+  flags.DEFINE_string(
+    "adapter", None, "A LoRA's folder or file: PEFT's or diffusers'."
+  ),
+  flags.DEFINE_float("scale", None, "Of the adapter's effect; 1 for the whole of it."),
+  # average, post_hoc_ema
   flags.DEFINE_list("others", None, "Workdirs or snapshots to average SRC with."),
   flags.DEFINE_list("weights", None, "Of SRC and of the others, in sum 1."),
+  flags.DEFINE_float("sigma_rel", None, "Length of the wanted average."),
+  flags.DEFINE_integer("step", None, "Where the wanted average ends."),
 )
 
 
@@ -70,16 +81,20 @@ def main(arguments: list[str]) -> None:
   if not _DRY_RUN.value:
     _check_target(target)
   snapshot = checkpoint.read_snapshot(source)
-  if name == "average":
+  if name in OF_SEVERAL:
     # As absolute paths of snapshots: a workdir's newest may be another tomorrow.
     given["others"] = [str(checkpoint.find_snapshot(path)) for path in given["others"]]
+  if name in OF_ADAPTERS:
+    given["adapter"] = str(pathlib.Path(given["adapter"]).absolute())
   before = Model(
     config=snapshot.config,
     params=snapshot.params,
     null_caption=snapshot.null_caption,
     metadata=snapshot.metadata,
   )
-  after = apply_transforms(before, [{"name": name, **given}], read=_read)
+  after = apply_transforms(
+    before, [{"name": name, **given}], read=_read, read_lora=read_lora
+  )
   for line in report(before, after):
     print(line)
   if _DRY_RUN.value:

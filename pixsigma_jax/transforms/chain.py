@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from pixsigma_jax import tree
 from pixsigma_jax.metadata import Metadata, disagreements
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
@@ -19,7 +20,9 @@ from pixsigma_jax.transforms.kv_compression import (
   add_kv_compression,
   remove_kv_compression,
 )
+from pixsigma_jax.transforms.lora import merge_lora, unmerge_lora
 from pixsigma_jax.transforms.positions import extend_pe, interpolate_pe
+from pixsigma_jax.transforms.post_hoc_ema import post_hoc_ema
 from pixsigma_jax.transforms.vae_swap import swap_vae, swapped
 
 TRANSFORMS: dict[str, Callable[..., tuple[PixArtConfig, Any]]] = {
@@ -29,8 +32,17 @@ TRANSFORMS: dict[str, Callable[..., tuple[PixArtConfig, Any]]] = {
   "remove_kv_compression": remove_kv_compression,
   "swap_vae": swap_vae,
   "alpha_to_sigma": alpha_to_sigma,
+  "merge_lora": merge_lora,
+  "unmerge_lora": unmerge_lora,
   "average": average,
+  "post_hoc_ema": post_hoc_ema,
 }
+
+# Those of several models, whose `others` are paths.
+OF_SEVERAL = ("average", "post_hoc_ema")
+
+# Those whose `adapter` is a path.
+OF_ADAPTERS = ("merge_lora", "unmerge_lora")
 
 # What a transform changes in the metadata: (metadata, config before, **arguments).
 _LATENTS: dict[str, Callable[..., Metadata]] = {
@@ -56,6 +68,8 @@ class Model:
 
 # Path of a model → what it says of itself, and what reads its parameters.
 Read: TypeAlias = Callable[[str], tuple[Metadata, Callable[[], Any]]]
+# Path of an adapter, and the model that it is for → the adapter.
+ReadLora: TypeAlias = Callable[[str, PixArtConfig], Any]
 
 
 def with_defaults(name: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,14 +95,21 @@ def with_defaults(name: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_transforms(
-  model: Model, transforms: Sequence[Mapping[str, Any]], *, read: Read
+  model: Model,
+  transforms: Sequence[Mapping[str, Any]],
+  *,
+  read: Read,
+  read_lora: ReadLora,
+  tell: Callable[[str, Model, Model], None] | None = None,
 ) -> Model:
   """The model after the transforms, in their order.
 
   Args:
     transforms: of each the `name` and the arguments, as a stage's config has them.
-      `others` of `average` are paths.
+      `others` of `OF_SEVERAL` are paths.
     read: gives the metadata of such a path, and what reads its parameters.
+    read_lora: gives the adapter at the path that is the `adapter` of `OF_ADAPTERS`.
+    tell: is called after each with its name, the model before and the model after.
 
   Returns:
     The new model; its metadata has the provenance of the first. A null caption goes
@@ -107,8 +128,14 @@ def apply_transforms(
     metadata = model.metadata
     if name in _LATENTS:
       metadata = _LATENTS[name](metadata, model.config, **arguments)
-    if name == "average":
-      arguments["others"] = _Others(model, arguments["others"], read)
+    if name in OF_SEVERAL:
+      others = _Others(model, arguments["others"], read)
+      arguments["others"] = others
+      if name == "post_hoc_ema":
+        arguments["stored"] = arguments["stored"] or others.profiles(model.metadata)
+    if name in OF_ADAPTERS:
+      arguments["adapter"] = read_lora(arguments["adapter"], model.config)
+    before = model
     config, params = TRANSFORMS[name](model.config, model.params, **arguments)
     model = Model(
       config=config,
@@ -116,7 +143,34 @@ def apply_transforms(
       null_caption=None if name == "alpha_to_sigma" else model.null_caption,
       metadata=_of_config(metadata, model, config),
     )
+    if tell is not None:
+      tell(name, before, model)
   return model
+
+
+def summary(before: Model, after: Model) -> str:
+  """What a transform changed, in a line, without looking at a number.
+
+  So it costs nothing wherever the parameters lie; `transform.report` has the numbers.
+  """
+  old, new = tree.named_leaves(before.params), tree.named_leaves(after.params)
+  kept = sum(old.get(name) is leaf for name, leaf in new.items())
+  sizes = [tree.size(model.params) for model in (before, after)]
+  have, want = (
+    {
+      **model.config.to_dict(),
+      "autoencoder": model.metadata.autoencoder,
+      "scaling_factor": model.metadata.scaling_factor,
+    }
+    for model in (before, after)
+  )
+  lines = [
+    *disagreements(have, want),
+    f"{kept} of {len(new)} leaves as they were",
+  ]
+  if sizes[0] != sizes[1]:
+    lines.append(f"{sizes[0]:,} → {sizes[1]:,} parameters")
+  return "; ".join(lines)
 
 
 def _of_config(metadata: Metadata, before: Model, config: PixArtConfig) -> Metadata:
@@ -141,6 +195,7 @@ class _Others(Sequence):
 
   def __init__(self, first: Model, paths: str | Sequence[str], read: Read):
     paths = [paths] if isinstance(paths, str) else paths
+    self._paths = list(paths)
     self._others = [read(path) for path in paths]
     names = ("model", "autoencoder", "scaling_factor", "text_encoder")
     for path, (metadata, _) in zip(paths, self._others, strict=True):
@@ -152,6 +207,33 @@ class _Others(Sequence):
           f"{path} is another model than the first, or trained on other features: "
           f"{'; '.join(lines)}. Their average would be neither."
         )
+
+  def profiles(self, first: Metadata) -> list[tuple[float, int]]:
+    """(σ_rel, step) of the first and of each of the others, as the trainer noted."""
+    models = [("SRC", first)]
+    models += [
+      (path, metadata)
+      for path, (metadata, _) in zip(self._paths, self._others, strict=True)
+    ]
+    found, runs = [], []
+    for path, metadata in models:
+      *before, last = metadata.provenance or ({},)
+      run = {name: value for name, value in last.items() if name != "ema"}
+      ema = last.get("ema") or {}
+      if ema.get("kind") != "power":
+        raise ValueError(
+          f"{path} is no power-function average: post_hoc_ema needs snapshots of a run "
+          "with config.ema.kind='power', out of WORKDIR/snapshots and "
+          "WORKDIR/ema/VALUE/snapshots."
+        )
+      found.append((ema["value"], ema["step"]))
+      runs.append([*before, run])
+      if runs[-1] != runs[0]:
+        raise ValueError(
+          f"{path} is of another run than SRC, by its provenance: averages of one run "
+          "make another average of it, those of two do not."
+        )
+    return found
 
   def __len__(self) -> int:
     return len(self._others)

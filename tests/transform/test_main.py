@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pixsigma_jax import checkpoint
+from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.models.kv_compression import KVCompression
-from pixsigma_jax.transforms import TRANSFORMS
+from pixsigma_jax.transforms import TRANSFORMS, lora
+from pixsigma_jax.transforms.lora import Lora
 from tests import commands
 from tests.sample import models
 
@@ -281,4 +283,43 @@ def test_every_argument_of_every_transform_has_its_flag_and_no_other_does(transf
     for function in TRANSFORMS.values()
     for name in list(inspect.signature(function).parameters)[2:]
   }
+  arguments -= {"stored"}  # snapshots say it themselves
   assert found - {"traceback"} == arguments | {"dry_run"}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_merged_by_its_path_and_taken_out_again(
+  transform, source, tmp_path, monkeypatch, dora
+):
+  monkeypatch.chdir(tmp_path)
+  before = checkpoint.read_snapshot(source)
+  spec = Lora(rank=2, alpha=4.0, targets=("mlp/",), dora=dora)
+  adapter = jax.tree.map(
+    lambda leaf: np.asarray(leaf) + np.float32(0.1),
+    spec.init(before.params, jax.random.key(0)),
+  )
+  write_lora(tmp_path / "lora", PLAIN, adapter, spec)
+
+  done = transform("merge_lora", source, "merged", "--adapter=lora", "--scale=0.5")
+  assert done.code == 0, done.err
+  assert "30 leaves: 28 shared, 0 copied as they were, 2 others" in done.out
+  merged = checkpoint.read_snapshot("merged")
+  assert_equal(merged.params, lora.merged(before.params, adapter, 0.5 * 4 / 2))
+  [entry] = merged.metadata.provenance[1:]
+  path = str(tmp_path / "lora")
+  assert entry["transforms"] == [{"name": "merge_lora", "adapter": path, "scale": 0.5}]
+
+  done = transform("unmerge_lora", "merged", "back", "--adapter=lora", "--scale=0.5")
+  if dora:
+    assert done.code == 1
+    assert "A DoRA adapter cannot be taken out again" in done.err
+    assert not (tmp_path / "back").exists()
+    return
+  assert done.code == 0, done.err
+  back = checkpoint.read_snapshot("back")
+  jax.tree.map(
+    # Two roundings of numbers below two.
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=5e-7),
+    *(back.params, before.params),
+  )
+  assert len(back.metadata.provenance) == 3

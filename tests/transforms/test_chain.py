@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pixsigma_jax import tree
 from pixsigma_jax.metadata import disagreements
 from pixsigma_jax.transforms import (
   TRANSFORMS,
   Model,
   apply_transforms,
+  summary,
   with_defaults,
 )
 from tests.sample import models
@@ -33,7 +35,7 @@ def unread(path):
 
 
 def applied(before, *transforms, read=unread):
-  return apply_transforms(before, transforms, read=read)
+  return apply_transforms(before, transforms, read=read, read_lora=unread)
 
 
 def test_a_transform_is_found_by_its_own_name():
@@ -42,8 +44,41 @@ def test_a_transform_is_found_by_its_own_name():
   }
   assert set(TRANSFORMS) == {
     *("interpolate_pe", "extend_pe", "swap_vae", "alpha_to_sigma", "average"),
-    *("add_kv_compression", "remove_kv_compression"),
+    "post_hoc_ema",
+    *("add_kv_compression", "remove_kv_compression", "merge_lora", "unmerge_lora"),
   }
+
+
+def test_each_transform_is_told_of_with_what_it_changed():
+  told = []
+
+  def tell(name, before, after):
+    told.append((name, before, after, summary(before, after)))
+
+  first = model(autoencoder=SD, scaling_factor=0.18215)
+  chain = (
+    {"name": "interpolate_pe", "base_size": 8},
+    {"name": "swap_vae", "scaling_factor": 0.25},
+    {"name": "remove_kv_compression"},
+  )
+  last = apply_transforms(first, chain, read=unread, read_lora=unread, tell=tell)
+  assert [name for name, *_ in told] == [transform["name"] for transform in chain]
+  assert told[0][1] is first
+  assert told[1][1] is told[0][2]
+  assert told[-1][2] is last
+  positions, swap, removal = (line for *_, line in told)
+  leaves = len(tree.named_leaves(first.params))
+  assert positions == (
+    "base_size: 4 → 8; pe_interpolation: 1.0 → 2.0; "
+    f"{leaves} of {leaves} leaves as they were"
+  )
+  assert "autoencoder.name: 'sd-vae' → 'kl-vae'" in swap
+  assert "scaling_factor: 0.18215 → 0.25" in swap
+  assert swap.endswith(f"{leaves} of {leaves} leaves as they were")
+  assert "kv_compression.ratio: 4 → 1" in removal
+  sizes = f"{tree.size(first.params):,} → {tree.size(last.params):,} parameters"
+  assert removal.endswith(f"leaves as they were; {sizes}")
+  assert tree.size(first.params) > tree.size(last.params)
 
 
 def test_transforms_follow_each_other_and_metadata_follow_them():

@@ -1,0 +1,287 @@
+"""Low-rank adapters as PEFT and as diffusers keep them, in and out.
+
+A folder of an adapter holds it in both formats:
+
+  adapter_config.json, adapter_model.safetensors   what PEFT loads
+  pytorch_lora_weights.safetensors                 what diffusers loads
+
+Names are those of diffusers' modules, `transformer_blocks.0.attn1.to_q.lora_A.weight`,
+after `base_model.model.` in the one and `transformer.` in the other. diffusers' file
+says nothing of a scale, so that its lora_B is scaled already: whoever reads it, with or
+without an idea of alpha, finds the same model.
+"""
+
+import json
+import math
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pixsigma_jax import disk, tree
+from pixsigma_jax.convert import files
+from pixsigma_jax.convert.layouts import DIFFUSERS, Array, Place, places_of
+from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+from pixsigma_jax.transforms.lora import DOWN, MAGNITUDE, UP, Lora, nested
+
+_CONFIG = "adapter_config.json"
+_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
+_PREFIXES = ("base_model.model.", "transformer.")
+# What a module's tensors are called, and the leaves of ours that they become.
+_PARTS = {
+  ".lora_A.weight": DOWN,
+  ".lora_B.weight": UP,
+  ".lora_magnitude_vector": MAGNITUDE,
+}
+# Of PEFT's settings, those that change what the tensors mean, at what leaves it alone.
+_PLAIN = {
+  "bias": "none",
+  "fan_in_fan_out": False,
+  "lora_bias": False,
+  "modules_to_save": None,
+  "layer_replication": None,
+}
+
+
+def write_lora(
+  folder: pathlib.Path, config: PixArtConfig, adapter: Any, lora: Lora
+) -> None:
+  """Writes an adapter in both formats, all files or none; what is there stays.
+
+  Args:
+    folder: of the adapter.
+    config: of the model that it changes.
+    adapter: see `transforms.lora`.
+    lora: how it was trained.
+  """
+  if folder.exists():
+    return
+  tensors = _tensors(config, adapter)
+  settings = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "r": lora.rank,
+    "lora_alpha": lora.alpha,
+    "lora_dropout": 0.0,
+    "target_modules": list(tensors),
+    "use_dora": lora.dora,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "init_lora_weights": True,
+    "inference_mode": True,
+    **_PLAIN,
+  }
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = disk.partial_path(folder)
+  partial.mkdir()
+  try:
+    files.write_json(partial / _CONFIG, settings)
+    for file, prefix, scale in (
+      (_PEFT[0], _PREFIXES[0], 1.0),
+      (_DIFFUSERS, _PREFIXES[1], lora.scale),
+    ):
+      weights = {
+        f"{prefix}{module}{suffix}": parts[part] * (scale if part == UP else 1)
+        for module, parts in tensors.items()
+        for suffix, part in _PARTS.items()
+        if part in parts
+      }
+      files.write_safetensors(
+        partial / file, {k: np.ascontiguousarray(v) for k, v in weights.items()}
+      )
+    disk.publish(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tensors(config: PixArtConfig, adapter: Any) -> dict[str, dict[str, Array]]:
+  """Module of diffusers → its tensors as torch lays them out, by our names."""
+  leaves = {k: np.asarray(v, np.float32) for k, v in tree.named_leaves(adapter).items()}
+  kernels = tree.named_leaves(abstract_params(config))
+  tensors: dict[str, dict[str, Array]] = {}
+  for their_name, place in places_of(config, DIFFUSERS).items():
+    ours = place.leaf.removesuffix("/kernel")
+    if not place.leaf.endswith("/kernel") or f"{ours}/{DOWN}" not in leaves:
+      continue
+    parts = {
+      part: leaves[f"{ours}/{part}"][place.index]
+      for part in _PARTS.values()
+      if f"{ours}/{part}" in leaves
+    }
+    # As the kernel lies: a convolution's rows are the numbers of its window.
+    window = kernels[place.leaf].shape[len(place.index) : -1]
+    rank = parts[DOWN].shape[-1]
+    parts[DOWN] = place.move.back(parts[DOWN].reshape(*window, rank))
+    ones = (1,) * (len(window) - 1)
+    parts[UP] = parts[UP].T.reshape(-1, rank, *ones)
+    if MAGNITUDE in parts and ones:
+      parts[MAGNITUDE] = parts[MAGNITUDE].reshape(1, -1, *ones)
+    tensors[their_name.removesuffix(".weight")] = parts
+  return tensors
+
+
+def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
+  """An adapter for a model, its scale already in `up`.
+
+  Ranks and scales may differ from module to module, and modules may be missing: what a
+  stack has beyond them is zero.
+
+  Args:
+    path: a folder as PEFT or diffusers write it, or a file of diffusers' names, in
+      which alpha is the rank unless its header says otherwise.
+    config: of the model that it is for.
+
+  Raises:
+    FileNotFoundError: there is no adapter.
+    ValueError: it is of another model, or holds what is not a LoRA's; names the
+      tensors.
+  """
+  path = pathlib.Path(path)
+  weights, settings = _open(path)
+  _check_settings(path, settings)
+  places = places_of(config, DIFFUSERS)
+  modules, problems = _by_module(weights, places)
+  kernels = tree.named_leaves(abstract_params(config))
+  found: dict[str, list[tuple[tuple[int, ...], dict[str, Array]]]] = {}
+  for module, parts in modules.items():
+    place = places[f"{module}.weight"]
+    matrix, reason = _moved(parts, place, kernels[place.leaf].shape, settings, module)
+    if reason:
+      problems.append(f"{module}: {reason}")
+    else:
+      found.setdefault(place.leaf, []).append((place.index, matrix))
+  if problems or not found:
+    shown = "; ".join(problems[:6]) or "it holds no tensors"
+    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+    raise ValueError(
+      f"{path} is no LoRA for a PixArt of {config.depth} layers of width "
+      f"{config.width}: {shown}{more}."
+    )
+  leaves: dict[str, Array] = {}
+  for leaf, slots in found.items():
+    _, first = slots[0]
+    stack = kernels[leaf].shape[: len(slots[0][0])]
+    rank = max(parts[DOWN].shape[-1] for _, parts in slots)
+    fan_in, features = len(first[DOWN]), first[UP].shape[-1]
+    down = np.zeros((*stack, fan_in, rank), np.float32)
+    up = np.zeros((*stack, rank, features), np.float32)
+    magnitude = np.full((*stack, features), np.nan, np.float32)
+    for index, parts in slots:
+      r = parts[DOWN].shape[-1]
+      down[(*index, slice(None), slice(r))] = parts[DOWN]
+      up[(*index, slice(r))] = parts[UP]
+      magnitude[index] = parts.get(MAGNITUDE, np.nan)
+    name = leaf.removesuffix("/kernel")
+    leaves |= {f"{name}/{DOWN}": down, f"{name}/{UP}": up}
+    if not np.isnan(magnitude).all():
+      leaves[f"{name}/{MAGNITUDE}"] = magnitude
+  return nested(leaves)
+
+
+def _open(path: pathlib.Path) -> tuple[files.Weights, dict[str, Any]]:
+  """Tensors, and PEFT's settings as far as anything tells them."""
+  if not path.exists():
+    raise FileNotFoundError(f"There is no adapter at {path}: no such file or folder.")
+  file = path
+  if path.is_dir():
+    names = (*_PEFT, _DIFFUSERS)
+    file = next((path / name for name in names if (path / name).exists()), path)
+    if file == path:
+      found = ", ".join(disk.whole_files(path)[:6]) or "nothing"
+      raise FileNotFoundError(
+        f"{path} holds no adapter: expected one of {', '.join(names)}, found {found}."
+      )
+  weights = files.open_weights(file)
+  beside = file.with_name(_CONFIG)
+  if file.name in _PEFT and beside.exists():
+    return weights, files.read_json(beside)
+  settings = {}
+  if file.suffix == ".safetensors":
+    header = files.header_of(file).get("lora_adapter_metadata")
+    for name, value in json.loads(header).items() if header else ():
+      settings[name.removeprefix(_PREFIXES[1])] = value
+  return weights, settings
+
+
+def _check_settings(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  if settings.get("peft_type", "LORA") != "LORA":
+    raise ValueError(
+      f"{path} is an adapter of the kind {settings['peft_type']!r}, not LORA."
+    )
+  for name, plain in _PLAIN.items():
+    if settings.get(name, plain) not in (plain, [], {}):
+      raise ValueError(
+        f"{path} was made with {name}={settings[name]!r}: only adapters with "
+        f"{name}={plain!r} can be read."
+      )
+
+
+def _by_module(
+  weights: files.Weights, places: Mapping[str, Place]
+) -> tuple[dict[str, dict[str, Array]], list[str]]:
+  """Module → tensors, and what is wrong with the names."""
+  modules: dict[str, dict[str, Array]] = {}
+  problems: list[str] = []
+  for name in weights:
+    bare = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
+    bare = bare.removesuffix(".weight") if ".lora_magnitude_vector" in bare else bare
+    suffix = next((suffix for suffix in _PARTS if bare.endswith(suffix)), None)
+    module = bare.removesuffix(suffix or "")
+    place = places.get(f"{module}.weight")
+    if suffix is None or place is None or not place.leaf.endswith("/kernel"):
+      problems.append(f"{name} is not used")
+    else:
+      tensor = np.asarray(weights[name], np.float32)
+      modules.setdefault(module, {})[_PARTS[suffix]] = tensor
+  return modules, problems
+
+
+def _moved(
+  parts: Mapping[str, Array],
+  place: Place,
+  kernel: tuple[int, ...],
+  settings: Mapping[str, Any],
+  module: str,
+) -> tuple[dict[str, Array], str]:
+  """A module's matrices as ours lie, or why they cannot be."""
+  if missing := [
+    s for s, part in _PARTS.items() if part in (DOWN, UP) and part not in parts
+  ]:
+    return {}, f"{missing[0].removeprefix('.')} is missing"
+  matrix = kernel[len(place.index) :]
+  shape = (math.prod(matrix[:-1]), matrix[-1])
+  down, up = parts[DOWN], parts[UP]
+  rank = len(down)
+  wanted = {
+    DOWN: place.move.back(np.broadcast_to(np.float32(0), (*matrix[:-1], rank))).shape,
+    UP: (shape[1], rank, *(1,) * (len(matrix) - 2)),
+  }
+  for part, want in wanted.items():
+    if parts[part].shape != want:
+      have = list(parts[part].shape)
+      return {}, f"{part} has shape {have}, not {list(want)}"
+  moved = {
+    DOWN: place.move.into(down).reshape(-1, rank),
+    UP: up.reshape(-1, rank).T * np.float32(_scale(settings, module, rank)),
+  }
+  if MAGNITUDE in parts:
+    if parts[MAGNITUDE].size != shape[1]:
+      return {}, f"the magnitude has {parts[MAGNITUDE].size} numbers, not {shape[1]}"
+    moved[MAGNITUDE] = parts[MAGNITUDE].reshape(-1)
+  return moved, ""
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+  """PEFT's: alpha / rank, or alpha / √rank if the adapter is rank-stabilized."""
+  alpha = settings.get("lora_alpha", rank)
+  for pattern, value in (settings.get("alpha_pattern") or {}).items():
+    if re.search(rf"(^|\.){pattern}$", module):
+      alpha = value
+      break
+  return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
