@@ -9,6 +9,10 @@ are folders of `diffusers` or of ours, `orbax`, and an autoencoder of `ldm` is o
 
   python -m pixsigma_jax.convert --model=vae --from=ldm --to=diffusers SRC DST
   python -m pixsigma_jax.convert --model=t5 --from=diffusers --to=orbax SRC DST
+
+A training config of the official repository becomes one of ours:
+
+  python -m pixsigma_jax.convert --from=mmcv SRC.py DST.py --gpus=32 --images=18000000
 """
 
 import pathlib
@@ -16,14 +20,16 @@ import pathlib
 from absl import flags, logging
 
 from pixsigma_jax import command
-from pixsigma_jax.convert import model, t5, vae, verify
+from pixsigma_jax.convert import mmcv, model, t5, vae, verify
 from pixsigma_jax.convert.released import RELEASES
 
 _KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS, "t5": t5.FORMATS}
 _FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS]))
 _MODEL = flags.DEFINE_enum("model", "transformer", list(_KINDS), "Which network.")
-_FROM = flags.DEFINE_enum("from", None, _FORMATS, "Format of SRC.", required=True)
-_TO = flags.DEFINE_enum("to", None, _FORMATS, "Format of DST.", required=True)
+_FROM = flags.DEFINE_enum(
+  "from", None, [*_FORMATS, "mmcv"], "Format of SRC.", required=True
+)
+_TO = flags.DEFINE_enum("to", None, _FORMATS, "Format of DST; of a config, our own.")
 _RELEASE = flags.DEFINE_enum(
   "release",
   None,
@@ -44,6 +50,10 @@ _SCALING_FACTOR = flags.DEFINE_float(
 )
 _NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads: 16 for XL/2.")
 _EMA = flags.DEFINE_bool("ema", False, "Take the EMA weights of a .pth that has both.")
+_GPUS = flags.DEFINE_integer(
+  "gpus", None, "Of a config: GPUs that the official launcher would have had."
+)
+_IMAGES = flags.DEFINE_integer("images", None, "Of a config: images of the data.")
 _VERIFY = flags.DEFINE_bool(
   "verify",
   False,
@@ -54,9 +64,15 @@ _VERIFY = flags.DEFINE_bool(
 def main(arguments: list[str]) -> None:
   """Entry point; flags are parsed."""
   source, target = map(pathlib.Path, arguments)
-  if _FROM.value == _TO.value:
+  if _FROM.value == "mmcv":
+    _convert_config(source, target)
+    return
+  to_format = _TO.value
+  if to_format is None:
+    raise ValueError(f"Say with --to what {target} is to be: {', '.join(_FORMATS)}.")
+  if _FROM.value == to_format:
     raise ValueError(f"--from and --to are both {_FROM.value}: there is nothing to do.")
-  for form in (_FROM.value, _TO.value):
+  for form in (_FROM.value, to_format):
     if form not in _KINDS[_MODEL.value]:
       raise ValueError(
         f"--model={_MODEL.value} has no format {form!r}, only "
@@ -64,7 +80,7 @@ def main(arguments: list[str]) -> None:
       )
   if _MODEL.value == "t5":
     t5.convert_text_encoder(
-      source, target, from_format=_FROM.value, to_format=_TO.value
+      source, target, from_format=_FROM.value, to_format=to_format
     )
     print(target)
     return
@@ -73,7 +89,7 @@ def main(arguments: list[str]) -> None:
       source,
       target,
       from_layout=_FROM.value,
-      to_layout=_TO.value,
+      to_layout=to_format,
       scaling_factor=_SCALING_FACTOR.value,
     )
     print(target)
@@ -87,21 +103,37 @@ def main(arguments: list[str]) -> None:
   )
   if _RELEASE.value is not None:
     given = given.of_release(RELEASES[_RELEASE.value])
-  model.check_target(target, _TO.value)
+  model.check_target(target, to_format)
   converted = model.read(source, _FROM.value, given, ema=_EMA.value)
   logging.info("Read %s: %s.", source, converted.summary())
-  model.write(target, _TO.value, converted)
+  model.write(target, to_format, converted)
   print(target)
   if _VERIFY.value:
-    _verify(source, target, converted)
+    _verify(source, target, converted, to_format)
 
 
-def _verify(source: pathlib.Path, target: pathlib.Path, converted: model.Model) -> None:
+def _convert_config(source: pathlib.Path, target: pathlib.Path) -> None:
+  if _TO.value is not None:
+    raise ValueError(f"--from=mmcv gives a config of ours: leave out --to={_TO.value}.")
+  if _GPUS.value is None or _IMAGES.value is None:
+    raise ValueError(
+      "A config of --from=mmcv counts images for each GPU, and epochs: say with --gpus "
+      "how many GPUs it was meant for, and with --images how many images the data had."
+    )
+  imported = mmcv.convert_config(source, target, gpus=_GPUS.value, images=_IMAGES.value)
+  for line in imported.report():
+    print(line)
+  print(target)
+
+
+def _verify(
+  source: pathlib.Path, target: pathlib.Path, converted: model.Model, to_format: str
+) -> None:
   inputs = verify.fixed_inputs(converted.config)
   logging.info("Running %s and %s on the same inputs.", source, target)
   traces = [
     model.run(path, form, converted, inputs, ema=_EMA.value and form == _FROM.value)
-    for path, form in ((source, _FROM.value), (target, _TO.value))
+    for path, form in ((source, _FROM.value), (target, to_format))
   ]
   differences = verify.compare(*traces)
   print(f"{'':10}{'largest difference':>20}{'of the largest number':>24}")

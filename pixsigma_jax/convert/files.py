@@ -220,10 +220,15 @@ def write_safetensors(path: pathlib.Path, weights: Weights, note: Any = None) ->
   )
 
 
+def header_of(path: pathlib.Path) -> dict[str, str]:
+  """What a safetensors file says of itself beside its tensors."""
+  return _opened(path).metadata() or {}
+
+
 def note_in(path: pathlib.Path) -> Any:
   """The JSON that `write_…` left beside the weights, None in others' files."""
   if path.suffix == ".safetensors":
-    note = (_opened(path).metadata() or {}).get(_NOTE)
+    note = header_of(path).get(_NOTE)
   else:
     note = _load_pickle(path).get(_NOTE)
   return None if note is None else json.loads(note)

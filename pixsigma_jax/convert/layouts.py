@@ -202,12 +202,29 @@ def _refuse(problems: list[str], config: PixArtConfig) -> None:
 
 def names_of(config: PixArtConfig, layout: Layout) -> dict[str, None]:
   """Names of all tensors that a model has in a layout, in our order."""
-  names: dict[str, None] = {}
+  return dict.fromkeys(places_of(config, layout))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where one tensor of theirs lies: in a leaf of ours, at `index`, moved by `move`."""
+
+  leaf: str
+  index: tuple[int, ...]
+  move: Move
+
+
+def places_of(config: PixArtConfig, layout: Layout) -> dict[str, Place]:
+  """The place of every tensor that a model has in a layout, by their name."""
+  places: dict[str, Place] = {}
   for name in tree.named_leaves(abstract_params(config)):
     rule, layers = _rule_of(name, config, layout)
-    for i in layers or [None]:
-      names |= {their_name.format(i=i): None for their_name in rule.names}
-  return names
+    for slot, layer in enumerate(layers or [None]):
+      stack = () if layers is None else (slot,)
+      for copy, their_name in enumerate(rule.names):
+        index = stack if len(rule.names) == 1 else (*stack, copy)
+        places[their_name.format(i=layer)] = Place(name, index, rule.move)
+  return places
 
 
 def weights_from(params: Any, config: PixArtConfig, layout: Layout) -> dict[str, Array]:
