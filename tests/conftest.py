@@ -4,6 +4,8 @@ import hypothesis
 import jax
 import pytest
 
+# A libtpu that was installed beside another version of JAX would crash its profiler.
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # a mesh to shard over, anywhere
 jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasts are written out
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -11,6 +13,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Same examples each run; no wall-clock deadline on a busy machine.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--kills", type=int, default=11, help="SIGKILLs that a run of the suite survives"
+  )
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
       "seed": 0,
       "total_steps": 0,
       "batch_size": 32,
+      "accumulation": 1,
       "model": {
         "variant": "Mini/2",
         "base_size": 4,
@@ -51,10 +52,16 @@ def get_config() -> ml_collections.ConfigDict:
       "frozen": "",
       # Noise and learned variance, as PixArt-Σ. Min-SNR is what fits minutes on a CPU:
       # after as many images, unweighted training follows one prompt in five.
-      "loss": {"caption_dropout": 0.1, "snr_switch": False, "min_snr_gamma": 1.0},
+      "loss": {
+        "caption_dropout": 0.1,
+        "snr_switch": False,
+        "min_snr_gamma": 1.0,
+        "snr_shift": 1.0,
+      },
       "optimizer": {
         "name": "adamw",
         "learning_rate": 6e-3,
+        "scale_rule": "none",
         "schedule": "cosine",
         "warmup_steps": 100,
         "b1": 0.9,
@@ -62,16 +69,37 @@ def get_config() -> ml_collections.ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "groups": (),
       },
-      "ema_decay": 0.998,
+      "ema": {
+        "kind": "exponential",
+        "values": (0.998,),
+        "unit": "updates",
+        "offload": False,
+      },
+      "adapter": {
+        "rank": 0,
+        "alpha": 16.0,
+        "targets": ("attention/", "mlp/"),
+        "dora": False,
+      },
       "init": {"parent": "", "transforms": ()},
-      "mesh": {"data": -1, "fsdp": 1, "context": 1},
+      "mesh": {"slices": 0, "data": -1, "fsdp": 1, "context": 1},
       "checkpoint": {
         "every": 1000,
         "keep_last": 2,
         "keep_every": 0,
         "snapshot_every": 0,
+        "remote": "",
+        "remote_every": 0,
       },
+      "guards": {
+        "bad_step": "stop",
+        "spike_factor": 0.0,
+        "max_bad_steps": 10,
+        "hang_factor": 10.0,
+      },
+      "validation": {"every": 0, "examples": 0},
       "log": {
         "every": 100,
         "sample_every": 2000,
@@ -81,6 +109,8 @@ def get_config() -> ml_collections.ConfigDict:
           "a blue two",
           "a cyan nine",
         ),
+        "sample_set": {"every": 0, "count": 0},
+        "profile": (),
       },
     }
   )

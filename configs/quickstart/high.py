@@ -25,7 +25,7 @@ def get_config(positions: str = "interpolated"):
   config.model.pe_interpolation = 2.0 if positions == "interpolated" else 1.0
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 20
-  config.ema_decay = 0.98
+  config.ema.values = (0.98,)
   config.checkpoint.every = 100
   config.checkpoint.snapshot_every = 200
   config.log.sample_every = 0

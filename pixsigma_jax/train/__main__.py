@@ -1,6 +1,10 @@
 """Trains a stage, or goes on with it.
 
 python -m pixsigma_jax.train --config=FILE --workdir=DIR [--config.field=value]
+
+With --dry_run it says in one line where the run stands, and trains nothing.
+
+On several hosts, the same command on each: docs/pods.md.
 """
 
 import pathlib
@@ -9,11 +13,32 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from pixsigma_jax import command
+from pixsigma_jax import command, distributed
 from pixsigma_jax.train.loop import train
+from pixsigma_jax.train.standing import standing
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Say where the run stands, done or open, and train nothing."
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0, where a pod or cluster does not say it: docs/pods.md.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Processes of the job.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0.", lower_bound=0
+)
+_STARTUP_TIMEOUT = flags.DEFINE_integer(
+  "startup_timeout", 600, "Seconds to wait for all processes.", lower_bound=1
+)
+_SILENCE_TIMEOUT = flags.DEFINE_integer(
+  "silence_timeout", 100, "Seconds until a silent host counts as lost.", lower_bound=1
+)
 
 
 def main(_: list[str]) -> None:
@@ -23,7 +48,22 @@ def main(_: list[str]) -> None:
   path = pathlib.Path(name.partition(":")[0])
   if not path.is_file():
     raise FileNotFoundError(f"There is no config file {path}: give one of configs/.")
-  train(_CONFIG.value.to_dict(), _WORKDIR.value)
+  if _DRY_RUN.value:
+    print(standing(_CONFIG.value.to_dict(), _WORKDIR.value))
+    return
+  command.keep_compiled()
+  place = distributed.find_place(
+    coordinator_address=_COORDINATOR_ADDRESS.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    timeout=_STARTUP_TIMEOUT.value,
+  )
+  with distributed.joined(
+    place,
+    startup_timeout=_STARTUP_TIMEOUT.value,
+    silence_timeout=_SILENCE_TIMEOUT.value,
+  ):
+    train(_CONFIG.value.to_dict(), _WORKDIR.value)
 
 
 def _one_line(error: Exception) -> str:

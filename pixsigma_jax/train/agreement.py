@@ -8,12 +8,13 @@ from absl import logging
 from jax.sharding import Mesh
 
 from pixsigma_jax import checkpoint, metadata
+from pixsigma_jax.convert.lora import read_lora
 from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.train.config import DATA_FIELDS, FIELDS, check_fields
-from pixsigma_jax.transforms import Model, apply_transforms
+from pixsigma_jax.transforms import Model, apply_transforms, summary
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -28,16 +29,53 @@ def check_config(config: Mapping[str, Any]) -> None:
   check_fields(
     "checkpoint",
     config["checkpoint"],
-    ("every", "keep_last", "keep_every", "snapshot_every"),
+    ("every", "keep_last", "keep_every", "snapshot_every", "remote", "remote_every"),
   )
-  check_fields("log", config["log"], ("every", "sample_every", "prompts"))
+  if bool(config["checkpoint"]["remote"]) != bool(config["checkpoint"]["remote_every"]):
+    raise ValueError(
+      f"config.checkpoint.remote={config['checkpoint']['remote']!r} and remote_every="
+      f"{config['checkpoint']['remote_every']} go together: a directory or bucket, and "
+      "steps between two copies there; or '' and 0."
+    )
+  logs = config["log"]
+  check_fields(
+    "log", logs, ("every", "sample_every", "prompts", "sample_set", "profile")
+  )
+  check_fields("log.sample_set", logs["sample_set"], ("every", "count"))
+  check_fields("validation", config["validation"], ("every", "examples"))
   if config["init"]["transforms"] and not config["init"]["parent"]:
     raise ValueError(
       "config.init.transforms are for a parent, and config.init.parent is empty: name "
       "the parent's --workdir, or give no transforms."
     )
-  if config["log"]["every"] < 1:
-    raise ValueError(f"config.log.every={config['log']['every']} must be at least 1.")
+  if config["adapter"].get("rank") and not config["init"]["parent"]:
+    raise ValueError(
+      f"config.adapter.rank={config['adapter']['rank']} trains a change of a parent, "
+      "and config.init.parent is empty: name a model, or set the rank to 0."
+    )
+  if logs["every"] < 1:
+    raise ValueError(f"config.log.every={logs['every']} must be at least 1.")
+  profile = logs["profile"]
+  if profile and (len(profile) != 2 or not 0 < profile[0] <= profile[1]):
+    raise ValueError(
+      f"config.log.profile={profile} must be (first step, last step), or () for none."
+    )
+  for name, counted in (
+    ("validation", config["validation"]["examples"]),
+    ("log.sample_set", logs["sample_set"]["count"]),
+  ):
+    section = config["validation"] if name == "validation" else logs["sample_set"]
+    if section["every"] and counted < 1:
+      raise ValueError(
+        f"config.{name}.every={section['every']} with {counted} examples: give at "
+        "least 1, or set every to 0."
+      )
+  if config["validation"]["every"] and not config["data"]["holdout"]:
+    raise ValueError(
+      "config.validation measures images that are never trained on, and "
+      "config.data.holdout=0.0 holds none out: give a share such as 0.01, or set "
+      "validation.every to 0."
+    )
 
 
 def check_data(
@@ -50,6 +88,8 @@ def check_data(
   """
   _check_features(model, mixture)
   _check_hashes(config["data"]["hashes"], mixture)
+  if config["log"]["sample_set"]["every"]:
+    _check_sample_set(config["log"]["sample_set"]["count"], mixture)
 
 
 def _check_features(model: PixArtConfig, mixture: Mixture) -> None:
@@ -76,6 +116,19 @@ def _check_features(model: PixArtConfig, mixture: Mixture) -> None:
     )
 
 
+def _check_sample_set(count: int, mixture: Mixture) -> None:
+  if count > len(mixture):
+    raise ValueError(
+      f"config.log.sample_set.count={count}, but {mixture} has {len(mixture)} images "
+      "to take captions from."
+    )
+  if mixture.null_caption is None:
+    raise ValueError(
+      f"{mixture} stores captions as text; config.log.sample_set draws those that are "
+      "stored as embeddings. Prepare it so, or set sample_set.every to 0."
+    )
+
+
 def _check_hashes(wanted: Mapping[str, str], mixture: Mixture) -> None:
   """Compares the config's hashes, of those that it names, with the manifests'."""
   check_fields("data.hashes", wanted, ("autoencoder", "text_encoder", "crop_rule"))
@@ -89,13 +142,17 @@ def _check_hashes(wanted: Mapping[str, str], mixture: Mixture) -> None:
       )
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-  """Whether each part of the mesh gets as many rows; a ValueError if not."""
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+  """Whether each part of the mesh gets as many rows each time; a ValueError if not."""
+  if accumulation < 1:
+    raise ValueError(f"config.accumulation={accumulation} must be at least 1.")
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % rows:
+  if batch_size % (accumulation * rows):
+    times = f"accumulation × data × fsdp = {accumulation} × {rows}"
     raise ValueError(
-      f"config.batch_size={batch_size} must be a multiple of data × fsdp = {rows} of "
-      f"the mesh {dict(mesh.shape)}."
+      f"config.batch_size={batch_size} must be a multiple of "
+      f"{times if accumulation > 1 else f'data × fsdp = {rows}'} of the mesh "
+      f"{dict(mesh.shape)}."
     )
 
 
@@ -158,23 +215,80 @@ def check_same_run(
   config: Mapping[str, Any],
   model: PixArtConfig,
   mixture: Mixture,
+  parent: checkpoint.Snapshot | None,
 ) -> Metadata:
   """The stored metadata, if the config still describes the run that wrote it.
 
+  Args:
+    parent: what the run's adapter changes; None if it trains the model itself.
+
   Raises:
-    ValueError: it is another model, or was trained on other features.
+    ValueError: it is another model, was trained on other features, or had another
+      adapter or, with one, another parent.
   """
   _refuse(
     stored.model, model, "The checkpoint of this workdir", "choose a new --workdir"
   )
+  _refuse_another_state(stored.provenance[-1]["config"], config)
   ours = metadata_of(config, model, mixture, None)
   _check_inputs(stored, ours, "This run", mixture)
-  changed = metadata.disagreements(
-    stored.provenance[-1]["config"], ours.provenance[-1]["config"]
-  )
+  before, now = stored.provenance[-1], ours.provenance[-1]
+  _check_adapter(before, now, parent)
+  changed = metadata.disagreements(before["config"], now["config"])
   if changed:
     logging.warning("The config has changed since step 0: %s.", "; ".join(changed))
   return stored
+
+
+def _refuse_another_state(stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+  """Fields that say which arrays optimizer and averages are, and what they mean."""
+
+  def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    ema, optimizer = config.get("ema", {}), config["optimizer"]
+    frozen = [group[0] for group in optimizer.get("groups", ()) if not group[1]]
+    return {
+      **{f"ema.{name}": ema.get(name) for name in ("kind", "values", "unit")},
+      **{
+        f"optimizer.{name}": optimizer.get(name)
+        for name in ("name", "momentum_dtype", "min_size_to_factor")
+      },
+      "optimizer.b1 above 0": bool(optimizer.get("b1", 1)),
+      "optimizer.groups that freeze": frozen,
+    }
+
+  if lines := metadata.disagreements(fields(stored), fields(config)):
+    raise ValueError(
+      f"The checkpoint of this workdir holds other averages or another optimizer's "
+      f"state than the config asks for (have → want): {'; '.join(lines)}. Set them "
+      "back, or choose a new --workdir with this one as config.init.parent."
+    )
+
+
+def _check_adapter(
+  before: Mapping[str, Any],
+  now: Mapping[str, Any],
+  parent: checkpoint.Snapshot | None,
+) -> None:
+  """What a checkpoint of an adapter does not hold must be what it was."""
+  lines = metadata.disagreements(
+    before["config"]["adapter"], now["config"]["adapter"], "adapter"
+  )
+  if parent is not None:
+    lines += metadata.disagreements(
+      {name: before["parent"][name] for name in ("stage", "step")},
+      {"stage": parent.metadata.stage, "step": parent.step},
+      "parent",
+    )
+    lines += metadata.disagreements(
+      before["transforms"], now["transforms"], "init.transforms"
+    )
+  if lines:
+    path = f" (the parent was {before['parent']['path']})" if parent else ""
+    raise ValueError(
+      f"The checkpoint of this workdir is of another adapter (have → want): "
+      f"{'; '.join(lines)}{path}. Give what it was started with, or choose a new "
+      "--workdir."
+    )
 
 
 def transformed(
@@ -199,7 +313,9 @@ def transformed(
     null_caption=parent.null_caption,
     metadata=parent.metadata,
   )
-  model = apply_transforms(model, transforms, read=read)
+  model = apply_transforms(
+    model, transforms, read=read, read_lora=read_lora, tell=_tell
+  )
   _refuse(
     model.metadata.model,
     want,
@@ -207,6 +323,10 @@ def transformed(
     "add the transform to config.init.transforms",
   )
   return model
+
+
+def _tell(name: str, before: Model, after: Model) -> None:
+  logging.info("%s: %s.", name, summary(before, after))
 
 
 def _refuse(

@@ -5,7 +5,8 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Key
+import numpy as np
+from jaxtyping import Array, Float, Float32, Float64, Int32, Key
 
 from pixsigma_jax.diffusion import process
 from pixsigma_jax.diffusion.loss import iddpm_loss
@@ -28,6 +29,7 @@ def make_loss(
   caption_dropout: float,
   snr_switch: bool,
   min_snr_gamma: float | None,
+  snr_shift: float,
 ) -> LossFn:
   """Builds `loss(params, null_caption, batch, key) → (mean, per example)`.
 
@@ -39,8 +41,13 @@ def make_loss(
     caption_dropout: probability that an example's caption becomes the null caption,
       under the caption's own mask, as the reference trains.
     snr_switch, min_snr_gamma: see `iddpm_loss`.
+    snr_shift: see `timestep_probabilities`; 1.0 draws all timesteps alike.
+
+  Raises:
+    ValueError: a shift that is not positive, or leaves no timestep.
   """
   config = model.config
+  draw_timestep = _timestep_draw(schedule, snr_shift)
 
   def loss(
     params: Any,
@@ -55,9 +62,7 @@ def make_loss(
       jax.vmap(lambda row_key: jax.random.split(row_key, 4))(row_keys), axis=1
     )
     latents = scaling_factor * _sample_latents(batch, config.in_channels, posterior_key)
-    timesteps = jax.vmap(
-      lambda k: jax.random.randint(k, (), 0, schedule.num_timesteps)
-    )(time_key)
+    timesteps = jax.vmap(draw_timestep)(time_key)
     noise = _normal(noise_key, latents)
     noisy_latents = process.add_noise(schedule, latents, noise, timesteps)
     dropped = jax.vmap(lambda k: jax.random.bernoulli(k, caption_dropout))(drop_key)
@@ -98,6 +103,62 @@ def make_loss(
     return per_example["loss"].mean(), {**per_example, "timesteps": timesteps}
 
   return loss
+
+
+def timestep_probabilities(
+  schedule: Schedule, snr_shift: float
+) -> Float64[np.ndarray, " timesteps"]:
+  """How often each timestep is drawn where images need more noise than the schedule's.
+
+  At s times the side, the same noise hides s times less of what an image shows: the
+  mean over s² pixels has s times less noise. Simple diffusion (Hoogeboom et al. 2023,
+  section 3.1) and SD3 (Esser et al. 2024, section 5.3.2) shift log-SNR by -2 log s.
+  Here the schedule and what the network is told stay; timesteps are drawn so that the
+  density of log-SNR is that of evenly drawn ones, moved by -2 log s. What is moved
+  beyond the schedule's ends is left out, not heaped up there.
+
+  Args:
+    snr_shift: s; above 1 for more noise.
+  """
+  if not 0 < snr_shift < np.inf:
+    raise ValueError(f"loss.snr_shift={snr_shift} must be above 0.")
+  log_snr = np.log(schedule.snr)
+  # Timestep t is drawn where a number in [0, T) falls between t and t + 1; its log-SNR
+  # stands in the middle. Those of the edges lie between, or go on in a line.
+  steps = np.diff(log_snr)
+  edges = np.concatenate(
+    [
+      log_snr[:1] - steps[0] / 2,
+      (log_snr[1:] + log_snr[:-1]) / 2,
+      log_snr[-1:] + steps[-1] / 2,
+    ]
+  )
+  # Where the even draws fall whose log-SNR, moved, is that of each edge.
+  moved = edges + 2 * np.log(snr_shift)
+  origins = np.interp(-moved, -edges, np.arange(len(edges), dtype=np.float64))
+  shares = np.diff(origins)
+  if not shares.sum() > 0:
+    raise ValueError(
+      f"loss.snr_shift={snr_shift} moves every timestep out of the schedule, whose SNR "
+      f"goes from {schedule.snr[0]:.3g} to {schedule.snr[-1]:.3g}."
+    )
+  return shares / shares.sum()
+
+
+def _timestep_draw(
+  schedule: Schedule, snr_shift: float
+) -> Callable[[Array], Int32[Array, ""]]:
+  if snr_shift == 1:
+    return lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps)
+  probabilities = timestep_probabilities(schedule, snr_shift)
+  upper = np.cumsum(probabilities).astype(np.float32)
+  last = np.flatnonzero(probabilities)[-1]  # the sum may be rounded below 1
+
+  def draw(key: Array) -> Int32[Array, ""]:
+    at = jnp.searchsorted(upper, jax.random.uniform(key), side="right")
+    return jnp.minimum(at, last).astype(jnp.int32)
+
+  return draw
 
 
 def _sample_latents(

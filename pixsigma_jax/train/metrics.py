@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -12,33 +11,50 @@ from typing import Any
 
 import numpy as np
 
+from pixsigma_jax import disk
+
 
 class MetricWriter:
   """Appends JSON objects, one a line, to WORKDIR/metrics.jsonl; scalars to TensorBoard.
 
   A resumed run goes back to its checkpoint: lines of later steps are dropped first, so
-  each step stands in the file once.
+  each step stands in the file once. `last` is the line that it went back to, or None.
+  Without a workdir nothing is written: of several processes one writes.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, first_step: int):
-    self.path = pathlib.Path(workdir) / "metrics.jsonl"
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    if self.path.exists():
-      kept = [line for line in _lines(self.path) if line["step"] <= first_step]
-      temporary = self.path.with_suffix(".tmp")
-      temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-      os.replace(temporary, self.path)
-    self._file = self.path.open("a")
+  def __init__(self, workdir: str | pathlib.Path | None, first_step: int):
+    self.path: pathlib.Path | None = None
+    if workdir is not None:
+      self.path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._file: Any = None
     self._board: Any = None
+    self.rewind(first_step)
+
+  def rewind(self, step: int) -> None:
+    """Goes back to a step: what was written of later ones is dropped."""
+    self.close()
+    self.last: dict[str, Any] | None = None
+    if self.path is None:
+      return
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if self.path.exists():
+      kept = [line for line in _lines(self.path) if line["step"] <= step]
+      text = "".join(json.dumps(line) + "\n" for line in kept)
+      disk.write_whole(self.path, lambda partial: partial.write_text(text))
+    self.last = kept[-1] if kept else None
+    self._file = self.path.open("a")
     if importlib.util.find_spec("tensorboardX"):
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(
-        str(self.path.parent / "tensorboard"), purge_step=first_step + 1
+        str(self.path.parent / "tensorboard"), purge_step=step + 1
       )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes scalars, and lists of scalars (as `name/i` on TensorBoard)."""
+    if self._file is None:
+      return
     plain = {name: _plain(value) for name, value in values.items()}
     self._file.write(json.dumps({"step": step, **plain}) + "\n")
     self._file.flush()
@@ -59,7 +75,8 @@ class MetricWriter:
 
   def close(self) -> None:
     """Closes the files."""
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._board is not None:
       self._board.close()
 
@@ -88,23 +105,29 @@ class Window:
 
   def __init__(self, batch_size: int):
     self._batch_size = batch_size
-    self._reset()
+    self.restart()
 
-  def _reset(self) -> None:
+  def restart(self) -> None:
+    """Forgets what happened since the last report."""
     self._steps: list[Mapping[str, Any]] = []
+    self._bad = 0
     self._began = time.perf_counter()
-    self._waited = 0.0
+    self._spent = {"data": 0.0, "saving": 0.0}
 
   def add(self, metrics: Mapping[str, Any]) -> None:
     """Takes the metrics of one step, on the host."""
     self._steps.append(metrics)
 
+  def add_bad(self) -> None:
+    """Counts a step that changed nothing."""
+    self._bad += 1
+
   @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    """Time in here counts as waiting for data."""
+  def spent(self, what: str) -> Iterator[None]:
+    """Time in here is the training's, but went into `data` or `saving`."""
     began = time.perf_counter()
     yield
-    self._waited += time.perf_counter() - began
+    self._spent[what] += time.perf_counter() - began
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -113,30 +136,36 @@ class Window:
     yield
     self._began += time.perf_counter() - began
 
-  def close(self) -> dict[str, Any]:
-    """The report of this window, which starts a new one.
+  def close(self) -> tuple[dict[str, Any], float, float]:
+    """The report of this window, which starts a new one; its seconds; the productive.
 
     `decile_loss` has the mean loss of each tenth of the timesteps, NaN where no example
-    fell. `replaced_examples` is a sum, not a mean.
+    fell. `replaced_examples` and `bad_steps` are sums, not means. Where every step was
+    bad there is nothing but `bad_steps` and the times.
     """
     seconds = time.perf_counter() - self._began
     steps = len(self._steps)
-    sums = {
-      name: np.sum([metrics[name] for metrics in self._steps], axis=0)
-      for name in self._steps[0]
-      if name != "example_loss"
-    }
-    count = sums.pop("decile_count")
-    with np.errstate(invalid="ignore"):
-      deciles = sums.pop("decile_loss") / count
-    replaced = int(sums.pop("replaced_examples"))
-    report = {name: float(total) / steps for name, total in sums.items()}
+    report: dict[str, Any] = {}
+    if steps:
+      sums = {
+        name: np.sum([metrics[name] for metrics in self._steps], axis=0)
+        for name in self._steps[0]
+        if name not in ("example_loss", "bad")
+      }
+      count = sums.pop("decile_count")
+      with np.errstate(invalid="ignore"):
+        deciles = sums.pop("decile_loss") / count
+      replaced = int(sums.pop("replaced_examples"))
+      report = {name: float(total) / steps for name, total in sums.items()}
+      report |= {"replaced_examples": replaced, "decile_loss": deciles}
+    all_steps = steps + self._bad
     report |= {
-      "replaced_examples": replaced,
-      "decile_loss": deciles,
-      "step_time": seconds / steps,
-      "images_per_second": steps * self._batch_size / seconds,
-      "data_share": self._waited / seconds,
+      "bad_steps": self._bad,
+      "step_time": seconds / all_steps,
+      "images_per_second": all_steps * self._batch_size / seconds,
+      **{f"{what}_share": spent / seconds for what, spent in self._spent.items()},
     }
-    self._reset()
-    return report
+    # A bad step taught nothing.
+    productive = (seconds - sum(self._spent.values())) * steps / all_steps
+    self.restart()
+    return report, seconds, productive

@@ -16,11 +16,15 @@ from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, init_params
 from pixsigma_jax.train.config import call, check_fields, model_config
+from pixsigma_jax.train.ema import Ema
+from pixsigma_jax.train.guards import Guards, guarded
 from pixsigma_jax.train.loss import LossFn, make_loss
-from pixsigma_jax.train.optimizer import make_optimizer, make_schedule
+from pixsigma_jax.train.optimizer import group_factor, make_optimizer, make_schedule
 from pixsigma_jax.train.step import TrainState, init_state, make_train_step
+from pixsigma_jax.transforms.lora import Lora
 
-_RATES = ("learning_rate", "schedule", "warmup_steps")
+_ADAPTER = 2**32 - 1  # what an adapter's first numbers follow from: no step's number
+_RATES = ("learning_rate", "scale_rule", "schedule", "warmup_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +34,25 @@ class Program:
   Attributes:
     model: the network, with its hyper-parameters in `config` and how it is computed in
       `compute`.
-    loss: see `make_loss`.
+    validation_loss: see `make_loss`; without caption dropout and shift.
+    num_timesteps: of the schedule.
     learning_rate: update → rate.
     tx: the optimizer.
-    train_step: `(state, batch) → (state, metrics)`, see `make_train_step`.
+    ema: the averages that are kept.
+    train_step: `(state, batch) → (state, metrics)`, see `make_train_step`, guarded.
+    guards: what becomes of a bad step.
+    lora: what is trained in place of the model; None if that is trained itself.
   """
 
   model: PixArt
-  loss: LossFn
+  validation_loss: LossFn
+  num_timesteps: int
   learning_rate: optax.Schedule
   tx: optax.GradientTransformation
+  ema: Ema
   train_step: Callable[[TrainState, Any], tuple[TrainState, Any]]
+  guards: Guards
+  lora: Lora | None
 
   def fresh_state(self, init_key: Any, null_caption: Any, key: Any) -> TrainState:
     """Before the first step, from new parameters."""
@@ -49,7 +61,20 @@ class Program:
 
   def first_state(self, params: Any, null_caption: Any, key: Any) -> TrainState:
     """Before the first step, from a parent's parameters."""
-    return init_state(params, null_caption, self.tx, key)
+    if self.lora is None:
+      return init_state(params, null_caption, self.tx, self.ema, key)
+    adapter = self.lora.init(params, jax.random.fold_in(key, _ADAPTER))
+    return init_state(adapter, null_caption, self.tx, self.ema, key, frozen=params)
+
+  def model_of(self, state: TrainState, number: int = 0) -> Any:
+    """Parameters of the model that the first average makes, or another."""
+    average = self.ema.for_use(state.ema_params, number)
+    if self.lora is None:
+      return average
+    if not int(state.step):
+      return state.frozen  # to the bit, where DoRA would round
+    places = jax.tree.map(lambda leaf: leaf.sharding, state.frozen)
+    return jax.jit(self.lora.merged, out_shardings=places)(state.frozen, average)
 
   def abstract_state(self) -> TrainState:
     """Shapes and dtypes of the state."""
@@ -64,7 +89,7 @@ class Program:
 def make_program(
   config: Mapping[str, Any], *, context: int, scaling_factor: float
 ) -> Program:
-  """Reads the sections model, compute, loss and optimizer.
+  """Reads the sections model, compute, loss, optimizer, ema, adapter and guards.
 
   Args:
     config: of a stage, see `train`.
@@ -77,18 +102,51 @@ def make_program(
   compute = call(Compute, "compute", config["compute"], merge_rows=context == 1)
   model = PixArt(model_config(config["model"]), compute)
   schedule = linear_schedule()
-  loss = call(
-    make_loss, "loss", config["loss"], model, schedule, scaling_factor=scaling_factor
-  )
+
+  def loss_of(**changes: Any) -> LossFn:
+    section = {**config["loss"], **changes}
+    return call(
+      make_loss, "loss", section, model, schedule, scaling_factor=scaling_factor
+    )
+
+  loss = loss_of()
   optimizer = dict(config["optimizer"])
   check_fields("optimizer", {r: 0 for r in _RATES if r in optimizer}, _RATES)
   rates = {rate: optimizer.pop(rate) for rate in _RATES}
-  learning_rate = make_schedule(**rates, total_steps=config["total_steps"])
-  tx = call(make_optimizer, "optimizer", optimizer, learning_rate)
-  train_step = make_train_step(
-    loss, tx, ema_decay=config["ema_decay"], num_timesteps=schedule.num_timesteps
+  learning_rate = make_schedule(
+    **rates, total_steps=config["total_steps"], batch_size=config["batch_size"]
   )
-  return Program(model, loss, learning_rate, tx, train_step)
+  tx = call(make_optimizer, "optimizer", optimizer, learning_rate)
+  ema = call(Ema, "ema", config["ema"], batch_size=config["batch_size"])
+  lora = call(Lora, "adapter", config["adapter"])
+  if not lora.rank:
+    lora = None
+  train_step = make_train_step(
+    loss,
+    tx,
+    ema,
+    trained=group_factor(optimizer["groups"]),
+    accumulation=config["accumulation"],
+    num_timesteps=schedule.num_timesteps,
+    merged=lora and lora.merged,
+  )
+  guards = call(Guards, "guards", config["guards"])
+  if guards.bad_step != "stop" or guards.spike_factor:
+    train_step = guarded(train_step, guards)
+  train_step = ema.fetched_for(train_step)
+  return Program(
+    model=model,
+    # What is measured must not depend on captions that happen to be dropped, nor on
+    # which timesteps a stage prefers.
+    validation_loss=loss_of(caption_dropout=0.0, snr_shift=1.0),
+    num_timesteps=schedule.num_timesteps,
+    learning_rate=learning_rate,
+    tx=tx,
+    ema=ema,
+    train_step=train_step,
+    guards=guards,
+    lora=lora,
+  )
 
 
 def abstract_batch(

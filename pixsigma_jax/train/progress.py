@@ -9,17 +9,27 @@ from tqdm.auto import tqdm
 
 from pixsigma_jax import command
 
-_SHOWN = ("loss", "learning_rate", "images_per_second", "data_share")
+_SHOWN = (
+  "loss",
+  "learning_rate",
+  "images_per_second",
+  "mfu",
+  "data_share",
+  "validation/loss",
+)
 
 
 class Progress:
-  """Steps done of a total, with the time that the rest will take."""
+  """Steps done of a total, with the time that the rest will take.
 
-  def __init__(self, start: int, total: int):
+  As a bar only where it is `shown`: of several processes by one.
+  """
+
+  def __init__(self, start: int, total: int, *, shown: bool = True):
     self._start, self._total = start, total
     self._began = time.monotonic()
     self._bar = None
-    if command.draws_bars():
+    if shown and command.draws_bars():
       self._bar = tqdm(initial=start, total=total, unit="step")
 
   def advance(self, step: int) -> None:
@@ -29,7 +39,7 @@ class Progress:
 
   def report(self, step: int, values: Mapping[str, Any]) -> None:
     """Shows a step's metrics."""
-    shown = {name: f"{values[name]:.3g}" for name in _SHOWN}
+    shown = {name: f"{values[name]:.3g}" for name in _SHOWN if name in values}
     if self._bar is not None:
       self._bar.set_postfix(shown, refresh=False)
       self.advance(step)
@@ -38,6 +48,12 @@ class Progress:
     left = tqdm.format_interval(rate * (self._total - step))
     text = "  ".join(f"{name} {value}" for name, value in shown.items())
     logging.info("step %d/%d  %s  eta %s", step, self._total, text, left)
+
+  def go_back(self, step: int) -> None:
+    """After a rollback; the time that is left is estimated anew."""
+    self._start, self._began = step, time.monotonic()
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
 
   def close(self) -> None:
     """Leaves the bar as it stands."""

@@ -1,5 +1,6 @@
-"""Sheets of samples while a stage trains: fixed prompts and seeds, step after step."""
+"""Samples of fixed prompts and seeds while a stage trains: sheets, and sets for FID."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixsigma_jax import disk, distributed
 from pixsigma_jax.data.mixture import Mixture
+from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.sample import frozen
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.train.metrics import MetricWriter
 from pixsigma_jax.train.step import TrainState
+
+_CAPTIONS = "captions.jsonl"
 
 
 def make_sampler(
@@ -31,7 +36,7 @@ def make_sampler(
     text_encoder = frozen.load_text_encoder(features, source, dtype=compute.dtype)
   return Pipeline(
     model,
-    state.ema_params,
+    None,  # a picture's own come with it, see `_with`
     np.asarray(jax.device_get(state.null_caption)),
     frozen.load_autoencoder(features, source, dtype=compute.dtype),
     frozen.RememberedCaptions.of(
@@ -44,17 +49,90 @@ def make_sampler(
 
 def write_sheet(
   sampler: Pipeline,
-  state: TrainState,
+  params: Any,
   prompts: Sequence[str],
   workdir: pathlib.Path,
   step: int,
   writer: MetricWriter,
 ) -> None:
   """Fixed prompts and seeds, so that the pictures of a run form a film."""
+  sampler = _with(sampler, params)
+  if distributed.is_first():
+    image = sampler(list(prompts), seed=0).grid()
+    directory = workdir / "samples"
+    directory.mkdir(parents=True, exist_ok=True)
+    image.save(directory / f"{step:08d}.png")
+    writer.write_image(step, "samples", np.asarray(image))
+  distributed.wait_for_all()
+
+
+def _with(sampler: Pipeline, params: Any) -> Pipeline:
+  if jax.process_count() > 1:
+    # One process draws, and has the parameters of all.
+    return sampler.replace(params=jax.tree.map(distributed.whole, params))
   # A copy: the next step is given the state's own buffers to write over.
-  params = jax.tree.map(jnp.copy, state.ema_params)
-  image = sampler.replace(params=params)(list(prompts), seed=0).grid()
-  directory = workdir / "samples"
-  directory.mkdir(parents=True, exist_ok=True)
-  image.save(directory / f"{step:08d}.png")
-  writer.write_image(step, "samples", np.asarray(image))
+  return sampler.replace(params=jax.tree.map(jnp.copy, params))
+
+
+class SampleSet:
+  """Pictures of the first captions of the data at their images' sizes, as FID wants.
+
+  Captions and sizes are those of a dataset, so that the set and the dataset's images
+  are two samples of what should be one distribution.
+  """
+
+  def __init__(self, sampler: Pipeline, mixture: Mixture, count: int):
+    """Remembers the captions' embeddings, so that T5 is not needed."""
+    assert mixture.null_caption is not None, "see agreement.check_data"
+    records = mixture.read(np.arange(count))
+    length = sampler.config.caption_length
+    side = downsampling(mixture.features.autoencoder)
+    texts = {"": mixture.null_caption[:length]}
+    self._prompts, self._sizes, self._ids = [], [], []
+    for record in records:
+      self._prompts.append(record.captions[0])
+      latents = getattr(record, mixture.features.kind)
+      self._sizes.append(tuple(side * s for s in latents.shape[:2]))
+      self._ids.append(record.id)
+      texts[record.captions[0]] = record.embeddings(0)
+    embeddings = np.zeros(
+      (len(texts), length, sampler.config.caption_width), np.float32
+    )
+    mask = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts.values()):
+      embeddings[row, : len(text)], mask[row, : len(text)] = text, True
+    remembered = frozen.RememberedCaptions(
+      mixture.features.text_encoder, list(texts), embeddings, mask
+    )
+    self._sampler = sampler.replace(text_encoder=remembered)
+
+  def write(self, params: Any, directory: pathlib.Path) -> None:
+    """DIRECTORY/NUMBER.png, and captions.jsonl last: with it, the set is whole."""
+    if (directory / _CAPTIONS).exists():
+      return
+    sampler = _with(self._sampler, params)
+    if distributed.is_first():
+      self._write(sampler, directory)
+    distributed.wait_for_all()
+
+  def _write(self, sampler: Pipeline, directory: pathlib.Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    heights, widths = zip(*self._sizes, strict=True)
+    drawn = sampler.stream(
+      self._prompts,
+      height=list(heights),
+      width=list(widths),
+      seed=0,
+      use_resolution_binning=False,
+    )
+    for number, picture, _ in drawn:
+      path = directory / f"{number:06d}.png"
+      disk.write_whole(path, lambda partial, p=picture: p.save(partial, format="PNG"))
+    lines = (
+      json.dumps({"file": f"{number:06d}.png", "id": name, "caption": caption})
+      for number, (name, caption) in enumerate(
+        zip(self._ids, self._prompts, strict=True)
+      )
+    )
+    text = "".join(line + "\n" for line in lines)
+    disk.write_whole(directory / _CAPTIONS, lambda partial: partial.write_text(text))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -9,7 +10,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import warnings
 from unittest import mock
 
 import jax
@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs.quickstart import low as low_stage
-from pixsigma_jax.data.records import Features, Record
+from pixsigma_jax.data import order
+from pixsigma_jax.data.records import Dataset, Features, Record
 from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.prepare.digits import prepare_digits
@@ -91,21 +92,37 @@ def prepare_features(directory, model, sizes=((64, 64), (32, 64))):
 
 
 def shrink(config, data, parent="", changes=()):
-  """A stage as its file has it, in everything but size: two steps of a nano model."""
+  """A stage as its file has it, in everything but size: two steps of a nano model.
+
+  Base size and scale of the positions stay: it is its records that are small.
+  """
   config = copy.deepcopy(config)
-  config.model.variant = "Nano/2"
+  small = {}
   if config.model.kv_compression.layers:
-    config.model.kv_compression.layers = (1,)
-    config.init.transforms = tuple(
-      {**transform, "layers": (1,)} if "layers" in transform else transform
-      for transform in config.init.transforms
-    )
+    config.model.kv_compression.layers = small["layers"] = (1,)
+  if config.model.variant == "XL/2":  # as the miniatures have it
+    config.model.caption_width = 64
+    config.model.caption_length = small["caption_length"] = 12
+    # Over as few steps as there are; and stages that differ by nothing else are one
+    # program, which is compiled once.
+    config.ema["values"] = (0.9,) * len(config.ema["values"])
+  config.model.variant = "Nano/2"
+  config.init.transforms = tuple(
+    {name: small.get(name, value) for name, value in transform.items()}
+    for transform in config.init.transforms
+  )
   fields = {
     "total_steps": 2,
     "batch_size": BATCH,
-    "data.path": str(data),
+    # One for each weight, where a stage mixes datasets.
+    "data.path": ",".join([str(data)] * max(len(config.data.weights), 1)),
+    "data.num_threads": 1,
     "init.parent": str(parent),
     "optimizer.warmup_steps": 1,
+    "mesh.data": -1,
+    "mesh.fsdp": 1,
+    "mesh.context": 1,
+    "validation.every": 0,
     "log.every": 1,
     "log.sample_every": 0,
     "log.prompts": (),
@@ -155,6 +172,36 @@ def quick_compilation():
     compilation_cache.reset_cache()
 
 
+class _Poisoned(Dataset):
+  """Gives some records infinite latents, as no writer would take them."""
+
+  bad: frozenset[int] = frozenset()
+
+  def read(self, numbers):
+    records = super().read(numbers)
+    return [
+      dataclasses.replace(record, latents=np.full_like(record.latents, np.inf))
+      if number in self.bad
+      else record
+      for number, record in zip(numbers, records, strict=True)
+    ]
+
+
+def poisoned(dataset, numbers):
+  """A dataset of which these records make every number of a step infinite."""
+  fields = {f.name: getattr(dataset, f.name) for f in dataclasses.fields(Dataset)}
+  poisoned = _Poisoned(**fields)
+  object.__setattr__(poisoned, "bad", frozenset(numbers))
+  return poisoned
+
+
+def example_of(step):
+  """A record that a run of seed 0 first meets at this step."""
+  positions = np.arange((step - 1) * BATCH, step * BATCH)
+  _, examples = order.permuted(positions, seed=(order.RECORDS, 0), n=RECORDS)
+  return int(examples[BATCH // 2])
+
+
 def first_devices(count=1):
   """Lets a run believe that the process has no more devices than these."""
   chosen = jax.devices()[:count]
@@ -199,9 +246,12 @@ def arrays(workdir, step, what="checkpoints"):
   """Every array of a checkpoint or a snapshot, by name."""
   item = {"checkpoints": "state", "snapshots": "model"}[what]
   path = pathlib.Path(workdir) / what / str(step) / item
-  with warnings.catch_warnings(action="ignore"):  # onto the devices it came from
-    restored = ocp.PyTreeCheckpointer().restore(path.absolute())
-  return named(restored)
+  path = path.absolute()
+  # Onto the host: the devices that it came from may be another process's.
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    saved = checkpointer.metadata(path).item_metadata.tree
+    host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    return named(checkpointer.restore(path, restore_args=host))
 
 
 def named(tree):
@@ -250,7 +300,15 @@ def metrics(workdir):
 
 def measured(workdir):
   """What of them is not a matter of time."""
-  timed = ("step_time", "images_per_second", "data_share")
+  timed = (
+    "step_time",
+    "images_per_second",
+    "data_share",
+    "saving_share",
+    "productive_seconds",
+    "goodput",
+    "tflops_per_device",
+  )
   return [
     {name: value for name, value in line.items() if name not in timed}
     for line in metrics(workdir)

@@ -8,14 +8,13 @@ import shutil
 
 import numpy as np
 import pytest
-from absl import flags
 
 from configs.quickstart import compressed, high
 from pixsigma_jax import checkpoint
-from pixsigma_jax.data import mixture, order
-from pixsigma_jax.data.records import Dataset, open_dataset
+from pixsigma_jax.data import mixture
+from pixsigma_jax.data.records import open_dataset
 from pixsigma_jax.data.writing import RecordWriter
-from pixsigma_jax.train import loop
+from pixsigma_jax.train import guards
 from tests import commands
 from tests.train import runs
 
@@ -40,9 +39,6 @@ def command(capsys, monkeypatch):
   def command(*arguments):
     with runs.quick_compilation(), runs.first_devices():
       done = commands.run(capsys, monkeypatch, "train", *arguments)
-    # What changes a field is a flag, too, and makes place for that of the next command.
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-      delattr(flags.FLAGS, name)
     lines = done.err.splitlines()
     return done.code, [x for x in lines if not re.match(r"[IW]\d{4} ", x)]
 
@@ -138,7 +134,7 @@ def _with(name, value):
     (_with("checkpoint.everyy", 1), r"unknown config\.checkpoint\.everyy"),
     (_with("compute.float", 1), r"unknown config\.compute\.float"),
     (_with("init.parents", ""), r"unknown config\.init\.parents"),
-    (_without("ema_decay"), r"missing config\.ema_decay"),
+    (_without("ema"), r"missing config\.ema"),
     (_without("optimizer.schedule"), r"missing config\.optimizer\.schedule"),
     (_with("optimizer.name", "lion"), r"Unknown optimizer\.name 'lion'"),
     (_with("optimizer.schedule", "linear"), r"Unknown optimizer\.schedule 'linear'"),
@@ -341,16 +337,9 @@ def test_a_truncated_shard_is_named(command, copy, tmp_path):
   assert re.match(rf"Error: .*{shard.name} has .* bytes, .* truncated", lines[0])
 
 
-def _example_of(step, dataset):
-  """A record that a run of seed 0 first meets at this step."""
-  positions = np.arange((step - 1) * runs.BATCH, step * runs.BATCH)
-  _, examples = order.permuted(positions, seed=(order.RECORDS, 0), n=runs.RECORDS)
-  return int(examples[runs.BATCH // 2])
-
-
 def test_a_flipped_record_ends_the_run_and_costs_nothing(command, copy, data, tmp_path):
   dataset = open_dataset(copy)
-  number = _example_of(6, dataset)
+  number = runs.example_of(6)
   shard = next(copy.glob("*.array_record"))
   whole = shard.read_bytes()
   at = whole.index(dataset[number].latents.tobytes())
@@ -387,36 +376,19 @@ def test_a_caption_longer_than_the_limit_is_refused_where_it_is_written(data, tm
 # ---------------------------------------------------------- numbers, room on the disk
 
 
-class Poisoned(Dataset):
-  """Gives one record infinite latents, as no writer would take them."""
-
-  bad = -1
-
-  def read(self, numbers):
-    records = super().read(numbers)
-    return [
-      dataclasses.replace(record, latents=np.full_like(record.latents, np.inf))
-      if number == self.bad
-      else record
-      for number, record in zip(numbers, records, strict=True)
-    ]
-
-
 # Logging reads every step's loss; where it is rare, saving has to look for itself.
 @pytest.mark.parametrize(("every", "log_every"), [(1, 6), (2, 1), (0, 1)])
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
   data, done, tmp_path, monkeypatch, every, log_every
 ):
   dataset = open_dataset(data)
-  number = _example_of(4, dataset)
-  fields = {f.name: getattr(dataset, f.name) for f in dataclasses.fields(Dataset)}
-  poisoned = Poisoned(**fields)
-  object.__setattr__(poisoned, "bad", number)
+  number = runs.example_of(4)
+  poisoned = runs.poisoned(dataset, {number})
   config = runs.low(data, checkpoint__every=every, log__every=log_every)
   message = rf"at step 4, from the examples {dataset[number].id} \(record {number}\) of"
   with monkeypatch.context() as patch:
     patch.setattr(mixture, "open_dataset", lambda _: poisoned)
-    with pytest.raises(loop.NonFiniteError, match=message):
+    with pytest.raises(guards.BadStepError, match=message):
       runs.train(config, tmp_path)
     saved = {1: [1, 2, 3], 2: [2], 0: []}[every]
     assert runs.steps(tmp_path) == saved
@@ -424,7 +396,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
     logged = [line["step"] for line in runs.metrics(tmp_path)]
     assert logged == ([1, 2, 3] if log_every == 1 else [])
     if saved:  # nothing of the bad step is in the last good one; again it ends there
-      with pytest.raises(loop.NonFiniteError, match=message):
+      with pytest.raises(guards.BadStepError, match=message):
         runs.train(config, tmp_path)
       assert runs.steps(tmp_path) == saved
   runs.train(config, tmp_path)  # the picture has been repaired
@@ -434,7 +406,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
 def test_parameters_that_overflow_end_the_run_before_they_are_saved(data, tmp_path):
   config = runs.low(data, optimizer__learning_rate=1e30, checkpoint__every=1)
   with pytest.raises(
-    loop.NonFiniteError, match=r"norm/params inf at step 2, .* lower config.optimizer"
+    guards.BadStepError, match=r"norm/params inf at step 2, .* lower config.optimizer"
   ):
     runs.train(config, tmp_path)
   assert runs.steps(tmp_path) == [1]  # the warm-up's step without an update

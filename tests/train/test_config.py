@@ -5,8 +5,9 @@ import pytest
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.sharding import make_mesh
+from pixsigma_jax.sharding import make_mesh_of_slices
 from pixsigma_jax.train.config import FIELDS, call, check_fields, model_config
+from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.loss import make_loss
 from pixsigma_jax.train.optimizer import make_optimizer
 
@@ -26,15 +27,20 @@ MODEL = {
 
 SECTIONS = {
   # Its own fields; the rest are of the optimizer that it names.
-  "optimizer": (make_optimizer, ["name", "weight_decay", "clip_norm"]),
-  "mesh": (make_mesh, ["data", "fsdp", "context"]),
+  "optimizer": (make_optimizer, ["name", "weight_decay", "clip_norm", "groups"]),
+  "mesh": (make_mesh_of_slices, ["slices", "data", "fsdp", "context"]),
   "compute": (Compute, ["dtype", "attention", "remat", "unroll"]),
-  "loss": (make_loss, ["caption_dropout", "snr_switch", "min_snr_gamma"]),
+  "loss": (
+    make_loss,
+    ["caption_dropout", "snr_switch", "min_snr_gamma", "snr_shift"],
+  ),
+  "ema": (Ema, ["kind", "values", "unit", "offload"]),
 }
 GIVEN = {
-  "mesh": {"devices": None},
+  "mesh": {"devices": None, "batch_size": 8, "width": 128},
   "compute": {"merge_rows": True},
   "loss": {"scaling_factor": 1.0},
+  "ema": {"batch_size": 8},
 }
 
 

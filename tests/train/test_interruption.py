@@ -1,5 +1,6 @@
 """Ended from outside at any moment, a run goes on as if nothing had been."""
 
+import itertools
 import logging
 import os
 import random
@@ -13,16 +14,12 @@ import pytest
 from pixsigma_jax.train import loop
 from tests.train import runs
 
-STEPS = 60
+STEPS_A_KILL = 6
 SECONDS = 120  # of patience with one process
 
 # When to kill: while the process starts, after a few steps, or when a checkpoint begins
 # to be written. The last kill meets the final snapshot.
-MOMENTS = (
-  *("step", "saving", "step", "start", "saving"),
-  *("step", "saving", "step", "saving", "step"),
-  "snapshot",
-)
+MOMENTS = ("step", "saving", "step", "start", "saving")
 
 
 def _unfinished(directory):
@@ -59,9 +56,13 @@ def _kill(process, moment, draw, workdir, log):
   return bool(_unfinished(directory) - before)
 
 
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(data, tmp_path):
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
+  data, tmp_path, pytestconfig
+):
+  kills = pytestconfig.getoption("kills")
+  total = STEPS_A_KILL * kills
   whole, torn = tmp_path / "whole", tmp_path / "torn"
-  changes = {"total_steps": STEPS, "checkpoint__keep_last": 2}
+  changes = {"total_steps": total, "checkpoint__keep_last": 2}
 
   def start(workdir, log):
     return runs.start(runs.flags(data, workdir, **changes), log)
@@ -70,18 +71,19 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(data, tmp_path):
   assert start(whole, log).wait(SECONDS) == 0, log.read_text()
 
   draw, halves = random.Random(0), 0
-  for number, moment in enumerate(MOMENTS):
+  moments = [*itertools.islice(itertools.cycle(MOMENTS), kills - 1), "snapshot"]
+  for number, moment in enumerate(moments):
     log = tmp_path / f"{number}.log"
     halves += _kill(start(torn, log), moment, draw, torn, log)
   log = tmp_path / "last.log"
   assert start(torn, log).wait(SECONDS) == 0, log.read_text()
-  assert halves > 2  # so many kills fell into the writing of a checkpoint
+  assert halves > kills / 5  # so many kills fell into the writing of a checkpoint
 
-  assert runs.steps(torn) == runs.steps(whole) == [STEPS - 2, STEPS]
-  for step in (STEPS - 2, STEPS):
+  assert runs.steps(torn) == runs.steps(whole) == [total - 2, total]
+  for step in (total - 2, total):
     runs.assert_same(runs.arrays(torn, step), runs.arrays(whole, step))
     assert runs.position(torn, step) == runs.position(whole, step)
-  snapshots = [runs.arrays(workdir, STEPS, "snapshots") for workdir in (torn, whole)]
+  snapshots = [runs.arrays(workdir, total, "snapshots") for workdir in (torn, whole)]
   runs.assert_same(*snapshots)
   assert runs.measured(torn) == runs.measured(whole)
   assert not _unfinished(torn / "checkpoints")

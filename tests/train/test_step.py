@@ -1,6 +1,7 @@
 """The step function: what a month-long run, and a pod, rely on."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt
+from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.loss import make_loss
 from pixsigma_jax.train.optimizer import make_optimizer, make_schedule
 from pixsigma_jax.train.step import init_state, make_train_step
@@ -39,6 +41,7 @@ def adamw(learning_rate, clip_norm=CLIP):
     eps=EPS,
     weight_decay=DECAY,
     clip_norm=clip_norm,
+    groups=(),
   )
 
 
@@ -57,7 +60,7 @@ def noisy_loss(params, null_caption, batch, key):
 
 def start(key, tx):
   params = {"w": jnp.array([[0.5], [-2.0], [1.0]]), "b": jnp.array([0.3])}
-  return init_state(params, NULL, tx, key)
+  return init_state(params, NULL + 0, tx, ema(), key)
 
 
 def batch_of(seed, scale=1.0):
@@ -70,9 +73,20 @@ def batch_of(seed, scale=1.0):
   }
 
 
-def train_step(loss, tx):
-  step = make_train_step(loss, tx, ema_decay=EMA, num_timesteps=1000)
-  return jax.jit(step)
+def ema(*values, kind="exponential"):
+  return Ema(
+    kind=kind, values=values or (EMA,), unit="updates", offload=False, batch_size=6
+  )
+
+
+def unjitted(loss, tx, trained=lambda name: True, accumulation=1):
+  return make_train_step(
+    loss, tx, ema(), trained=trained, accumulation=accumulation, num_timesteps=1000
+  )
+
+
+def train_step(*arguments, **fields):
+  return jax.jit(unjitted(*arguments, **fields))
 
 
 def flat(params):
@@ -81,11 +95,16 @@ def flat(params):
 
 def test_three_steps_equal_clipped_adamw_and_the_moving_average_by_hand(key):
   schedule = make_schedule(
-    learning_rate=0.2, schedule="constant", warmup_steps=1, total_steps=9
+    learning_rate=0.2,
+    scale_rule="none",
+    schedule="constant",
+    warmup_steps=1,
+    total_steps=9,
+    batch_size=6,
   )
   tx = adamw(schedule)
   step, state = train_step(linear_loss, tx), start(key, tx)
-  params = ema = flat(state.params)
+  params = average = flat(state.params)
   m, v, norms = 0.0, 0.0, []
 
   # In float64, from the papers: Adam's algorithm 1 with decoupled decay.
@@ -98,12 +117,12 @@ def test_three_steps_equal_clipped_adamw_and_the_moving_average_by_hand(key):
     direction = m / (1 - B1**t) / (np.sqrt(v / (1 - B2**t)) + EPS) + DECAY * params
     update = -(0.0 if t == 1 else 0.2) * direction
     before, params = params, params + update
-    ema = EMA * ema + (1 - EMA) * params
+    average = EMA * average + (1 - EMA) * params
 
     state, metrics = step(state, batch)
     # In float32, 1 - 0.99^t is known to 6e-6.
     np.testing.assert_allclose(flat(state.params), params, rtol=1e-5)
-    np.testing.assert_allclose(flat(state.ema_params), ema, rtol=1e-5)
+    np.testing.assert_allclose(flat(state.ema_params[0]), average, rtol=1e-5)
     assert (state.step.dtype, int(state.step)) == (jnp.int32, t)
     measured = {
       "loss": np.mean(np.asarray(batch["x"]) @ before[:3] + before[3]),
@@ -155,12 +174,33 @@ def test_a_step_is_a_function_of_its_number_not_of_the_way_there(key):
 def test_a_fresh_state_can_be_given_away_and_averages_from_its_parameters(key):
   tx = adamw(optax.constant_schedule(0.1))
   state = start(key, tx)
-  jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+  jax.tree.map(np.testing.assert_array_equal, state.ema_params, (state.params,))
   assert int(state.step) == 0
-  step = make_train_step(linear_loss, tx, ema_decay=EMA, num_timesteps=1000)
+  step = unjitted(linear_loss, tx)
   # A buffer that the state held twice would be refused here.
   state, _ = jax.jit(step, donate_argnums=0)(state, batch_of(0))
   assert int(state.step) == 1
+
+
+def test_what_is_frozen_has_no_gradient_and_does_not_count_in_the_norm(key):
+  tx = make_optimizer(
+    optax.constant_schedule(0.1),
+    name="adamw",
+    b1=B1,
+    b2=B2,
+    eps=EPS,
+    weight_decay=DECAY,
+    clip_norm=CLIP,
+    groups=[("w", 0.0)],
+  )
+  state = start(key, tx)
+  step = train_step(linear_loss, tx, trained=lambda name: name != "w")
+  after, metrics = step(state, batch_of(0))
+  np.testing.assert_array_equal(after.params["w"], state.params["w"])
+  np.testing.assert_array_equal(after.ema_params[0]["w"], state.params["w"])
+  assert after.params["b"] != state.params["b"]
+  np.testing.assert_allclose(metrics["norm/gradients"], 1.0, rtol=1e-6)  # of b alone
+  assert not any(leaf.shape == (3, 1) for leaf in jax.tree.leaves(state.opt_state))
 
 
 # ------------------------------------------------------------------------ on a mesh
@@ -187,7 +227,7 @@ def image_batch():
 
 
 @functools.cache
-def two_steps(data, fsdp, context):
+def two_steps(data, fsdp, context, accumulation=1):
   """Losses, gradient norms and the state after two steps on a mesh."""
   devices = jax.devices()[: data * fsdp * context]
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, context=context, devices=devices)
@@ -201,6 +241,7 @@ def two_steps(data, fsdp, context):
     eps=1.0,
     weight_decay=0.0,
     clip_norm=1.0,
+    groups=(),
   )
   compute = Compute(dtype=jnp.float32, unroll=True, merge_rows=context == 1)
   loss = make_loss(
@@ -210,16 +251,26 @@ def two_steps(data, fsdp, context):
     caption_dropout=0.5,
     snr_switch=False,
     min_snr_gamma=None,
+    snr_shift=1.0,
   )
   null_caption = jnp.asarray(models.null_caption(CONFIG))
-  state = init_state(models.random_params(CONFIG), null_caption, tx, jax.random.key(0))
+  state = init_state(
+    models.random_params(CONFIG), null_caption, tx, ema(0.5), jax.random.key(0)
+  )
   places = sharding.shardings(state, mesh)
   state = jax.device_put(state, places)
   batch = image_batch()
   batch_places = sharding.batch_shardings(batch, mesh)
   batch = sharding.global_batch(batch, batch_places)
   step = jax.jit(
-    make_train_step(loss, tx, ema_decay=0.5, num_timesteps=1000),
+    make_train_step(
+      loss,
+      tx,
+      ema(0.5),
+      trained=lambda name: True,
+      accumulation=accumulation,
+      num_timesteps=1000,
+    ),
     in_shardings=(places, batch_places),
     out_shardings=(places, sharding.replicated(mesh)),
   )
@@ -228,7 +279,9 @@ def two_steps(data, fsdp, context):
   return state, [first, second]
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+  "mesh", [(2, 2, 2), (8, 1, 1), (1, 1, 8), (2, 2, 2, 2), (1, 1, 1, 4)], ids=str
+)
 def test_a_mesh_trains_as_one_device_does(mesh):
   state, metrics = two_steps(*mesh)
   alone, expected = two_steps(1, 1, 1)
@@ -248,9 +301,31 @@ def test_a_mesh_trains_as_one_device_does(mesh):
   assert metrics[0]["loss"] != metrics[1]["loss"]
 
 
+def test_a_batch_taken_in_parts_moves_no_row_from_device_to_device():
+  mesh = sharding.make_mesh(data=4, fsdp=2, context=1)
+  batch = {
+    "x": jnp.ones((32, 3)),
+    "timesteps": jnp.zeros(32, jnp.int32),
+    "replaced": jnp.zeros(32, bool),
+  }
+  tx = optax.sgd(0.1)
+  state = start(jax.random.key(0), tx)
+  step = jax.jit(
+    unjitted(linear_loss, tx, accumulation=4),
+    in_shardings=(sharding.replicated(mesh), sharding.batch_shardings(batch, mesh)),
+  )
+  program = step.lower(state, batch).compile().as_text()
+  # A batch in parts of 4 rows a device would be exchanged between all of them.
+  assert "all-to-all" not in program
+  assert "collective-permute" not in program
+  gathered = re.findall(r"= (\S+) all-gather\(", program)
+  # Only each row's loss, for the metrics.
+  assert not [shape for shape in gathered if ",3]" in shape]
+
+
 def test_moments_and_average_are_sharded_as_their_parameters():
   state, _ = two_steps(2, 2, 2)
-  for params in (state.params, state.ema_params, *state.opt_state[1][1:]):
+  for params in (state.params, state.ema_params[0], *state.opt_state[1][1:]):
     kernel = params["blocks_00_00"]["mlp"]["in"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(1, 24, 192)}
     bias = params["blocks_00_00"]["mlp"]["in"]["bias"]
