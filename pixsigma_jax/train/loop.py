@@ -87,6 +87,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   abstract_state = program.abstract_state()
   places = program.ema.places(sharding.shardings(abstract_state, mesh))
   placed = sharding.placed(abstract_state, places).replace(frozen=None)
+  distributed.check_same("config", config)
+  distributed.check_same("dataset", mixture.fingerprint)
   checkpoints = checkpoint.Checkpoints(
     workdir,
     keep_last=every["keep_last"],
@@ -94,8 +96,6 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     remote=every["remote"],
   )
   start = checkpoints.latest_step()
-  distributed.check_same("config", config)
-  distributed.check_same("dataset", mixture.fingerprint)
   distributed.check_same("newest checkpoint", start)
   parent = None
   if config["init"]["parent"] and (start is None or program.lora):
@@ -211,6 +211,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       examples=config["validation"]["examples"],
       batch_size=batch_size,
       num_timesteps=program.num_timesteps,
+      mesh=mesh,
     )
   first = distributed.is_first()
   writer = MetricWriter(workdir if first else None, step)

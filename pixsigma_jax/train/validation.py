@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from pixsigma_jax import sharding
 from pixsigma_jax.train.batches import Batches
 from pixsigma_jax.train.loss import LossFn
 from pixsigma_jax.train.step import DECILES, decile_sums
@@ -24,6 +26,7 @@ class Validation:
     examples: int,
     batch_size: int,
     num_timesteps: int,
+    mesh: Mesh,
   ):
     """Takes what it will measure with; nothing is read or compiled yet.
 
@@ -33,6 +36,7 @@ class Validation:
       examples: how many; rounded up to whole batches.
       batch_size: rows of a batch.
       num_timesteps: of the schedule.
+      mesh: where parameters and batches lie; every process gets all results.
     """
     self._batches, self._count = batches, -(-examples // batch_size)
 
@@ -42,7 +46,7 @@ class Validation:
       sums, counts = decile_sums(per_example, num_timesteps)
       return {"loss": per_example["loss"].sum(), "sums": sums, "counts": counts}
 
-    self._measure = jax.jit(measure)
+    self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
 
   def __call__(self, params: Any, null_caption: Any) -> dict[str, Any]:
     """`validation/loss`, a mean over examples, and `validation/decile_loss`."""

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import jax
 from absl import logging
 
 _REMEMBERED = 50  # steps whose median is the usual
@@ -80,7 +81,8 @@ class Watchdog:
 
   def _dump(self, step: int, taken: float, usual: float) -> None:
     self._directory.mkdir(parents=True, exist_ok=True)
-    path = self._directory / f"{step:08d}_{time.strftime('%H%M%S')}.txt"
+    name = f"{step:08d}_{time.strftime('%H%M%S')}_process_{jax.process_index()}.txt"
+    path = self._directory / name
     with path.open("w") as file:
       file.write(f"After step {step}: {taken:.0f} s, the median is {usual:.2f} s.\n")
       file.flush()

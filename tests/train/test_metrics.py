@@ -129,7 +129,7 @@ def test_a_window_means_over_steps_and_over_the_examples_of_each_tenth(clock):
   window.add(step_metrics(3.0, 0, examples=12))
   window.add(step_metrics(8.0, 9))
   clock[0] += 6.0
-  report = window.close()
+  report, _, _ = window.close()
   assert report["loss"] == 4.0
   assert report["decile_loss"][[0, 9]].tolist() == [2.5, 8.0]
   assert np.isnan(report["decile_loss"][1:9]).all()
@@ -143,23 +143,41 @@ def test_a_window_counts_waiting_as_its_own_and_pauses_as_nobodys(clock):
   for _ in range(2):
     window.add(step_metrics(1.0, 0))
   clock[0] += 3.0
-  with window.waiting_for_data():
+  with window.spent("data"):
     clock[0] += 1.0
+  with window.spent("saving"):
+    clock[0] += 4.0
   with window.paused():
     clock[0] += 100.0
-  report = window.close()
-  assert report["step_time"] == 2.0
-  assert report["images_per_second"] == 2.0
-  assert report["data_share"] == 0.25
+  report, seconds, productive = window.close()
+  assert report["step_time"] == 4.0
+  assert report["images_per_second"] == 1.0
+  assert (report["data_share"], report["saving_share"]) == (0.125, 0.5)
+  assert (seconds, productive) == (8.0, 3.0)
+
+
+def test_bad_steps_take_time_and_teach_nothing(clock):
+  window = Window(batch_size=4)
+  window.add(step_metrics(1.0, 0))
+  window.add_bad()
+  clock[0] += 6.0
+  report, seconds, productive = window.close()
+  assert (report["loss"], report["bad_steps"], report["step_time"]) == (1.0, 1, 3.0)
+  assert (seconds, productive) == (6.0, 3.0)
+  window.add_bad()
+  clock[0] += 2.0
+  report, _, productive = window.close()
+  assert "loss" not in report
+  assert (report["bad_steps"], productive) == (1, 0.0)
 
 
 def test_a_closed_window_starts_anew(clock):
   window = Window(batch_size=4)
   window.add(step_metrics(1.0, 0))
-  with window.waiting_for_data():
+  with window.spent("data"):
     clock[0] += 1.0
   window.close()
   clock[0] += 2.0
   window.add(step_metrics(5.0, 3))
-  report = window.close()
+  report, _, _ = window.close()
   assert (report["loss"], report["step_time"], report["data_share"]) == (5.0, 2.0, 0.0)
