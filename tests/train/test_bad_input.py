@@ -136,7 +136,7 @@ def _with(name, value):
     (_with("init.parents", ""), r"unknown config\.init\.parents"),
     (_without("ema"), r"missing config\.ema"),
     (_without("optimizer.schedule"), r"missing config\.optimizer\.schedule"),
-    (_with("optimizer.name", "lion"), r"Unknown optimizer\.name 'lion'"),
+    (_with("optimizer.name", "sgd"), r"Unknown optimizer\.name 'sgd'"),
     (_with("optimizer.schedule", "linear"), r"Unknown optimizer\.schedule 'linear'"),
     (_with("optimizer.warmup_steps", 6), r"warmup_steps=6 .* total_steps=6"),
     (_with("total_steps", 0), r"total_steps=0"),
