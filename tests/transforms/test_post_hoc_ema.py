@@ -122,6 +122,7 @@ def applied(first, others):
     model,
     [transform],
     read=lambda path: (others[path], lambda: params(int(path))),
+    read_lora=lambda path: pytest.fail(f"asks for {path}"),
   )
 
 
