@@ -358,13 +358,18 @@ def _is_snapshot(path: pathlib.Path) -> bool:
   return path.name.isdigit() and (path / "model").is_dir()
 
 
+def steps_in(directory: Any) -> list[int]:
+  """Steps that are whole, in order: what is being written has another name."""
+  return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 @contextlib.contextmanager
 def _saving(directory: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # Orbax and TensorStore raise many types
     # Asked of the disk: Orbax counts a step in from the moment its saving starts.
-    kept = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    kept = steps_in(directory)
     raise SavingError(
       f"Could not save to {directory}: {_first_line(error)} "
       f"Complete steps there: {kept or 'none'}; none of them was touched. Make room "
@@ -377,9 +382,7 @@ def _reading(path: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    others = sorted(
-      int(p.name) for p in path.parent.glob("[0-9]*") if p.name.isdigit() and p != path
-    )
+    others = [step for step in steps_in(path.parent) if str(step) != path.name]
     raise ValueError(
       f"Could not read the checkpoint {path}: {_first_line(error)} Its files are "
       f"damaged or not of pixsigma_jax; other steps beside it: {others or 'none'}. "

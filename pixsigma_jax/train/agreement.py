@@ -13,7 +13,7 @@ from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.train.config import DATA_FIELDS, FIELDS, check_fields
+from pixsigma_jax.train.config import SECTIONS, check_fields
 from pixsigma_jax.transforms import Model, apply_transforms, summary
 
 
@@ -23,26 +23,18 @@ def check_config(config: Mapping[str, Any]) -> None:
   Raises:
     ValueError: names what is missing, unknown or impossible.
   """
-  check_fields("", config, FIELDS)
-  check_fields("init", config["init"], ("parent", "transforms"))
-  check_fields("data", config["data"], DATA_FIELDS)
-  check_fields(
-    "checkpoint",
-    config["checkpoint"],
-    ("every", "keep_last", "keep_every", "snapshot_every", "remote", "remote_every"),
-  )
+  for section, fields in SECTIONS.items():
+    have = config
+    for name in filter(None, section.split(".")):
+      have = have[name]
+    check_fields(section, have, fields)
+  logs, validation = config["log"], config["validation"]
   if bool(config["checkpoint"]["remote"]) != bool(config["checkpoint"]["remote_every"]):
     raise ValueError(
       f"config.checkpoint.remote={config['checkpoint']['remote']!r} and remote_every="
       f"{config['checkpoint']['remote_every']} go together: a directory or bucket, and "
       "steps between two copies there; or '' and 0."
     )
-  logs = config["log"]
-  check_fields(
-    "log", logs, ("every", "sample_every", "prompts", "sample_set", "profile")
-  )
-  check_fields("log.sample_set", logs["sample_set"], ("every", "count"))
-  check_fields("validation", config["validation"], ("every", "examples"))
   if config["init"]["transforms"] and not config["init"]["parent"]:
     raise ValueError(
       "config.init.transforms are for a parent, and config.init.parent is empty: name "
@@ -60,17 +52,17 @@ def check_config(config: Mapping[str, Any]) -> None:
     raise ValueError(
       f"config.log.profile={profile} must be (first step, last step), or () for none."
     )
-  for name, counted in (
-    ("validation", config["validation"]["examples"]),
-    ("log.sample_set", logs["sample_set"]["count"]),
-  ):
-    section = config["validation"] if name == "validation" else logs["sample_set"]
-    if section["every"] and counted < 1:
+  looks = {
+    "validation": (validation["every"], validation["examples"]),
+    "log.sample_set": (logs["sample_set"]["every"], logs["sample_set"]["count"]),
+  }
+  for name, (every, count) in looks.items():
+    if every and count < 1:
       raise ValueError(
-        f"config.{name}.every={section['every']} with {counted} examples: give at "
-        "least 1, or set every to 0."
+        f"config.{name}.every={every} with {count} examples: give at least 1, or set "
+        "every to 0."
       )
-  if config["validation"]["every"] and not config["data"]["holdout"]:
+  if validation["every"] and not config["data"]["holdout"]:
     raise ValueError(
       "config.validation measures images that are never trained on, and "
       "config.data.holdout=0.0 holds none out: give a share such as 0.01, or set "
@@ -131,7 +123,6 @@ def _check_sample_set(count: int, mixture: Mixture) -> None:
 
 def _check_hashes(wanted: Mapping[str, str], mixture: Mixture) -> None:
   """Compares the config's hashes, of those that it names, with the manifests'."""
-  check_fields("data.hashes", wanted, ("autoencoder", "text_encoder", "crop_rule"))
   named = {name: value for name, value in wanted.items() if value}
   for dataset in mixture.datasets:
     have = {name: dataset.manifest.hashes.get(name) for name in named}

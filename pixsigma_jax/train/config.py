@@ -34,17 +34,34 @@ FIELDS = (
   "log",
   "frozen",
 )
-# Of its section `data`; what they are stands in docs/training.md.
-DATA_FIELDS = (
-  "path",
-  "weights",
-  "holdout",
-  "hashes",
-  "long_caption_ratio",
-  "num_threads",
-  "num_workers",
-  "damaged",
-)
+# Of sections that no call of their own checks, each after the one that it lies in;
+# docs/training.md says what the fields are.
+SECTIONS: dict[str, tuple[str, ...]] = {
+  "": FIELDS,
+  "init": ("parent", "transforms"),
+  "data": (
+    "path",
+    "weights",
+    "holdout",
+    "hashes",
+    "long_caption_ratio",
+    "num_threads",
+    "num_workers",
+    "damaged",
+  ),
+  "data.hashes": ("autoencoder", "text_encoder", "crop_rule"),
+  "checkpoint": (
+    "every",
+    "keep_last",
+    "keep_every",
+    "snapshot_every",
+    "remote",
+    "remote_every",
+  ),
+  "validation": ("every", "examples"),
+  "log": ("every", "sample_every", "prompts", "sample_set", "profile"),
+  "log.sample_set": ("every", "count"),
+}
 
 
 def check_fields(section: str, have: Mapping[str, Any], want: Any) -> None:

@@ -200,10 +200,15 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
 
   # ----------------------------------------------------------- what looks at the run
   sampler = sample_set = validation = None
-  if (logs["sample_every"] and logs["prompts"]) or logs["sample_set"]["every"]:
-    sampler = sheets.make_sampler(config, model, state, mixture, compute, captions)
-  if sampler and logs["sample_set"]["every"]:
-    sample_set = sheets.SampleSet(sampler, mixture, logs["sample_set"]["count"])
+  draws_sheets = bool(logs["sample_every"] and logs["prompts"])
+  if logs["sample_set"]["every"]:
+    sample_set = sheets.SampleSet(mixture, model, logs["sample_set"]["count"])
+  if draws_sheets:
+    shown = sheets.prompts_of(config, model, mixture, compute, captions)
+    sampler = sheets.make_sampler(config, model, state, mixture, compute, shown)
+  elif sample_set:
+    shown = sample_set.captions
+    sampler = sheets.make_sampler(config, model, state, mixture, compute, shown)
   if held_out is not None:
     validation = Validation(
       program.validation_loss,
@@ -351,16 +356,17 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       save()
       with window.spent("saving"):
         _snapshot(workdir, program, state, about)
-    if sampler and logs["prompts"] and _due(logs["sample_every"], step):
+    if sampler and draws_sheets and _due(logs["sample_every"], step):
       settle()
       with _spent(window, watchdog):
         params = program.model_of(state)
         sheets.write_sheet(sampler, params, logs["prompts"], workdir, step, writer)
-    if sample_set and _due(logs["sample_set"]["every"], step):
+    if sampler and sample_set and _due(logs["sample_set"]["every"], step):
       settle()
       with _spent(window, watchdog):
         params = program.model_of(state)
-        sample_set.write(params, workdir / "sample_sets" / f"{step:08d}")
+        directory = workdir / "sample_sets" / f"{step:08d}"
+        sample_set.write(sampler, params, directory)
 
   try:
     while True:

@@ -28,22 +28,41 @@ def make_sampler(
   state: TrainState,
   mixture: Mixture,
   compute: Compute,
-  text_encoder: Any | None,
+  captions: frozen.RememberedCaptions,
 ) -> Pipeline:
-  """Draws the fixed prompts, whose embeddings are all that it keeps of the encoder."""
-  features, source = mixture.features, config["frozen"] or None
-  if text_encoder is None:
-    text_encoder = frozen.load_text_encoder(features, source, dtype=compute.dtype)
+  """Draws what it has `captions` of."""
   return Pipeline(
     model,
     None,  # a picture's own come with it, see `_with`
     np.asarray(jax.device_get(state.null_caption)),
-    frozen.load_autoencoder(features, source, dtype=compute.dtype),
-    frozen.RememberedCaptions.of(
-      text_encoder, config["log"]["prompts"], model.caption_length
+    frozen.load_autoencoder(
+      mixture.features, config["frozen"] or None, dtype=compute.dtype
     ),
-    features.resolution,
+    captions,
+    mixture.features.resolution,
     compute,
+  )
+
+
+def prompts_of(
+  config: Mapping[str, Any],
+  model: PixArtConfig,
+  mixture: Mixture,
+  compute: Compute,
+  text_encoder: Any | None,
+) -> frozen.RememberedCaptions:
+  """The fixed prompts, which are all that is kept of the encoder.
+
+  Args:
+    text_encoder: None loads it for them.
+  """
+  if text_encoder is None:
+    source = config["frozen"] or None
+    text_encoder = frozen.load_text_encoder(
+      mixture.features, source, dtype=compute.dtype
+    )
+  return frozen.RememberedCaptions.of(
+    text_encoder, config["log"]["prompts"], model.caption_length
   )
 
 
@@ -81,11 +100,11 @@ class SampleSet:
   are two samples of what should be one distribution.
   """
 
-  def __init__(self, sampler: Pipeline, mixture: Mixture, count: int):
+  def __init__(self, mixture: Mixture, model: PixArtConfig, count: int):
     """Remembers the captions' embeddings, so that T5 is not needed."""
     assert mixture.null_caption is not None, "see agreement.check_data"
     records = mixture.read(np.arange(count))
-    length = sampler.config.caption_length
+    length = model.caption_length
     side = downsampling(mixture.features.autoencoder)
     texts = {"": mixture.null_caption[:length]}
     self._prompts, self._sizes, self._ids = [], [], []
@@ -95,22 +114,19 @@ class SampleSet:
       self._sizes.append(tuple(side * s for s in latents.shape[:2]))
       self._ids.append(record.id)
       texts[record.captions[0]] = record.embeddings(0)
-    embeddings = np.zeros(
-      (len(texts), length, sampler.config.caption_width), np.float32
-    )
+    embeddings = np.zeros((len(texts), length, model.caption_width), np.float32)
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts.values()):
       embeddings[row, : len(text)], mask[row, : len(text)] = text, True
-    remembered = frozen.RememberedCaptions(
+    self.captions = frozen.RememberedCaptions(
       mixture.features.text_encoder, list(texts), embeddings, mask
     )
-    self._sampler = sampler.replace(text_encoder=remembered)
 
-  def write(self, params: Any, directory: pathlib.Path) -> None:
+  def write(self, sampler: Pipeline, params: Any, directory: pathlib.Path) -> None:
     """DIRECTORY/NUMBER.png, and captions.jsonl last: with it, the set is whole."""
     if (directory / _CAPTIONS).exists():
       return
-    sampler = _with(self._sampler, params)
+    sampler = _with(sampler.replace(text_encoder=self.captions), params)
     if distributed.is_first():
       self._write(sampler, directory)
     distributed.wait_for_all()

@@ -21,7 +21,7 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   """
   agreement.check_config(config)
   workdir, total = pathlib.Path(workdir), config["total_steps"]
-  snapshots = _steps(workdir / checkpoint.SNAPSHOTS)
+  snapshots = checkpoint.steps_in(workdir / checkpoint.SNAPSHOTS)
   if snapshots:
     last = workdir / checkpoint.SNAPSHOTS / str(snapshots[-1])
     stage = checkpoint.read_metadata(last).stage
@@ -32,7 +32,7 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
       )
   if snapshots and snapshots[-1] >= total:
     return f"{DONE}: {workdir} has all its {total} steps"
-  if steps := _steps(workdir / checkpoint.CHECKPOINTS):
+  if steps := checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS):
     return f"{OPEN}: {workdir} goes on from step {steps[-1]} of {total}"
   parent = config["init"]["parent"]
   if not parent:
@@ -42,8 +42,3 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   except FileNotFoundError:
     parent = f"{parent}, which is not there yet"
   return f"{OPEN}: {workdir} starts from {parent}"
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-  """Those that are whole: what is being written has another name."""
-  return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())

@@ -133,7 +133,7 @@ def test_official_features_are_read_by_the_same_command(capsys, monkeypatch, tmp
     ({"index": None}, "Give one of --index, --official and --dataset"),
     ({"dataset": "digits"}, "not --index and --dataset"),
     ({"frozen": None}, "Give --frozen=FOLDER"),
-    ({"parts": "pictures,check"}, "must be some of pictures,features, not ['check']"),
+    ({"parts": "pictures,check"}, "must be one or more of pictures,features"),
     ({"table": None}, "no published table of sizes for 32 pixels"),
     ({"process_index": 0}, "Give --process_index and --process_count together"),
     ({"index": None, "dataset": "digits"}, "Give --count"),

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from pixsigma_jax.data.mixture import open_mixture
+from pixsigma_jax.sample import frozen
 from tests.train import runs
 
 WATCHED = {
@@ -79,6 +80,14 @@ def test_a_sample_set_has_the_datas_captions_at_their_images_sizes(watched, data
       assert image.size[::-1] == record.latents.shape[:2]  # pixels are latents here
   names = {path.name for path in directory.iterdir()}
   assert names == {"captions.jsonl", *(line["file"] for line in lines)}
+
+
+def test_a_sample_set_alone_needs_no_text_encoder(data, tmp_path, monkeypatch):
+  changes = {"log__sample_set": {"every": 2, "count": 1}, "total_steps": 2}
+  with monkeypatch.context() as patch:
+    patch.setattr(frozen, "load_text_encoder", lambda *_, **__: pytest.fail("loaded"))
+    runs.train(runs.low(data, **changes), tmp_path)
+  assert (tmp_path / "sample_sets" / "00000002" / "captions.jsonl").exists()
 
 
 def test_the_chosen_steps_are_profiled(watched):
