@@ -106,6 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
         "keep_last": 2,
         "keep_every": 0,
         "snapshot_every": 0,
+        "local": "",
+        "local_every": 0,
         "remote": "",
         "remote_every": 0,
       },

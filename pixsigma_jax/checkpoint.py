@@ -6,6 +6,9 @@ metadata. A *snapshot* is the model for use: EMA parameters, null caption, metad
   WORKDIR/checkpoints/STEP/{state, data, metadata}
   WORKDIR/snapshots/STEP/{model, metadata}
 
+Copies of a checkpoint may lie in a second place, a bucket for one, and its shards on
+each host's own disk, LOCAL/PROCESS/checkpoints/STEP.
+
 A frozen network beside it, T5 or a VAE, is FOLDER/arrays and its own config.json.
 
 Orbax writes a step under a temporary name and renames it when it is whole, so a run
@@ -14,10 +17,12 @@ that dies while saving leaves its earlier steps as they were.
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -25,13 +30,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from pixsigma_jax import sharding
+from pixsigma_jax import distributed, sharding
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 
 _ARRAYS = "arrays"
 # What a snapshot's arrays may take in memory, on their way, beside the model itself.
 _CONCURRENT_GB = 1
+_LOCAL_KEPT = 2  # the newest may be damaged by what ended the run
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
@@ -40,42 +46,58 @@ class SavingError(OSError):
   """A step could not be saved; what had been saved before is untouched."""
 
 
+Place: TypeAlias = Literal["local", "workdir", "remote"]
+
+
 class Checkpoints:
-  """The checkpoints of one run: in its workdir and, to outlive it, elsewhere."""
+  """The checkpoints of one run: in its workdir, on the hosts' own disks, elsewhere."""
 
   def __init__(
     self,
     workdir: str | pathlib.Path,
     *,
+    mesh: Mesh,
     keep_last: int,
     keep_every: int,
+    local: str = "",
     remote: str = "",
   ):
-    """Opens or makes WORKDIR/checkpoints, and REMOTE/checkpoints.
+    """Opens or makes the directories; all processes must do it together.
 
     Args:
+      mesh: whose shards `local` holds.
       keep_last: how many of the newest steps stay.
       keep_every: steps divisible by this stay for good; 0 keeps none for good.
+      local: a directory on each host's own disk, where each process keeps the shards
+        that it holds, and the two newest steps stay; "" for none.
       remote: a directory or bucket (`gs://…`) for copies; "" for none.
     """
-    self.directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-    places: list[Any] = [self.directory]
+    workdir = pathlib.Path(workdir).absolute()
+    self._managers: dict[Place, ocp.CheckpointManager] = {}  # the nearest first
+    if local:
+      self._managers["local"] = _open_local(pathlib.Path(local).absolute(), mesh)
+    places: dict[Place, Any] = {"workdir": workdir}
     if remote:
-      places.append(epath.Path(remote) / CHECKPOINTS)
-    self._managers = []
-    for place in places:
-      with _saving(place):
+      places["remote"] = epath.Path(remote)
+    for place, directory in places.items():
+      with _saving(directory / CHECKPOINTS):
         options = ocp.CheckpointManagerOptions(
           max_to_keep=keep_last,
           keep_period=keep_every or None,
           enable_async_checkpointing=True,
         )
-        self._managers.append(ocp.CheckpointManager(place, options=options))
+        self._managers[place] = ocp.CheckpointManager(
+          directory / CHECKPOINTS, options=options
+        )
 
   def latest_step(self) -> int | None:
     """The newest complete step, wherever it is; None before the first."""
-    steps = [manager.latest_step() for manager in self._managers]
+    steps = [manager.latest_step() for manager in self._managers.values()]
     return max((step for step in steps if step is not None), default=None)
+
+  def places_of(self, step: int) -> list[Place]:
+    """Where that step is."""
+    return [p for p, manager in self._managers.items() if step in manager.all_steps()]
 
   def save(
     self,
@@ -84,24 +106,27 @@ class Checkpoints:
     position: Any,
     metadata: Metadata,
     *,
-    remotely: bool = False,
+    place: Place = "workdir",
   ) -> None:
     """Starts saving a step in the background; a second save waits for the first.
 
     Args:
       state: the train state, of which a copy is taken before this returns.
       position: place in the data, as JSON.
-      remotely: to the remote place instead of the workdir.
+      place: where to.
 
     Raises:
       SavingError: this save, or one that was still under way, failed.
     """
-    manager = self._managers[1 if remotely else 0]
+    manager = self._managers[place]
+    if place == "local":
+      state = jax.tree.map(_key_data, state)
     with _saving(manager.directory):
-      if not remotely:
+      if place != "remote":
         # Asked first: Orbax finds a disk full in the middle, and says so in pages.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.directory).free
+        whole = place == "workdir"
+        needed = sum(_nbytes(leaf, whole) for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(manager.directory).free
         if free < needed:
           raise OSError(
             f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free"
@@ -122,7 +147,7 @@ class Checkpoints:
     Raises:
       SavingError: it could not be saved.
     """
-    for manager in self._managers:
+    for manager in self._managers.values():
       with _saving(manager.directory):
         manager.wait_until_finished()
 
@@ -140,32 +165,99 @@ class Checkpoints:
     Raises:
       ValueError: the files are damaged or of another tree.
     """
-    manager = self._holder(step)
+    manager, item = self._holder(step), abstract_state
+    if manager is self._managers.get("local"):
+      item = jax.tree.map(_key_data, abstract_state)
     with _reading(manager.directory / str(step)):
       restored: Any = manager.restore(
         step,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeRestore(
-            item=abstract_state,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
           ),
           data=ocp.args.JsonRestore(),
         ),
       )
-      return restored.state, restored.data
+    return jax.tree.map(_as_key, abstract_state, restored.state), restored.data
 
   def close(self) -> None:
     """Waits for what is being saved and lets go of the directories."""
-    for manager in self._managers:
+    for manager in self._managers.values():
       with _saving(manager.directory):
         manager.close()
 
   def _holder(self, step: int) -> ocp.CheckpointManager:
-    # The workdir's own is nearer.
-    for manager in self._managers:
-      if step in manager.all_steps():
-        return manager
-    return self._managers[0]  # whose error says which steps there are
+    # If it is nowhere, the workdir's error says which steps there are.
+    return self._managers[next(iter(self.places_of(step)), "workdir")]
+
+
+def _open_local(directory: pathlib.Path, mesh: Mesh) -> ocp.CheckpointManager:
+  """The manager of this process's own shards.
+
+  Shards are of use to a process that holds the same ones again. So the directory has
+  the process and its part of the mesh in its name; on another mesh, or when hosts have
+  changed places, a process finds its own empty.
+  """
+  me, count = jax.process_index(), jax.process_count()
+  held = [n for n, d in enumerate(mesh.devices.flat) if d.process_index == me]
+  part = zlib.crc32(json.dumps([dict(mesh.shape), held]).encode())
+  directory = directory / f"{me}_of_{count}_{part:08x}" / CHECKPOINTS
+  with _saving(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    # What some processes had saved, and others not yet, when the job ended.
+    have = steps_in(directory)
+    for step in set(have) - set(distributed.in_all(have)):
+      shutil.rmtree(directory / str(step))
+    everyone = ocp.options.MultiprocessingOptions(
+      primary_host=None,  # each its own
+      barrier_sync_key_prefix="local",
+    )
+    arrays = ocp.type_handlers.ArrayHandler(
+      primary_host=None, replica_id=None, use_replica_parallel=False
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    json_handler = ocp.JsonCheckpointHandler(multiprocessing_options=everyone)
+    return ocp.CheckpointManager(
+      directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=_LOCAL_KEPT,
+        create=False,
+        cleanup_tmp_directories=True,
+        multiprocessing_options=everyone,
+        enable_async_checkpointing=True,
+      ),
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(
+          multiprocessing_options=everyone, type_handler_registry=registry
+        ),
+        "data": json_handler,
+        "metadata": json_handler,
+      },
+    )
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(leaf: Any) -> Any:
+  """A random key as numbers: Orbax forgets its kind in what each host saves itself."""
+  if not _is_key(leaf):
+    return leaf
+  if isinstance(leaf, jax.Array):
+    return jax.random.key_data(leaf)
+  data = jax.eval_shape(jax.random.key_data, leaf)
+  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def _as_key(abstract: Any, leaf: Any) -> Any:
+  known = not _is_key(abstract) or _is_key(leaf)
+  return leaf if known else jax.random.wrap_key_data(leaf)
+
+
+def _nbytes(leaf: jax.Array, whole: bool) -> int:
+  return leaf.nbytes if whole else sum(s.data.nbytes for s in leaf.addressable_shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

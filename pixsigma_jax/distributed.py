@@ -24,7 +24,7 @@ import threading
 import time
 import types
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -242,6 +242,18 @@ def check_same(what: str, value: Any) -> None:
       f"The processes do not have the same {what}: {'; '.join(lines[:_NAMED])}. Give "
       "all the same command, and a disk on which they see the same files."
     )
+
+
+def in_all(numbers: Iterable[int]) -> list[int]:
+  """Those of this process's numbers that all others, who must call it too, have."""
+  mine = sorted(numbers)
+  if jax.process_count() == 1:
+    return mine
+  counts = multihost_utils.process_allgather(np.array(len(mine)))
+  padded = np.full(counts.max(), -1)
+  padded[: len(mine)] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [number for number in mine if all(number in row for row in rows)]
 
 
 def _expected_hosts(count: int) -> dict[int, str]:

@@ -1,10 +1,14 @@
 """What every test runs under."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
-# A libtpu that was installed beside another version of JAX would crash its profiler.
+# A libtpu that was installed beside another version of JAX would crash its profiler,
+# and each process that a test starts would look for a TPU first.
+os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # a mesh to shard over, anywhere
 jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasts are written out

@@ -94,7 +94,12 @@ def assert_equal_to_the_bit(have, want):
 
 
 def open_run(workdir, keep_last=3, keep_every=0):
-  return checkpoint.Checkpoints(workdir, keep_last=keep_last, keep_every=keep_every)
+  return checkpoint.Checkpoints(
+    workdir,
+    mesh=sharding.single_device_mesh(),
+    keep_last=keep_last,
+    keep_every=keep_every,
+  )
 
 
 def steps_in(directory):

@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+import itertools
+import json
 import logging
 import math
 import pathlib
@@ -59,6 +61,10 @@ STAGES = {
 SHARED = {"quickstart/base.py", "paper.py"}  # what stages are made of
 PAPER = [stage for stage in STAGES if stage[0].startswith("stage_")]
 
+FSDP = {"data": 1, "fsdp": 8, "context": 1}
+CONTEXT = {"data": 1, "fsdp": 1, "context": 8}
+BOTH = {"data": 1, "fsdp": 2, "context": 4}
+
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=str)
 
 
@@ -111,8 +117,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdirs(data, tmp_path_factory):
-  """Trains a stage, and before it its parents, once."""
+  """Trains a stage, and before it its parents, once; the paper's on eight devices."""
   directory, done = tmp_path_factory.mktemp("runs"), {}
+  meshes = itertools.cycle([FSDP, CONTEXT, BOTH])
   logger = logging.getLogger("absl")
 
   def workdir(stage):
@@ -125,13 +132,18 @@ def workdirs(data, tmp_path_factory):
     if isinstance(stage, str):
       _write_published(stage, path)
       return path
-    config = runs.shrink(load(stage), data(stage), workdir(STAGES[stage]))
+    devices, changes = 1, {}
+    if stage in PAPER:
+      devices, mesh = 8, next(meshes)
+      changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    parent = workdir(STAGES[stage])
+    config = runs.shrink(load(stage), data(stage), parent, changes)
     log = logging.FileHandler(path.with_suffix(".log"), encoding="utf-8")
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(log)
     try:
-      runs.train(config, path)
+      runs.train(config, path, devices)
     finally:
       logger.removeHandler(log)
       logger.setLevel(level)
@@ -353,20 +365,49 @@ def test_a_shrunk_stage_takes_real_steps_from_its_parent(stage, workdirs):
   assert runs.steps(workdir, "snapshots") == ([2] if STAGES[stage] is None else [0, 2])
 
 
-FSDP = {"data": 1, "fsdp": 8, "context": 1}
-CONTEXT = {"data": 1, "fsdp": 1, "context": 8}
-BOTH = {"data": 1, "fsdp": 2, "context": 4}
+# What is not a matter of the mesh, and would only make a program of each stage: how far
+# its positions lie apart, its name, and what looks at the run.
+PLAIN = {
+  "compute.dtype": "float32",
+  "model.base_size": 16,
+  "model.pe_interpolation": 1.0,
+}
 
 
-@pytest.mark.parametrize(
-  ("file", "meshes"),
-  [("stage_1k.py", [BOTH]), ("stage_4k.py", [FSDP, CONTEXT, BOTH])],
-)
-def test_a_mesh_changes_neither_loss_nor_gradients(file, meshes, data):
-  stage = (file, "compressed")
-  config = runs.shrink(
-    load(stage), data(stage), changes={"compute.dtype": "float32"}
-  ).to_dict()
+@pytest.fixture(scope="module")
+def measured(data):
+  """Loss and gradients of a shrunk stage on a mesh, once for each program."""
+  done = {}
+
+  def measured(stage, mesh):
+    config = runs.shrink(load(stage), "", changes=PLAIN).to_dict()
+    sections = ("model", "compute", "loss", "batch_size", "accumulation", "adapter")
+    program = [config[name] for name in sections] + [config["data"], mesh]
+    name = json.dumps(program, sort_keys=True, default=str)
+    if name not in done:
+      config["data"]["path"] = str(data(stage))
+      done[name] = _measured(config, mesh)
+    return done[name]
+
+  return measured
+
+
+@pytest.mark.parametrize("mesh", [FSDP, CONTEXT, BOTH], ids=str)
+@pytest.mark.parametrize("stage", PAPER, ids=str)
+def test_a_mesh_changes_neither_loss_nor_gradients(stage, mesh, measured):
+  loss, gradients = measured(stage, {"data": 1, "fsdp": 1, "context": 1})
+  have_loss, have = measured(stage, mesh)
+  assert all(array.any() for array in gradients.values())
+  largest = max(np.abs(array).max() for array in gradients.values())
+  # Sums of float32 in another order: some hundred terms, an ulp or a few.
+  assert have_loss == pytest.approx(loss, rel=1e-5)
+  for leaf, array in gradients.items():
+    np.testing.assert_allclose(
+      have[leaf], array, rtol=0, atol=1e-5 * largest, err_msg=leaf
+    )
+
+
+def _measured(config, mesh):
   mixture = open_mixture(
     [config["data"]["path"]], weights=(), holdout=0.0, split="train"
   )
@@ -392,32 +433,18 @@ def test_a_mesh_changes_neither_loss_nor_gradients(file, meshes, data):
   # Nothing is zero that a fresh model has at zero, or half of the gradients would be.
   params = jax.jit(lambda: jax.tree.map(_noisy, init_params(model, key)))()
   null_caption = jnp.zeros((model.caption_length, model.caption_width))
-
-  def measure(mesh):
-    mesh = sharding.make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])
-    program = make_program(config, context=mesh.shape["context"], scaling_factor=0.13)
-    places = sharding.shardings(params, mesh)
-    whole = sharding.replicated(mesh)
-    step = jax.jit(
-      jax.value_and_grad(program.validation_loss, has_aux=True),
-      in_shardings=(places, whole, sharding.batch_shardings(batch, mesh), whole),
-      out_shardings=((whole, whole), places),
-    )
-    with runs.quick_compilation():
-      (loss, _), gradients = step(params, null_caption, batch, key)
-    return float(loss), runs.named(gradients)
-
-  loss, gradients = measure({"data": 1, "fsdp": 1, "context": 1})
-  assert all(array.any() for array in gradients.values())
-  largest = max(np.abs(array).max() for array in gradients.values())
-  for mesh in meshes:
-    have_loss, have = measure(mesh)
-    # Sums of float32 in another order: some hundred terms, an ulp or a few.
-    assert have_loss == pytest.approx(loss, rel=1e-5), mesh
-    for leaf, array in gradients.items():
-      np.testing.assert_allclose(
-        have[leaf], array, rtol=0, atol=1e-5 * largest, err_msg=f"{mesh}: {leaf}"
-      )
+  mesh = sharding.make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])
+  program = make_program(config, context=mesh.shape["context"], scaling_factor=0.13)
+  places = sharding.shardings(params, mesh)
+  whole = sharding.replicated(mesh)
+  step = jax.jit(
+    jax.value_and_grad(program.validation_loss, has_aux=True),
+    in_shardings=(places, whole, sharding.batch_shardings(batch, mesh), whole),
+    out_shardings=((whole, whole), places),
+  )
+  with runs.quick_compilation():
+    (loss, _), gradients = step(params, null_caption, batch, key)
+  return float(loss), runs.named(gradients)
 
 
 def _noisy(leaf):

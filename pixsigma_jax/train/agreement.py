@@ -29,12 +29,13 @@ def check_config(config: Mapping[str, Any]) -> None:
       have = have[name]
     check_fields(section, have, fields)
   logs, validation = config["log"], config["validation"]
-  if bool(config["checkpoint"]["remote"]) != bool(config["checkpoint"]["remote_every"]):
-    raise ValueError(
-      f"config.checkpoint.remote={config['checkpoint']['remote']!r} and remote_every="
-      f"{config['checkpoint']['remote_every']} go together: a directory or bucket, and "
-      "steps between two copies there; or '' and 0."
-    )
+  for place in ("local", "remote"):
+    where, every = (config["checkpoint"][f] for f in (place, f"{place}_every"))
+    if bool(where) != bool(every):
+      raise ValueError(
+        f"config.checkpoint.{place}={where!r} and {place}_every={every} go together: "
+        "a directory and steps between two checkpoints there; or '' and 0."
+      )
   if config["init"]["transforms"] and not config["init"]["parent"]:
     raise ValueError(
       "config.init.transforms are for a parent, and config.init.parent is empty: name "

@@ -55,6 +55,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "keep_last",
     "keep_every",
     "snapshot_every",
+    "local",
+    "local_every",
     "remote",
     "remote_every",
   ),

@@ -91,8 +91,10 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   distributed.check_same("dataset", mixture.fingerprint)
   checkpoints = checkpoint.Checkpoints(
     workdir,
+    mesh=mesh,
     keep_last=every["keep_last"],
     keep_every=every["keep_every"],
+    local=every["local"],
     remote=every["remote"],
   )
   start = checkpoints.latest_step()
@@ -229,7 +231,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   # --------------------------------------------------------------------------- loop
   policy = program.guards
   origin = step  # the step that began with `first_example`
-  saved = {False: start, True: None}  # the last step in the workdir, and remotely
+  saved = dict.fromkeys(checkpoints.places_of(step), step)  # the last, by place
   rollbacks: dict[int, int] = {}  # by the step of the checkpoint
   found: dict[str, Any] = {}  # what the last validation measured, until it is written
   pending: tuple[int, Any, Any] | None = None  # the step whose metrics are not read yet
@@ -285,7 +287,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       logging.warning("%s Rolling back to step %d.", bad.why, newest)
       first_example += (bad.step - origin) * batch_size
       origin = step = newest
-      saved.update({False: newest, True: newest})
+      saved.update(dict.fromkeys(checkpoints.places_of(newest), newest))
       pending = None
       base = state.frozen
       state, _ = checkpoints.restore(newest, placed)
@@ -297,16 +299,16 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       progress.go_back(newest)
     window.restart()
 
-  def save(*, remotely: bool = False) -> None:
+  def save(place: checkpoint.Place = "workdir") -> None:
     # Only what is known to be finite is saved, and hence ever written over anything.
     settle()
-    if saved[remotely] != step:
+    if saved.get(place) != step:
       examples = first_example + (step - origin) * batch_size
       position = data_pipeline.position(mixture, seed=config["seed"], examples=examples)
       with window.spent("saving"):
         whole = state.replace(frozen=None)
-        checkpoints.save(step, whole, position, about, remotely=remotely)
-      saved[remotely] = step
+        checkpoints.save(step, whole, position, about, place=place)
+      saved[place] = step
 
   def report() -> None:
     settle()
@@ -350,8 +352,10 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       progress.advance(step)
     if _due(every["every"], step):
       save()
+    if _due(every["local_every"], step):
+      save("local")
     if _due(every["remote_every"], step):
-      save(remotely=True)
+      save("remote")
     if _due(every["snapshot_every"], step):
       save()
       with window.spent("saving"):
@@ -375,7 +379,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
           one_step()
         save()
         if every["remote"]:
-          save(remotely=True)
+          save("remote")
         break
       except _RollBack as bad:
         roll_back(bad)

@@ -15,7 +15,7 @@ from pixsigma_jax.train import loop
 from tests.train import runs
 
 STEPS_A_KILL = 6
-SECONDS = 120  # of patience with one process
+SECONDS = 600  # of patience with one process: the last does what kills have undone
 
 # When to kill: while the process starts, after a few steps, or when a checkpoint begins
 # to be written. The last kill meets the final snapshot.

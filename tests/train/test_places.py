@@ -1,4 +1,4 @@
-"""A second place for checkpoints: a run outlives the machine of its workdir."""
+"""Other places for checkpoints: a bucket, and the hosts' own disks."""
 
 import shutil
 
@@ -37,8 +37,44 @@ def test_the_newest_of_both_places_counts(data, done, tmp_path):
   runs.assert_same(runs.arrays(workdir, 6), runs.arrays(done, 6))
 
 
-@pytest.mark.parametrize("changes", [{"remote": "there"}, {"remote_every": 2}])
+def test_shards_on_the_own_disk_are_nearer_than_the_workdir(
+  data, done, tmp_path, caplog
+):
+  local, workdir = tmp_path / "local", tmp_path / "run"
+  changes = {"checkpoint__local": str(local), "checkpoint__local_every": 1}
+  changes |= {"checkpoint__every": 2, "mesh__fsdp": 2, "mesh__data": 2}
+  caplog.set_level("INFO", logger="absl")
+
+  def train(**more):
+    caplog.clear()
+    runs.train(runs.low(data, **changes, **more), workdir, devices=4)
+    return [line for line in caplog.messages if line.startswith("Resuming")]
+
+  train(total_steps=5)
+  (own,) = local.iterdir()
+  assert runs.steps(own) == [4, 5]
+  shutil.rmtree(workdir / "checkpoints" / "5")
+  (line,) = train()
+  assert line.endswith("from step 5.")
+  assert runs.steps(own) == [5, 6]
+  whole = tmp_path / "whole"
+  runs.train(runs.low(data, mesh__fsdp=2, mesh__data=2), whole, devices=4)
+  runs.assert_same(runs.arrays(workdir, 6), runs.arrays(whole, 6))
+
+  # Another mesh has no use for those shards, and leaves them where they are.
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  shutil.rmtree(workdir / "snapshots")
+  changes["mesh__data"], changes["mesh__fsdp"] = 4, 1
+  (line,) = train()
+  assert line.endswith("from step 4.")
+  assert runs.steps(own) == [5, 6]
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"remote": "there"}, {"remote_every": 2}, {"local": "here"}, {"local_every": 1}],
+)
 def test_place_and_interval_go_together(data, tmp_path, changes):
   changes = {f"checkpoint__{name}": value for name, value in changes.items()}
-  with pytest.raises(ValueError, match=r"config.checkpoint.remote=.* go together"):
+  with pytest.raises(ValueError, match=r"config.checkpoint.\w+=.* go together"):
     runs.train(runs.low(data, **changes), tmp_path / "run")
