@@ -110,6 +110,8 @@ class Checkpoints:
   ) -> None:
     """Starts saving a step in the background; a second save waits for the first.
 
+    What goes to the local place is there when this returns.
+
     Args:
       state: the train state, of which a copy is taken before this returns.
       position: place in the data, as JSON.
@@ -225,7 +227,9 @@ def _open_local(directory: pathlib.Path, mesh: Mesh) -> ocp.CheckpointManager:
         create=False,
         cleanup_tmp_directories=True,
         multiprocessing_options=everyone,
-        enable_async_checkpointing=True,
+        # In the background, Orbax tells a process that its directory is there when
+        # another's is.
+        enable_async_checkpointing=False,
       ),
       item_handlers={
         "state": ocp.PyTreeCheckpointHandler(
@@ -448,6 +452,12 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:
 
 def _is_snapshot(path: pathlib.Path) -> bool:
   return path.name.isdigit() and (path / "model").is_dir()
+
+
+def saved_steps(workdir: str | pathlib.Path, remote: str = "") -> list[int]:
+  """Steps that a run can go on from, in order, whatever hosts have on their disks."""
+  places = [pathlib.Path(workdir), *([epath.Path(remote)] if remote else [])]
+  return sorted({step for place in places for step in steps_in(place / CHECKPOINTS)})
 
 
 def steps_in(directory: Any) -> list[int]:

@@ -32,7 +32,7 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
       )
   if snapshots and snapshots[-1] >= total:
     return f"{DONE}: {workdir} has all its {total} steps"
-  if steps := checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS):
+  if steps := checkpoint.saved_steps(workdir, config["checkpoint"]["remote"]):
     return f"{OPEN}: {workdir} goes on from step {steps[-1]} of {total}"
   parent = config["init"]["parent"]
   if not parent:

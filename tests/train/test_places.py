@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from pixsigma_jax.train.standing import standing
 from tests.train import runs
 
 
@@ -19,6 +20,8 @@ def test_a_new_machine_goes_on_from_the_remote_checkpoint(data, done, tmp_path):
   assert runs.steps(remote) == [3, 4]  # each third, and the last
   shutil.rmtree(first)
   shutil.rmtree(remote / "checkpoints" / "4")
+  stands = standing(config(data, remote).to_dict(), second)
+  assert stands == f"open: {second} goes on from step 3 of 6"
   runs.train(config(data, remote), second)
   assert runs.steps(second) == [4, 5, 6]
   assert runs.steps(remote) == [3, 6]

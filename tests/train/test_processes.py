@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import stage_2k, stage_4k
 from pixsigma_jax import checkpoint
@@ -241,3 +243,57 @@ def test_four_processes_of_which_two_share_each_image_train_as_one_does(
   np.testing.assert_allclose(
     _losses(tmp_path / "run"), _losses(alone)[:4], rtol=0, atol=1e-5
   )
+
+
+def test_two_processes_look_at_their_run_as_one_does_and_keep_their_own_shards(
+  data, tmp_path
+):
+  local, pair, one = (tmp_path / name for name in ("local", "pair", "one"))
+  changes = {
+    "total_steps": 3,
+    "checkpoint__every": 0,
+    "data__holdout": 0.2,
+    "validation__every": 3,
+    "validation__examples": 8,
+    "log__sample_every": 3,
+    "log__prompts": ("a red seven",),
+    "log__sample_set__every": 3,
+    "log__sample_set__count": 2,
+  }
+  runs.train(runs.low(data, **changes), one)
+  changes |= {
+    "mesh__fsdp": 2,
+    "checkpoint__local": str(local),
+    "checkpoint__local_every": 1,
+  }
+  flags = runs.flags(data, pair, **changes)
+  with Job(2, flags, pair) as job:
+    assert job.codes() == [0, 0], job.text(0) + job.text(1)
+  have, want = (runs.metrics(workdir)[-1] for workdir in (pair, one))
+  for name in ("loss", "validation/loss"):
+    assert have[name] == pytest.approx(want[name], rel=1e-5)
+  for name in ("samples/00000003.png", "sample_sets/00000003/000000.png"):
+    images = [np.asarray(Image.open(w / name), np.int32) for w in (pair, one)]
+    # Sums in another order move a number at most over the border to the next level.
+    assert np.abs(images[0] - images[1]).max() <= 1
+  assert {p.name for p in (pair / "sample_sets" / "00000003").iterdir()} == {
+    p.name for p in (one / "sample_sets" / "00000003").iterdir()
+  }
+
+  disks = [next(local.glob(f"{index}_of_2_*")) for index in range(2)]
+  assert [runs.steps(disk) for disk in disks] == [[2, 3], [2, 3]]
+  shards, whole = (
+    sum(f.stat().st_size for f in (d / "checkpoints" / "3" / "state").rglob("*"))
+    for d in (disks[1], pair)
+  )
+  assert shards < 0.75 * whole  # kernels in halves, the rest whole
+
+  # Ended as process 1 was saving step 3: it is no step that both have.
+  end = runs.arrays(pair, 3)
+  shutil.rmtree(disks[1] / "checkpoints" / "3")
+  shutil.rmtree(pair / "checkpoints" / "3")
+  with Job(2, flags, tmp_path / "again") as job:
+    assert job.codes() == [0, 0], job.text(0) + job.text(1)
+  assert f"Resuming {pair} from step 2." in job.text(0)
+  runs.assert_same(runs.arrays(pair, 3), end)
+  assert [runs.steps(disk) for disk in disks] == [[2, 3], [2, 3]]
