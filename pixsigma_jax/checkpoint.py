@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -191,7 +192,8 @@ class Checkpoints:
 
   def _holder(self, step: int) -> ocp.CheckpointManager:
     # If it is nowhere, the workdir's error says which steps there are.
-    return self._managers[next(iter(self.places_of(step)), "workdir")]
+    places = self.places_of(step) or ["workdir"]
+    return self._managers[places[0]]
 
 
 def _open_local(directory: pathlib.Path, mesh: Mesh) -> ocp.CheckpointManager:
@@ -242,7 +244,7 @@ def _open_local(directory: pathlib.Path, mesh: Mesh) -> ocp.CheckpointManager:
 
 
 def _is_key(leaf: Any) -> bool:
-  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _key_data(leaf: Any) -> Any:
@@ -260,8 +262,10 @@ def _as_key(abstract: Any, leaf: Any) -> Any:
   return leaf if known else jax.random.wrap_key_data(leaf)
 
 
-def _nbytes(leaf: jax.Array, whole: bool) -> int:
-  return leaf.nbytes if whole else sum(s.data.nbytes for s in leaf.addressable_shards)
+def _nbytes(leaf: Any, whole: bool) -> int:
+  if whole or not isinstance(leaf, jax.Array):
+    return leaf.nbytes
+  return sum(shard.data.nbytes for shard in leaf.addressable_shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,6 +288,15 @@ class Snapshot:
   config: PixArtConfig
   params: Any
   null_caption: Any
+
+  @property
+  def origin(self) -> dict[str, Any]:
+    """What a child's provenance says of its parent."""
+    return {
+      "path": str(self.path),
+      "stage": self.metadata.stage,
+      "step": self.step,
+    }
 
 
 def save_snapshot(

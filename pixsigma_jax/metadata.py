@@ -1,6 +1,7 @@
 """What a checkpoint says about itself, so that it is never used for what it is not."""
 
 import dataclasses
+import json
 from typing import Any, TypeAlias
 
 Json: TypeAlias = Any  # what JSON holds
@@ -32,21 +33,21 @@ class Metadata:
   provenance: tuple[dict[str, Json], ...] = ()
 
   def to_json(self) -> dict[str, Json]:
-    """As JSON holds it."""
-    return {"format": FORMAT, **dataclasses.asdict(self)}
+    """As JSON holds it, which knows no tuples."""
+    return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
 
   @classmethod
-  def from_json(cls, json: dict[str, Json]) -> "Metadata":
+  def from_json(cls, fields: dict[str, Json]) -> "Metadata":
     """The inverse of `to_json`.
 
     Raises:
       ValueError: another format, or fields that are not this one's.
     """
-    fields = dict(json)
-    if fields.pop("format", None) != FORMAT:
+    fields = dict(fields)
+    if (have := fields.pop("format", None)) != FORMAT:
       raise ValueError(
-        f"Checkpoint metadata has format {json.get('format')!r}; this version of "
-        f"pixsigma_jax reads format {FORMAT}."
+        f"Checkpoint metadata has format {have!r}; this version of pixsigma_jax reads "
+        f"format {FORMAT}."
       )
     expected = {field.name for field in dataclasses.fields(cls)}
     if set(fields) != expected:

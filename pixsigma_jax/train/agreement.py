@@ -161,16 +161,10 @@ def metadata_of(
   """
   entry: dict[str, Any] = {
     "stage": config["stage"],
-    "parent": None,
+    "parent": parent and parent.origin,
     "transforms": list(config["init"]["transforms"]),
     "config": config,
   }
-  if parent is not None:
-    entry["parent"] = {
-      "path": str(parent.path),
-      "stage": parent.metadata.stage,
-      "step": parent.step,
-    }
   features = mixture.features
   about = Metadata(
     stage=config["stage"],
@@ -182,7 +176,7 @@ def metadata_of(
     provenance=(*(parent.metadata.provenance if parent else ()), entry),
   )
   # As it will be read: tuples become lists now, not between two saves.
-  about = Metadata.from_json(json.loads(json.dumps(about.to_json())))
+  about = Metadata.from_json(about.to_json())
   if parent is not None:
     _check_inputs(parent.metadata, about, f"The parent {parent.path}", mixture)
   return about
@@ -268,7 +262,7 @@ def _check_adapter(
   if parent is not None:
     lines += metadata.disagreements(
       {name: before["parent"][name] for name in ("stage", "step")},
-      {"stage": parent.metadata.stage, "step": parent.step},
+      {name: parent.origin[name] for name in ("stage", "step")},
       "parent",
     )
     lines += metadata.disagreements(

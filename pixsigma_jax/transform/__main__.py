@@ -13,6 +13,7 @@ SRC is a run's workdir or a snapshot, DST becomes a workdir with `snapshots/0`. 
 --dry_run the difference is printed and nothing is written.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -102,19 +103,15 @@ def main(arguments: list[str]) -> None:
 
   entry = {
     "stage": target.name,
-    "parent": {
-      "path": str(snapshot.path),
-      "stage": snapshot.metadata.stage,
-      "step": snapshot.step,
-    },
+    "parent": snapshot.origin,
     "transforms": [{"name": name, **given}],
   }
-  about = after.metadata.to_json() | {
-    "stage": target.name,
-    "provenance": [*snapshot.metadata.provenance, entry],
-  }
-  # As it will be read: JSON has no tuples.
-  metadata = Metadata.from_json(json.loads(json.dumps(about)))
+  metadata = dataclasses.replace(
+    after.metadata,
+    stage=target.name,
+    provenance=(*snapshot.metadata.provenance, entry),
+  )
+  metadata = Metadata.from_json(metadata.to_json())  # as it will be read
   if _is_there(target):
     if checkpoint.read_metadata(target) != metadata:
       raise FileExistsError(f"{target} holds another model, and is left as it is.")
