@@ -143,6 +143,39 @@ def choose_axes(
   return sizes, "; ".join(reasons)
 
 
+def sizes_over_slices(
+  count: int,
+  *,
+  slices: int,
+  data: int,
+  fsdp: int,
+  context: int,
+  batch_size: int,
+  width: int,
+) -> tuple[dict[str, int], str]:
+  """All axes' sizes on so many devices, see `make_mesh_of_slices`, and why.
+
+  Raises:
+    ValueError: the axes do not cover the devices, or do not fit into the slices.
+  """
+  sizes, why = choose_axes(
+    count,
+    slices=slices,
+    data=data,
+    fsdp=fsdp,
+    context=context,
+    batch_size=batch_size,
+    width=width,
+  )
+  sizes = _covering(sizes, count)
+  if sizes["data"] % slices:
+    raise ValueError(
+      f"Mesh {sizes} does not fit {slices} slices of {count // slices} devices: fsdp × "
+      f"context must lie within a slice, so that data is a multiple of {slices}."
+    )
+  return sizes, why
+
+
 def make_mesh_of_slices(
   *,
   slices: int,
@@ -179,7 +212,7 @@ def make_mesh_of_slices(
       f"config.mesh.slices={slices} does not fit {len(devices)} devices in {told} "
       f"slices: set it to {told}, or to {CHOSEN} for as many as there are."
     )
-  sizes, why = choose_axes(
+  sizes, why = sizes_over_slices(
     len(devices),
     slices=slices,
     data=data,
@@ -191,13 +224,6 @@ def make_mesh_of_slices(
   if slices == 1:
     mesh = make_mesh(**sizes, devices=devices)
   else:
-    sizes = _covering(sizes, len(devices))
-    if sizes["data"] % slices:
-      raise ValueError(
-        f"Mesh {sizes} does not fit {slices} slices of {len(devices) // slices} "
-        "devices: fsdp × context must lie within a slice, so that data is a multiple "
-        f"of {slices}."
-      )
     mesh = Mesh(
       _over_slices(sizes, slices, devices, told), AXES, axis_types=(AxisType.Auto,) * 3
     )
@@ -267,7 +293,9 @@ def placed(abstract_tree: Any, places: Any) -> Any:
   )
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def batch_shardings(
+  batch: Mapping[str, Any], mesh: Mesh | AbstractMesh
+) -> dict[str, NamedSharding]:
   """Rows over `data` and `fsdp` together, tokens over `context`."""
   rows = ("data", "fsdp")
   return {
