@@ -121,7 +121,7 @@ def _turns(condition: str, bodies: Mapping[str, list[str]]) -> int:
   raise ValueError(f"The loop of {condition} has no constant number of turns.")
 
 
-def _sizes(shapes: str) -> list[float]:
+def _sizes(shapes: str) -> list[int]:
   return [
     _BYTES[kind] * math.prod(int(side) for side in sides.split(",") if side)
     for kind, sides in _ARRAY.findall(shapes)

@@ -42,10 +42,12 @@ def search(
   Raises:
     ValueError: none fits, or the config does not fit any mesh.
   """
-  plans, problem = [], None
+  plans, problem, state = [], None, None
   for changed in candidates(config, topology):
     try:
-      plans.append(make_plan(stage_on(changed, topology), compiles=False))
+      stage = stage_on(changed, topology, state)
+      state = stage.state
+      plans.append(make_plan(stage, compiles=False))
     except ValueError as error:
       problem = error  # a batch that has too few rows, a matrix that cannot be split
   if not plans and problem is not None:

@@ -71,8 +71,14 @@ def longest_sequence(model: PixArtConfig) -> int:
   return max(height * width for height, width in table.values()) // _PIXELS_A_TOKEN**2
 
 
-def stage_on(config: Mapping[str, Any], topology: Topology) -> Stage:
+def stage_on(
+  config: Mapping[str, Any], topology: Topology, state: Any = None
+) -> Stage:
   """Lays a stage over machines, as `train` would.
+
+  Args:
+    state: shapes and dtypes of the state, if a stage of the same model, optimizer,
+      averages and adapter has them: they take a second or more to find.
 
   Raises:
     ValueError: the config is not one, or its batch or mesh do not fit the machines.
@@ -105,7 +111,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology) -> Stage:
     topology=topology,
     sizes=sizes,
     program=program,
-    state=program.abstract_state(),
+    state=program.abstract_state() if state is None else state,
     batch=abstract_batch(model, batch_size=batch_size, sequence_length=tokens),
     tokens=tokens,
   )

@@ -1,10 +1,11 @@
 """Machines by name: `v5e:8x8`, `h200:8`, and several of the same."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,30 +141,51 @@ def devices(topology: Topology) -> Sequence[Any]:
   """A TPU topology's devices, as the installed libtpu describes them.
 
   Raises:
-    ModuleNotFoundError: libtpu is not installed; says how.
-    ValueError: it does not know the topology.
+    ValueError: libtpu is not installed, or does not know the topology.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
       "Compiling for a TPU needs libtpu, which runs on any machine: "
       "`pip install pixsigma_jax[plan]`. Or give --nocompile for the analytic model."
     )
-  # Another process may hold libtpu's lock: nothing here touches a TPU.
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  # It would ask the cloud's metadata server where it is.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   generation = topology.name.partition(":")[0]
   options: dict[str, Any] = dict(GENERATIONS[generation].options)
   if topology.slices > 1:
     options["num_slices"] = topology.slices
   try:
-    described = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology.name, **options
-    ).devices
+    with _told(_AWAY):
+      described = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **options
+      ).devices
   except jax.errors.JaxRuntimeError as error:
     raise _unknown(topology.name, str(error).splitlines()[0]) from error
   assert len(described) == topology.count
   return described
+
+
+# What libtpu reads when it is loaded. Another process may hold its lock, and nothing here
+# touches a TPU; nor shall it ask a cloud's server where it is, and complain.
+_AWAY = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@contextlib.contextmanager
+def _told(variables: Mapping[str, str]) -> Iterator[None]:
+  """The environment with these variables; afterwards as it was."""
+  before = {name: os.environ.get(name) for name in variables}
+  os.environ.update(variables)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
 
 
 def _unknown(name: str, why: str = "") -> ValueError:
