@@ -156,7 +156,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   accumulation = stage.config["accumulation"]
   # Of the whole batch, in this device's part of rows and tokens.
   rows = stage.rows * accumulation / stage.sizes["context"]
-  tokens = stage.rows * accumulation * stage.length
+  tokens = float(stage.rows * accumulation * stage.length)
   kind = ATTENTIONS[compute.attention]
   again = remat and not (compute.remat == "attention" and kind.kept)
 
@@ -219,7 +219,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   used = tree.size(stage.state.frozen) if stage.program.lora else trained
   gradients = memory.gradients(stage)
   keys = sum(keys_of(stage, layer) for layer in range(model.depth))
-  kv = 2 * _HALF * stage.rows * accumulation * keys * model.width
+  kv = 2.0 * _HALF * stage.rows * accumulation * keys * model.width
   replicas = sizes["data"] // slices * context
   counted = {
     # Forward, again if a block is recomputed, and backward.

@@ -71,9 +71,7 @@ def longest_sequence(model: PixArtConfig) -> int:
   return max(height * width for height, width in table.values()) // _PIXELS_A_TOKEN**2
 
 
-def stage_on(
-  config: Mapping[str, Any], topology: Topology, state: Any = None
-) -> Stage:
+def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -> Stage:
   """Lays a stage over machines, as `train` would.
 
   Args:

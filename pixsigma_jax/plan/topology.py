@@ -163,8 +163,8 @@ def devices(topology: Topology) -> Sequence[Any]:
   return described
 
 
-# What libtpu reads when it is loaded. Another process may hold its lock, and nothing here
-# touches a TPU; nor shall it ask a cloud's server where it is, and complain.
+# What libtpu reads when it is loaded. Another process may hold its lock, and nothing
+# here touches a TPU; nor shall it ask a cloud's server where it is, and complain.
 _AWAY = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_SKIP_MDS_QUERY": "1",

@@ -87,6 +87,7 @@ ENTRY %main (a: (s32[], s32[])) -> (s32[], s32[]) {
 
 
 def test_one_collective_in_several_fusions_counts_once():
+  cycles = 'backend_config={"estimated_cycles":"12"}'
   line = "%g = bf16[64,32]{1,0} all-gather(%x), channel_id=5, dimensions={0}"
   text = f"""
 %one (x: bf16[8,32]) -> bf16[64,32] {{
@@ -100,7 +101,7 @@ def test_one_collective_in_several_fusions_counts_once():
 ENTRY %main (x: bf16[8,32]) -> bf16[64,32] {{
   %a = bf16[64,32] fusion(%x), kind=kCustom, calls=%one
   %k = bf16[64,32] custom-call(%a), custom_call_target="tpu_custom_call"
-  ROOT %b = bf16[64,32] fusion(%x), kind=kCustom, calls=%two, backend_config={{"estimated_cycles":"12"}}
+  ROOT %b = bf16[64,32] fusion(%x), calls=%two, {cycles}
 }}
 """
   assert hlo.read(text) == hlo.Static(12.0, {"all-gather": 64 * 32 * 2.0}, 1)

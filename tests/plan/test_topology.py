@@ -41,7 +41,8 @@ def test_a_price_of_ones_own_replaces_that_of_the_list():
 
 
 @pytest.mark.parametrize(
-  "name", ["v9:2x2", "v5e", "v5e:", "v5e:0x2", "v5e:2x2x2", "v5p:2x2", "h300:8", "h200:"]
+  "name",
+  ["v9:2x2", "v5e", "v5e:", "v5e:0x2", "v5e:2x2x2", "v5p:2x2", "h300:8", "h200:"],
 )
 def test_an_unknown_name_ends_in_those_that_are_known(name):
   with pytest.raises(ValueError, match=rf"Unknown topology '{name}'.*v5e:{{1x1,2x2"):
@@ -71,5 +72,7 @@ def test_asking_libtpu_leaves_the_environment_as_it_was():
   before = dict(os.environ)
   topology.devices(topology.parse("v5e:2x2"))
   # What JAX itself sets when it meets a TPU's library is its own.
-  changed = {name for name in topology._AWAY if os.environ.get(name) != before.get(name)}
+  changed = {
+    name for name in topology._AWAY if os.environ.get(name) != before.get(name)
+  }
   assert changed == set()
