@@ -131,16 +131,23 @@ def choose_axes(
     sizes["fsdp"] = -1
     reasons.append("fsdp has what data leaves")
   elif fsdp == CHOSEN:
-    # A shard of a matrix has whole tiles of 16 rows, or XLA emulates its gathering;
-    # beyond 8 shards a step is no faster.
+    # Beyond 8 shards a step is no faster.
     left = within // max(context, 1)
-    fitting = (f for f in (8, 4, 2) if left % f == 0 and width % (16 * f) == 0)
+    fitting = (f for f in (8, 4, 2) if left % f == 0 and has_whole_tiles(width, f))
     sizes["fsdp"] = next(fitting, 1)
     reasons.append(f"fsdp {sizes['fsdp']}, as matrices have {width} rows")
   if data == CHOSEN:
     sizes["data"] = -1
     reasons.append("data has the rest")
   return sizes, "; ".join(reasons)
+
+
+def has_whole_tiles(width: int, fsdp: int) -> bool:
+  """Whether shards of a matrix have whole tiles of 16 rows, or are no shards.
+
+  Where they have not, XLA emulates their gathering by sums.
+  """
+  return fsdp == 1 or width % (16 * fsdp) == 0
 
 
 def sizes_over_slices(

@@ -6,18 +6,22 @@ from typing import Any
 
 from absl import logging
 
+from pixsigma_jax import sharding
 from pixsigma_jax.models.layers import REMATS
 from pixsigma_jax.plan.plan import Plan, make_plan
 from pixsigma_jax.plan.stage import stage_on
 from pixsigma_jax.plan.topology import Topology
+from pixsigma_jax.train.config import model_config
 
 
 def candidates(
   config: Mapping[str, Any], topology: Topology
 ) -> Iterator[Mapping[str, Any]]:
   """The config on every mesh of the topology, with every rematerialisation."""
-  within = topology.per_slice
+  within, width = topology.per_slice, model_config(config["model"]).width
   for fsdp in _divisors(within):
+    if not sharding.has_whole_tiles(width, fsdp):
+      continue
     for context in _divisors(within // fsdp):
       for remat in REMATS:
         changed = copy.deepcopy(dict(config))
