@@ -13,6 +13,7 @@ minute or two.
 import json
 import pathlib
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -72,9 +73,10 @@ def compiled(name: str) -> dict[str, float]:
 def main() -> None:
   """Measures and writes."""
   jax.config.update("jax_platforms", "cpu")
-  kept = {
+  stages = {
     name: {"full size": analytic(name), "miniature": compiled(name)} for name in STAGES
   }
+  kept = {"libtpu": metadata.version("libtpu"), "stages": stages}
   KEPT.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
   print(KEPT.read_text(encoding="utf-8"))
 

@@ -150,6 +150,8 @@ def devices(topology: Topology) -> Sequence[Any]:
     )
   generation = topology.name.partition(":")[0]
   options: dict[str, Any] = dict(GENERATIONS[generation].options)
+  if set(topology.name.partition(":")[2].split("x")) == {"1"}:
+    options["chips_per_host_bounds"] = [1, 1, 1]  # else a host has four
   if topology.slices > 1:
     options["num_slices"] = topology.slices
   try:

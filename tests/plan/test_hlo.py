@@ -13,8 +13,7 @@ TURNS, SIDE = 7, 256
 
 
 @pytest.fixture(scope="module")
-def mesh():
-  pytest.importorskip("libtpu")
+def mesh(libtpu):
   devices = topology.devices(topology.parse("v5e:2x2"))
   return Mesh(np.array(devices), ("x",))
 

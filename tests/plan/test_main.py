@@ -41,8 +41,7 @@ def refused():
   )
 
 
-def test_a_miniature_is_compiled_and_planned_for_four_chips(plan):
-  pytest.importorskip("libtpu")
+def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
   done = plan(*SMALL, "--topology=v5e:2x2", "--json")
   assert done.code == 0, done.err
   have = json.loads(done.out)

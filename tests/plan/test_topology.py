@@ -15,16 +15,14 @@ TPUS = [
 
 
 @pytest.mark.parametrize("name", TPUS)
-def test_libtpu_knows_every_topology_that_a_message_names(name):
-  pytest.importorskip("libtpu")
+def test_libtpu_knows_every_topology_that_a_message_names(name, libtpu):
   machines = topology.parse(name)
   devices = topology.devices(machines)
   assert len(devices) == machines.count
   assert {device.device_kind for device in devices} == {machines.kind}
 
 
-def test_slices_multiply_devices_and_libtpu_tells_them_apart():
-  pytest.importorskip("libtpu")
+def test_slices_multiply_devices_and_libtpu_tells_them_apart(libtpu):
   two = topology.parse("v5e:2x4", slices=2)
   assert (two.count, two.chips, str(two)) == (16, 16, "2 slices of v5e:2x4")
   assert {device.slice_index for device in topology.devices(two)} == {0, 1}
@@ -49,8 +47,7 @@ def test_an_unknown_name_ends_in_those_that_are_known(name):
     topology.parse(name)
 
 
-def test_what_libtpu_alone_refuses_ends_the_same_way():
-  pytest.importorskip("libtpu")
+def test_what_libtpu_alone_refuses_ends_the_same_way(libtpu):
   with pytest.raises(ValueError, match=r"Unknown topology 'v5e:3x3' \(.*v6e:"):
     topology.devices(topology.parse("v5e:3x3"))
 
@@ -67,8 +64,7 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
     topology.devices(topology.parse("v5e:2x2"))
 
 
-def test_asking_libtpu_leaves_the_environment_as_it_was():
-  pytest.importorskip("libtpu")
+def test_asking_libtpu_leaves_the_environment_as_it_was(libtpu):
   before = dict(os.environ)
   topology.devices(topology.parse("v5e:2x2"))
   # What JAX itself sets when it meets a TPU's library is its own.
