@@ -8,7 +8,7 @@ from absl import logging
 
 from pixsigma_jax import sharding
 from pixsigma_jax.plan import topology as topologies
-from pixsigma_jax.plan.memory import DoesNotFitError
+from pixsigma_jax.plan.memory import DoesNotFitError, is_too_large
 from pixsigma_jax.plan.stage import Stage
 from pixsigma_jax.train.program import lower_step
 
@@ -37,7 +37,7 @@ def compile_step(stage: Stage) -> tuple[Any, float]:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     message = str(error)
-    if "RESOURCE_EXHAUSTED" not in message or "HbmOom" not in message:
+    if not is_too_large(message):
       raise
     raise DoesNotFitError(message) from error
   seconds = time.perf_counter() - began

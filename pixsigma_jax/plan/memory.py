@@ -62,6 +62,14 @@ class DoesNotFitError(Exception):
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+def is_too_large(message: str) -> bool:
+  """Whether a compiler's message says that a program does not fit a TPU's memory.
+
+  It may also run out of what a core has for itself (VMEM): that is the kernel's fault.
+  """
+  return message.startswith("RESOURCE_EXHAUSTED") and "hbm" in message.lower()
+
+
 def wanted(message: str) -> int | None:
   """Bytes of temporaries that the compiler asked for in vain; None if it does not say.
 

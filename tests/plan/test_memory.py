@@ -111,10 +111,21 @@ def test_the_total_is_the_sum_of_its_parts():
   assert have.total == sum(parts.values())
 
 
-def test_the_compilers_message_tells_how_much_it_wanted():
+# libtpu 0.0.51, and 0.0.42.
+@pytest.mark.parametrize("code", ["E1000: CompileTimeHbmOom: ", ""])
+def test_the_compilers_message_tells_how_much_it_wanted(code):
   message = (
-    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
-    "memory required for HLO temporaries (29.31G) exceeds available HBM (15.75G)."
+    f"RESOURCE_EXHAUSTED: {code}Ran out of memory on HBM, the total memory required "
+    "for HLO temporaries (29.31G) exceeds available HBM (15.75G)."
   )
+  assert memory.is_too_large(message)
   assert memory.wanted(message) == round(29.31 * 2**30)
-  assert memory.wanted("RESOURCE_EXHAUSTED: Vmem") is None
+
+
+def test_other_messages_of_the_compiler_are_no_matter_of_a_devices_memory():
+  for message in (
+    "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: %splash_mha_dkv",
+    "INTERNAL: no HBM of that name",
+  ):
+    assert not memory.is_too_large(message)
+  assert memory.wanted("RESOURCE_EXHAUSTED: Ran out of memory in hbm") is None
