@@ -70,7 +70,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
   if compute.remat != "block":
     yield "--config.compute.remat=block"
   if rows > 1:
-    factor = stage.config["accumulation"] * min(rows, 4)
+    factor = stage.config["accumulation"] * _parts_that_fit(plan)
     yield f"--config.accumulation={factor} for fewer than {rows} images at a time"
   if stage.sizes["fsdp"] < 8 <= stage.topology.per_slice:
     yield "--config.mesh.fsdp=8"
@@ -78,6 +78,14 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     yield f"--config.mesh.context={2 * stage.sizes['context']}"
   yield "a larger topology"
   yield "a smaller batch"
+
+
+def _parts_that_fit(plan: Plan) -> int:
+  """Into how many parts a device's images must fall; into single ones if that helps."""
+  held, rows = plan.memory, plan.stage.rows
+  rest = plan.stage.topology.chip.usable - (held.total - held.temporary)
+  divisors = (parts for parts in range(2, rows) if rows % parts == 0)
+  return next((parts for parts in divisors if held.temporary / parts <= rest), rows)
 
 
 def _arithmetic(plan: Plan) -> Iterator[str]:

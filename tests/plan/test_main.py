@@ -110,7 +110,7 @@ def test_what_does_not_fit_ends_with_one_error_that_says_why(plan):
   assert message.startswith("Error: Does not fit: a device has 15.75 GiB, the step")
   for part in ("GiB too much", "Largest: activations", "compute.remat=block"):
     assert part in message
-  for part in ("compute.attention=chunked", "accumulation=4", "a larger topology"):
+  for part in ("compute.attention=chunked", "accumulation=", "a larger topology"):
     assert part in message
 
 
@@ -124,7 +124,8 @@ def test_a_refusal_of_the_compiler_is_a_plan_that_does_not_fit(monkeypatch, refu
   assert planned.compilation.refused == refused
   wanted = round(29.31 * 2**30)
   assert planned.memory.gradients + planned.memory.temporary == wanted
-  assert "24 images at a time" in report.does_not_fit(planned)
+  # 29 GiB for 24 images, 14.9 free: halves do.
+  assert "accumulation=2 for fewer than 24 images" in report.does_not_fit(planned)
   assert "the compiler found none that fits" in report.text(planned)
   assert json.dumps(plans.as_dict(planned))
 
