@@ -4,13 +4,14 @@
 
 RATE is what `benchmarks.records` measures ("batched", a CPU second). Images a second
 follow from FLOPs alone: at the chips' whole peak, which nothing reaches, and at 40 % of
-it. A host has four chips. Steps are not measured here; `plan` will model them.
+it. A host has four chips. What a stage's modelled step needs is in `plan`'s report.
 """
 
 from absl import flags
 
 from pixsigma_jax import command
 from pixsigma_jax.models.pixart import VARIANTS
+from pixsigma_jax.plan.host import CHIPS_A_HOST, STORED_TOKENS
 
 _RATE = flags.DEFINE_float(
   "records_per_cpu_second", None, "Of 1K features, read and batched.", required=True
@@ -18,7 +19,6 @@ _RATE = flags.DEFINE_float(
 
 # Chips, and bfloat16 FLOP/s of one as the maker states them.
 SLICES = {"v5e-256": (256, 197e12), "v5p-64": (32, 459e12)}
-CHIPS_A_HOST = 4
 SHARE = 0.4
 # Resolution, key/value compression R² and its layers: the stages of Table 4.
 STAGES = [
@@ -30,7 +30,6 @@ STAGES = [
   (4096, 4, 14),
 ]
 CAPTION_TOKENS, CAPTION_WIDTH = 300, 4096
-STORED_TOKENS = 240 + 48  # a long and a short caption of a record
 MEASURED_BYTES = 2 * (128 * 128 * 8 + STORED_TOKENS * CAPTION_WIDTH)  # at 1K
 
 

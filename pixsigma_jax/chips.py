@@ -1,7 +1,10 @@
-"""What the makers say of their accelerators: peak arithmetic, memory and its bandwidth.
+"""What the makers say of their accelerators: arithmetic, memory, and what joins them.
 
 Arithmetic is dense bfloat16. Sources: cloud.google.com/tpu/docs/system-architecture and
-the data sheets of NVIDIA's A100, H100, H200, B200, L4 and T4 (float16 for the last).
+the data sheets of NVIDIA's A100, H100, H200, B200, L4 and T4 (float16 for the last);
+links between TPUs, and their share of the data center's network, from "How to Scale
+Your Model" (jax-ml.github.io/scaling-book, part 2); what a program may have of a TPU's
+memory, from the message of libtpu 0.0.51 to one that wants more.
 """
 
 import dataclasses
@@ -9,36 +12,71 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device as JAX shows it: a whole chip, but for TPU7x, whose chip is two.
+  """One device as JAX shows it: a whole chip, but for TPU v3 and 7x, whose chip is two.
 
   Attributes:
     flops: peak, per second, counting a multiplication and an addition as two.
     memory: bytes.
     bandwidth: bytes per second.
+    usable: bytes that a program may have; what is left of `memory`.
+    link: bytes per second that a device receives while it shares something with others
+      along one axis of a mesh. Of a TPU, one link, one way: chips in a line. Where they
+      close a ring it is twice that. Of a GPU, NVLink (PCIe for L4 and T4), one way.
+    network: the same between slices or boxes, over the data center's network. Of GPUs,
+      one network card each, as in a DGX (200 Gb/s for A100, 400 for what came after).
+    matrix_unit: width of the unit that multiplies matrices: sides are padded to it.
   """
 
   flops: float
   memory: int
   bandwidth: float
+  usable: int
+  link: float
+  network: float
+  matrix_unit: int
 
 
 _GIB = 2**30
 
+
+def _tpu(
+  flops: float,
+  memory: int,
+  usable: float,
+  bandwidth: float,
+  link: float,
+  network: float,
+  matrix_unit: int,
+) -> Chip:
+  gib = memory * _GIB, int(usable * _GIB)
+  return Chip(flops, gib[0], bandwidth, gib[1], link, network, matrix_unit)
+
+
+def _gpu(
+  flops: float, memory: int, bandwidth: float, link: float, network: float
+) -> Chip:
+  # JAX takes nine tenths for itself unless XLA_PYTHON_CLIENT_MEM_FRACTION says else.
+  # Tensor cores multiply pieces of 16.
+  size = memory * _GIB
+  return Chip(flops, size, bandwidth, size * 9 // 10, link, network, 16)
+
+
 # How a device's kind begins → the chip; the longest match counts.
 CHIPS: dict[str, Chip] = {
-  "TPU v4": Chip(275e12, 32 * _GIB, 1228e9),
-  "TPU v5 lite": Chip(197e12, 16 * _GIB, 819e9),
-  "TPU v5": Chip(459e12, 95 * _GIB, 2765e9),
-  "TPU v6 lite": Chip(918e12, 32 * _GIB, 1640e9),
-  "TPU7x": Chip(1153e12, 96 * _GIB, 3690e9),
-  "NVIDIA T4": Chip(65e12, 16 * _GIB, 320e9),
-  "Tesla T4": Chip(65e12, 16 * _GIB, 320e9),
-  "NVIDIA L4": Chip(121e12, 24 * _GIB, 300e9),
-  "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * _GIB, 1555e9),
-  "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * _GIB, 2039e9),
-  "NVIDIA H100": Chip(989e12, 80 * _GIB, 3350e9),
-  "NVIDIA H200": Chip(989e12, 141 * _GIB, 4800e9),
-  "NVIDIA B200": Chip(2250e12, 180 * _GIB, 8000e9),
+  "TPU v3": _tpu(61.5e12, 16, 15.48, 450e9, 100e9, 3.125e9, 128),
+  "TPU v4": _tpu(275e12, 32, 30.75, 1228e9, 45e9, 6.25e9, 128),
+  "TPU v5 lite": _tpu(197e12, 16, 15.75, 819e9, 45e9, 3.125e9, 128),
+  "TPU v5": _tpu(459e12, 96, 95.73, 2765e9, 90e9, 6.25e9, 128),
+  "TPU v6 lite": _tpu(918e12, 32, 31.24, 1640e9, 90e9, 12.5e9, 256),
+  "TPU7x": _tpu(1153e12, 96, 94.74, 3690e9, 90e9, 6.25e9, 256),
+  "NVIDIA T4": _gpu(65e12, 16, 320e9, 16e9, 16e9),
+  "Tesla T4": _gpu(65e12, 16, 320e9, 16e9, 16e9),
+  "NVIDIA L4": _gpu(121e12, 24, 300e9, 32e9, 32e9),
+  "NVIDIA A100-SXM4-40GB": _gpu(312e12, 40, 1555e9, 300e9, 25e9),
+  "NVIDIA A100-SXM4-80GB": _gpu(312e12, 80, 2039e9, 300e9, 25e9),
+  "NVIDIA H100": _gpu(989e12, 80, 3350e9, 450e9, 50e9),
+  "NVIDIA H200": _gpu(989e12, 141, 4800e9, 450e9, 50e9),
+  "NVIDIA B200": _gpu(2250e12, 180, 8000e9, 900e9, 50e9),
 }
 
 

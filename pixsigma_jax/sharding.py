@@ -131,16 +131,56 @@ def choose_axes(
     sizes["fsdp"] = -1
     reasons.append("fsdp has what data leaves")
   elif fsdp == CHOSEN:
-    # A shard of a matrix has whole tiles of 16 rows, or XLA emulates its gathering;
-    # beyond 8 shards a step is no faster.
+    # Beyond 8 shards a step is no faster.
     left = within // max(context, 1)
-    fitting = (f for f in (8, 4, 2) if left % f == 0 and width % (16 * f) == 0)
+    fitting = (f for f in (8, 4, 2) if left % f == 0 and has_whole_tiles(width, f))
     sizes["fsdp"] = next(fitting, 1)
     reasons.append(f"fsdp {sizes['fsdp']}, as matrices have {width} rows")
   if data == CHOSEN:
     sizes["data"] = -1
     reasons.append("data has the rest")
   return sizes, "; ".join(reasons)
+
+
+def has_whole_tiles(width: int, fsdp: int) -> bool:
+  """Whether shards of a matrix have whole tiles of 16 rows, or are no shards.
+
+  Where they have not, XLA emulates their gathering by sums.
+  """
+  return fsdp == 1 or width % (16 * fsdp) == 0
+
+
+def sizes_over_slices(
+  count: int,
+  *,
+  slices: int,
+  data: int,
+  fsdp: int,
+  context: int,
+  batch_size: int,
+  width: int,
+) -> tuple[dict[str, int], str]:
+  """All axes' sizes on so many devices, see `make_mesh_of_slices`, and why.
+
+  Raises:
+    ValueError: the axes do not cover the devices, or do not fit into the slices.
+  """
+  sizes, why = choose_axes(
+    count,
+    slices=slices,
+    data=data,
+    fsdp=fsdp,
+    context=context,
+    batch_size=batch_size,
+    width=width,
+  )
+  sizes = _covering(sizes, count)
+  if sizes["data"] % slices:
+    raise ValueError(
+      f"Mesh {sizes} does not fit {slices} slices of {count // slices} devices: fsdp × "
+      f"context must lie within a slice, so that data is a multiple of {slices}."
+    )
+  return sizes, why
 
 
 def make_mesh_of_slices(
@@ -179,7 +219,7 @@ def make_mesh_of_slices(
       f"config.mesh.slices={slices} does not fit {len(devices)} devices in {told} "
       f"slices: set it to {told}, or to {CHOSEN} for as many as there are."
     )
-  sizes, why = choose_axes(
+  sizes, why = sizes_over_slices(
     len(devices),
     slices=slices,
     data=data,
@@ -191,13 +231,6 @@ def make_mesh_of_slices(
   if slices == 1:
     mesh = make_mesh(**sizes, devices=devices)
   else:
-    sizes = _covering(sizes, len(devices))
-    if sizes["data"] % slices:
-      raise ValueError(
-        f"Mesh {sizes} does not fit {slices} slices of {len(devices) // slices} "
-        "devices: fsdp × context must lie within a slice, so that data is a multiple "
-        f"of {slices}."
-      )
     mesh = Mesh(
       _over_slices(sizes, slices, devices, told), AXES, axis_types=(AxisType.Auto,) * 3
     )
@@ -267,7 +300,9 @@ def placed(abstract_tree: Any, places: Any) -> Any:
   )
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def batch_shardings(
+  batch: Mapping[str, Any], mesh: Mesh | AbstractMesh
+) -> dict[str, NamedSharding]:
   """Rows over `data` and `fsdp` together, tokens over `context`."""
   rows = ("data", "fsdp")
   return {

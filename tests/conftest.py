@@ -1,6 +1,8 @@
 """What every test runs under."""
 
 import os
+import re
+from importlib import metadata
 
 import hypothesis
 import jax
@@ -23,6 +25,18 @@ def pytest_addoption(parser):
   parser.addoption(
     "--kills", type=int, default=11, help="SIGKILLs that a run of the suite survives"
   )
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+  """The version of libtpu, which describes TPUs and compiles for them, anywhere."""
+  pytest.importorskip("libtpu")
+  have = metadata.version("libtpu")
+  [pinned] = [line for line in metadata.requires("jax") or () if "libtpu" in line]
+  wanted = re.match(r"libtpu==([\d.]+?)\.?\*", pinned)[1]
+  if not f"{have}.".startswith(f"{wanted}."):
+    pytest.skip(f"libtpu {have} crashes the profiler of a JAX that pins {wanted}")
+  return have
 
 
 @pytest.fixture

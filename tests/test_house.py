@@ -17,7 +17,7 @@ SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
 COMMANDS = [
   *("train", "sample", "evaluate", "prepare", "convert", "curate", "transform"),
-  "demo",
+  *("demo", "plan"),
 ]
 
 LINTERS = {
@@ -122,7 +122,7 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
   rooms = [pin for room in ("convert", "curate", "demo") for pin in extras[room]]
   pins = requirement_lines() + extras["dev"] + rooms
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
-  pins.remove("pixsigma-jax[convert,curate,demo]")
+  pins.remove("pixsigma-jax[convert,curate,demo,plan]")
   assert [pin for pin in pins if not exact.fullmatch(pin)] == []
 
 

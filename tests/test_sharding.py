@@ -353,9 +353,8 @@ def test_processes_that_share_some_rows_and_not_others_are_refused():
 
 
 @pytest.fixture
-def topology(monkeypatch):
+def topology(libtpu, monkeypatch):
   """Chips that are elsewhere, as libtpu describes them."""
-  pytest.importorskip("libtpu")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
   def describe(name, slices=1):

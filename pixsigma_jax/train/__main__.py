@@ -7,17 +7,17 @@ With --dry_run it says in one line where the run stands, and trains nothing.
 On several hosts, the same command on each: docs/pods.md.
 """
 
-import pathlib
-import sys
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from pixsigma_jax import command, distributed
+from pixsigma_jax.train.config_flag import run_with_config
 from pixsigma_jax.train.loop import train
 from pixsigma_jax.train.standing import standing
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Say where the run stands, done or open, and train nothing."
@@ -41,15 +41,11 @@ _SILENCE_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def main(_: list[str]) -> None:
+def main(config: dict[str, Any]) -> None:
   """Entry point; flags are parsed."""
   logging.set_verbosity(logging.INFO)
-  name = config_flags.get_config_filename(flags.FLAGS["config"])
-  path = pathlib.Path(name.partition(":")[0])
-  if not path.is_file():
-    raise FileNotFoundError(f"There is no config file {path}: give one of configs/.")
   if _DRY_RUN.value:
-    print(standing(_CONFIG.value.to_dict(), _WORKDIR.value))
+    print(standing(config, _WORKDIR.value))
     return
   command.keep_compiled()
   place = distributed.find_place(
@@ -63,27 +59,8 @@ def main(_: list[str]) -> None:
     startup_timeout=_STARTUP_TIMEOUT.value,
     silence_timeout=_SILENCE_TIMEOUT.value,
   ):
-    train(_CONFIG.value.to_dict(), _WORKDIR.value)
-
-
-def _one_line(error: Exception) -> str:
-  """What a config file, or a flag that changes one of its fields, ended in."""
-  while error.args and isinstance(error.args[0], Exception):
-    error = error.args[0]  # ml_collections raises AttributeError(KeyError(…))
-  message = str(error.args[0] if error.args else error)
-  return (
-    "Error: --config, or a flag that changes one of its fields, is wrong: "
-    f"{type(error).__name__}: {' '.join(message.split())} (--traceback shows where)"
-  )
+    train(config, _WORKDIR.value)
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  try:
-    command.run(main)
-  except Exception as error:
-    # A config is read while flags are parsed, before `command` looks at errors.
-    if flags.FLAGS.is_parsed() or "--traceback" in sys.argv:
-      raise
-    print(_one_line(error), file=sys.stderr)
-    sys.exit(1)
+  run_with_config(main)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from pixsigma_jax import checkpoint, metadata
 from pixsigma_jax.convert.lora import read_lora
@@ -134,7 +134,7 @@ def _check_hashes(wanted: Mapping[str, str], mixture: Mixture) -> None:
       )
 
 
-def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh | AbstractMesh) -> None:
   """Whether each part of the mesh gets as many rows each time; a ValueError if not."""
   if accumulation < 1:
     raise ValueError(f"config.accumulation={accumulation} must be at least 1.")

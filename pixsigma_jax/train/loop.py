@@ -25,7 +25,7 @@ from pixsigma_jax.train.ema import save_snapshots
 from pixsigma_jax.train.goodput import Arithmetic, Goodput
 from pixsigma_jax.train.metrics import MetricWriter, Window
 from pixsigma_jax.train.optimizer import rate_in_words
-from pixsigma_jax.train.program import Program, make_program
+from pixsigma_jax.train.program import Program, lower_step, make_program
 from pixsigma_jax.train.progress import Progress
 from pixsigma_jax.train.step import TrainState
 from pixsigma_jax.train.validation import Validation
@@ -181,22 +181,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
 
   batches.start(first_example)
   batch, needed = next_batch()
-  batch_places = sharding.batch_shardings(batch, mesh)
 
   # ------------------------------------------------------------------------ compile
   logging.info("Compiling the train step …")
   began = time.perf_counter()
-  # One program for the stage: every aspect ratio comes padded to the same length.
-  compiled = (
-    jax.jit(
-      program.train_step,
-      in_shardings=(places, batch_places),
-      out_shardings=(places, sharding.replicated(mesh)),
-      donate_argnums=0,
-    )
-    .lower(state, batch)
-    .compile()
-  )
+  compiled = lower_step(program, state, batch, places, mesh).compile()
   distributed.wait_for_all()
   logging.info("Compiled in %.1f s.", time.perf_counter() - began)
 

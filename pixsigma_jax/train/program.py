@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, init_params
@@ -147,6 +149,26 @@ def make_program(
     guards=guards,
     lora=lora,
   )
+
+
+def lower_step(
+  program: Program, state: Any, batch: Any, places: Any, mesh: Mesh
+) -> jax.stages.Lowered:
+  """The train step as it runs on a mesh; its `compile` takes a minute or several.
+
+  One program for a stage: every aspect ratio comes padded to the same length. The state
+  is donated.
+
+  Args:
+    state, batch: arrays, or their shapes and dtypes.
+    places: shardings of the state.
+  """
+  return jax.jit(
+    program.train_step,
+    in_shardings=(places, sharding.batch_shardings(batch, mesh)),
+    out_shardings=(places, sharding.replicated(mesh)),
+    donate_argnums=0,
+  ).lower(state, batch)
 
 
 def abstract_batch(

@@ -1,0 +1,69 @@
+"""Memory, time and price of a stage on machines that nobody needs to have.
+
+python -m pixsigma_jax.plan --config=FILE --topology=v5e:8x8 [--config.field=value]
+
+Compiles the train step ahead of time, which takes minutes; exit code 1 if it does not
+fit. With --nocompile, and for GPUs, the analytic model alone: docs/plan.md.
+"""
+
+import json
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from pixsigma_jax.plan import report, search, topology
+from pixsigma_jax.plan.memory import DoesNotFitError
+from pixsigma_jax.plan.plan import as_dict, make_plan
+from pixsigma_jax.plan.stage import stage_on
+from pixsigma_jax.train.config_flag import run_with_config
+
+config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "Machines: v5e:8x8 (chips), h200:8 (GPUs of a box).", required=True
+)
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "Slices, or boxes, of that topology.", lower_bound=1
+)
+_COMPILE = flags.DEFINE_bool(
+  "compile", True, "Compile the step for a TPU; without, the analytic model in seconds."
+)
+_SEARCH = flags.DEFINE_integer(
+  "search", 0, "Rank meshes and remat, show so many of the best.", lower_bound=0
+)
+_PRICE = flags.DEFINE_float(
+  "price", None, "Dollars an hour of a chip, in place of the list's.", lower_bound=0.0
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON, sizes in bytes.")
+
+
+def main(config: dict[str, Any]) -> None:
+  """Entry point; flags are parsed."""
+  logging.set_verbosity(logging.INFO)
+  # Whatever accelerator is here is not asked: all is for machines that are elsewhere.
+  jax.config.update("jax_platforms", "cpu")
+  machines = topology.parse(_TOPOLOGY.value, _SLICES.value, _PRICE.value)
+  compiles = _COMPILE.value and machines.platform == "tpu"
+  if _COMPILE.value and not compiles:
+    logging.info(
+      "Nothing is compiled for GPUs yet: this is the analytic model, and memory is an "
+      "estimate. `train` on such a machine compiles before its first step."
+    )
+  if _SEARCH.value:
+    plans = search.search(config, machines, compiles=compiles, count=_SEARCH.value)
+  else:
+    plans = [make_plan(stage_on(config, machines), compiles=compiles)]
+  if _JSON.value:
+    found = [as_dict(plan) for plan in plans]
+    print(json.dumps(found if _SEARCH.value else found[0], indent=2))
+  elif _SEARCH.value:
+    print(search.table(plans))
+  else:
+    print(report.text(plans[0]))
+  if not any(plan.fits for plan in plans):
+    raise DoesNotFitError(report.does_not_fit(plans[0]))
+
+
+if __name__ == "__main__":
+  run_with_config(main)

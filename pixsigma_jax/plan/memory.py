@@ -1,0 +1,185 @@
+"""What lies in a device's memory during a train step.
+
+State and batch follow from shapes and shardings, to the byte. What a step needs beside
+them is the compiler's to say; `estimate` is for where nothing is compiled.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pixsigma_jax import sharding, tree
+from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.plan.stage import Stage, keys_of
+
+_FLOAT, _HALF = 4, 2
+
+# Of a block's backward pass, for each token, in bytes and widths of the network: the
+# MLP's hidden layer and its gradient in float32 and bfloat16, queries, keys and values
+# with theirs, the residual stream with its.
+_WORKING_SET = 2 * 4 * (_FLOAT + _HALF) + 2 * 3 * (_FLOAT + _HALF) + 4 * _FLOAT
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device, by what they hold.
+
+  Attributes:
+    parameters, optimizer, averages, frozen, batch: as the shardings divide them;
+      `frozen` is a model whose adapter is trained.
+    gradients: of what is trained, in float32.
+    temporary: activations and whatever else a step makes, but for the gradients.
+    code: the program's own.
+    compiled: whether the compiler says so, or `estimate`.
+  """
+
+  parameters: int
+  optimizer: int
+  averages: int
+  frozen: int
+  batch: int
+  gradients: int
+  temporary: int
+  code: int
+  compiled: bool
+
+  @property
+  def total(self) -> int:
+    """All of it, at the step's highest."""
+    parts = dataclasses.asdict(self)
+    del parts["compiled"]
+    return sum(parts.values())
+
+
+class DoesNotFitError(Exception):
+  """A step takes more than a device's memory."""
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def is_too_large(message: str) -> bool:
+  """Whether a compiler's message says that a program does not fit a TPU's memory.
+
+  It may also run out of what a core has for itself (VMEM): that is the kernel's fault.
+  """
+  return message.startswith("RESOURCE_EXHAUSTED") and "hbm" in message.lower()
+
+
+def wanted(message: str) -> int | None:
+  """Bytes of temporaries that the compiler asked for in vain; None if it does not say.
+
+  It says so in one place: "… required for HLO temporaries (29.31G) exceeds …".
+  """
+  match = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
+  return round(float(match[1]) * _UNITS[match[2]]) if match else None
+
+
+def bytes_a_device(leaves: Any, places: Any) -> int:
+  """Of a tree's arrays, as their shardings divide them."""
+  sizes = jax.tree.map(
+    lambda leaf, place: (
+      math.prod(place.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
+    ),
+    leaves,
+    places,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def _itemsize(dtype: Any) -> int:
+  # A key of JAX is two words, which its dtype does not say.
+  return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def fixed(stage: Stage) -> dict[str, int]:
+  """What a device holds before and after a step, by the names of `Memory`."""
+  state, mesh = stage.state, stage.mesh
+  places = sharding.shardings(state, mesh)
+  parts = {
+    "parameters": bytes_a_device(state.params, places.params),
+    "optimizer": bytes_a_device(state.opt_state, places.opt_state),
+    "averages": bytes_a_device(state.ema_params, places.ema_params),
+    "frozen": 0,
+    "batch": bytes_a_device(stage.batch, sharding.batch_shardings(stage.batch, mesh)),
+  }
+  if stage.program.lora:
+    parts["frozen"] = bytes_a_device(state.frozen, places.frozen)
+  if stage.program.ema.offload:
+    parts["averages"] = 0  # they lie in the host's memory
+  return parts
+
+
+def gradients(stage: Stage) -> int:
+  """Bytes of a device's part of the gradients."""
+  params = stage.state.params
+  places = tree.named_leaves(sharding.shardings(stage.state, stage.mesh).params)
+  return sum(
+    math.prod(places[name].shard_shape(leaf.shape)) * _FLOAT
+    for name, leaf in tree.named_leaves(params).items()
+  )
+
+
+def estimate(stage: Stage) -> Memory:
+  """Without a compiler: what is kept from forward to backward, and one block's work.
+
+  Good for ranking meshes; compilers differ from it by tens of percent either way.
+  """
+  model, compute = stage.model, stage.program.model.compute
+  rows_and_tokens = stage.rows * stage.length
+  each = rows_and_tokens * model.width
+  work = each * _WORKING_SET + _scores(stage, range(model.depth), of_all=False)
+  if compute.remat == "none":
+    kept = model.depth * work
+    if compute.attention == "xla":
+      kept += _scores(stage, range(model.depth), of_all=True)
+  else:
+    kept = model.depth * each * _FLOAT
+    if compute.remat == "attention":
+      kept += model.depth * 2 * each * _HALF
+  # A block's matrices are gathered before they are used, and so is their gradient.
+  gathered = _block_parameters(model) * (_HALF + _FLOAT) * (stage.sizes["fsdp"] > 1)
+  return Memory(
+    **fixed(stage),
+    gradients=gradients(stage),
+    temporary=kept + work + gathered,
+    code=0,
+    compiled=False,
+  )
+
+
+def _scores(stage: Stage, layers: range, *, of_all: bool) -> int:
+  """Attention's scores in float32, and their softmax: of all layers or of the worst."""
+  if stage.program.model.compute.attention != "xla":
+    return 0
+  each = [
+    stage.rows * stage.model.num_heads * stage.length * keys_of(stage, layer)
+    for layer in layers
+  ]
+  return (sum(each) if of_all else max(each)) * (_FLOAT + _HALF)
+
+
+def _block_parameters(model: PixArtConfig) -> int:
+  return round((8 + 2 * model.mlp_ratio) * model.width**2)
+
+
+def of_compiled(stage: Stage, compiled: Any) -> Memory:
+  """What the compiler says, split by what `fixed` knows."""
+  stats = compiled.memory_analysis()
+  parts, grads = fixed(stage), gradients(stage)
+  # Arguments, padded to the chip's tiles, that are not donated to results stay.
+  arguments = stats.argument_size_in_bytes
+  results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  temporary = arguments - sum(parts.values()) + results + stats.temp_size_in_bytes
+  grads = min(grads, temporary)
+  return Memory(
+    **parts,
+    gradients=grads,
+    temporary=temporary - grads,
+    code=stats.generated_code_size_in_bytes,
+    compiled=True,
+  )

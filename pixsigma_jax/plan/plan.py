@@ -1,0 +1,178 @@
+"""A stage's plan: whether it fits, how long it takes, what it costs."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pixsigma_jax.models.flops import TRAINING
+from pixsigma_jax.plan import hlo, memory, roofline
+from pixsigma_jax.plan.compilation import compile_step
+from pixsigma_jax.plan.host import Host, host_input
+from pixsigma_jax.plan.memory import DoesNotFitError, Memory
+from pixsigma_jax.plan.stage import Stage
+
+# Cycles a second, by which the compiler's estimate becomes a time: those at which the
+# matrix units of a chip, each its width squared of products a cycle, reach its peak.
+_CLOCKS = {
+  "TPU v3": 0.94e9,
+  "TPU v4": 1.05e9,
+  "TPU v5 lite": 1.50e9,
+  "TPU v5": 1.75e9,
+  "TPU v6 lite": 1.75e9,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+  """What the compiler has made of a stage.
+
+  Attributes:
+    seconds: that it took.
+    cycles: of one step on one device, estimated by it; None where it estimates none.
+    sent: bytes that a device receives in a step, by kind of collective.
+    refused: its message if the step does not fit into memory; None if it does.
+  """
+
+  seconds: float = 0.0
+  cycles: float | None = None
+  sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  refused: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Everything there is to say; `compilation` is None if nothing was compiled."""
+
+  stage: Stage
+  memory: Memory
+  time: roofline.Time
+  compilation: Compilation | None
+
+  @property
+  def fits(self) -> bool:
+    """Whether a device's memory is large enough."""
+    if self.compilation is not None:
+      return self.compilation.refused is None
+    return self.memory.total <= self.stage.topology.chip.usable
+
+  @property
+  def static_seconds(self) -> float | None:
+    """Of a step by the compiler's estimate; without what waits for other devices."""
+    clock = _CLOCKS.get(self.stage.topology.kind)
+    cycles = self.compilation and self.compilation.cycles
+    return cycles / clock if cycles and clock else None
+
+  @property
+  def seconds(self) -> float:
+    """A floor under a step's time.
+
+    The longest of three, each of which is a limit of the machine by itself: the
+    roofline; the compiled program's arithmetic; what it sends, within a slice.
+    """
+    floors = [self.time.seconds]
+    if self.compilation is not None:
+      sent = sum(self.compilation.sent.values())
+      floors += [self.static_seconds or 0.0, sent / self.stage.topology.chip.link]
+    return max(floors)
+
+  @property
+  def mfu(self) -> float:
+    """What the model needs, over what all devices could do meanwhile."""
+    topology = self.stage.topology
+    return self.time.needed / (self.seconds * topology.count * topology.chip.flops)
+
+  @property
+  def host(self) -> Host:
+    """What each host must read."""
+    return host_input(self.stage, self.seconds)
+
+  @property
+  def images_a_second(self) -> float:
+    """Of all devices."""
+    return self.stage.config["batch_size"] / self.seconds
+
+  @property
+  def days(self) -> float:
+    """That the stage's steps take."""
+    return self.stage.config["total_steps"] * self.seconds / 86_400
+
+  @property
+  def dollars(self) -> float:
+    """That they cost."""
+    return 24 * self.days * self.stage.topology.chips * self.stage.topology.price
+
+
+def make_plan(stage: Stage, *, compiles: bool) -> Plan:
+  """Plans a stage, with the compiler's help or by the analytic model alone.
+
+  Raises:
+    ValueError: it is to be compiled, and libtpu is missing.
+  """
+  step, compilation = roofline.step_time(stage), None
+  needs = memory.estimate(stage)
+  if compiles:
+    try:
+      compiled, seconds = compile_step(stage)
+    except DoesNotFitError as error:
+      compilation = Compilation(refused=str(error))
+      if (wanted := memory.wanted(str(error))) is not None:
+        temporary = max(wanted - needs.gradients, 0)
+        needs = dataclasses.replace(needs, temporary=temporary)
+    else:
+      needs = memory.of_compiled(stage, compiled)
+      compilation = _read(compiled, seconds)
+  return Plan(stage, needs, step, compilation)
+
+
+def _read(compiled: Any, seconds: float) -> Compilation:
+  try:
+    static = hlo.read(compiled.as_text())
+  except (jax.errors.JaxRuntimeError, ValueError):
+    # libtpu cannot always write what it has compiled.
+    return Compilation(seconds)
+  # What it does not estimate are Pallas kernels: a sum without them says nothing.
+  return Compilation(seconds, None if static.kernels else static.cycles, static.sent)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+  """For machines: sizes in bytes, times in seconds, operations as a number."""
+  stage, compilation = plan.stage, plan.compilation
+  topology = stage.topology
+  held = dataclasses.asdict(plan.memory)
+  return {
+    "stage": stage.config["stage"],
+    "topology": topology.name,
+    "slices": topology.slices,
+    "chips": topology.chips,
+    "devices": topology.count,
+    "device_kind": topology.kind,
+    "mesh": dict(stage.sizes),
+    "batch_size": stage.config["batch_size"],
+    "tokens": stage.tokens,
+    "attention": stage.program.model.compute.attention,
+    "remat": stage.program.model.compute.remat,
+    "fits": plan.fits,
+    "compiled": compilation and dataclasses.asdict(compilation),
+    "memory": {
+      **held,
+      "total": plan.memory.total,
+      "available": topology.chip.usable,
+    },
+    "flops": {
+      "forward_by_part": roofline.needed(stage),
+      "step": plan.time.needed,
+      "training_over_forward": TRAINING,
+    },
+    "roofline": dataclasses.asdict(plan.time),
+    "static_seconds": plan.static_seconds,
+    "step_seconds": plan.seconds,
+    "mfu": plan.mfu,
+    "images_a_second": plan.images_a_second,
+    "host": dataclasses.asdict(plan.host),
+    "total_steps": stage.config["total_steps"],
+    "days": plan.days,
+    "dollars_a_chip_hour": topology.price,
+    "dollars": plan.dollars,
+  }

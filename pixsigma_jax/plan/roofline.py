@@ -1,0 +1,245 @@
+"""How long a train step takes if nothing but the machine's limits stands in its way.
+
+Each part takes as long as its arithmetic, on matrices padded to the chip's matrix unit,
+or its bytes in memory, whichever is more; then come the bytes between devices, of which
+those that arrive while something else is computed take no time of their own. What a
+real chip does beside that is not in it: take the result for a floor under a step's
+time. Not calibrated: there is no measurement of an accelerator in `benchmarks/` yet.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from pixsigma_jax import tree
+from pixsigma_jax.chips import Chip
+from pixsigma_jax.models.flops import TRAINING, forward_flops
+from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.plan import memory
+from pixsigma_jax.plan.stage import Stage, keys_of
+
+_FLOAT, _HALF = 4, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """What an implementation of attention costs.
+
+  Attributes:
+    backward: its arithmetic in the backward pass, in forward passes.
+    forward_bytes, backward_bytes: of scores in memory, a query and key and head.
+    kept: whether the backward pass needs no further forward pass once the output is
+      kept (`remat: attention`).
+  """
+
+  backward: float
+  forward_bytes: float
+  backward_bytes: float
+  kept: bool
+
+
+# Forward: scores, their maximum, their exponentials in bfloat16, the sum: written and
+# read again, unless a kernel keeps them. Backward: two products for each of forward's;
+# one more where scores are made again; two where a kernel makes them twice.
+ATTENTIONS: dict[str, Attention] = {
+  "xla": Attention(2.0, 16.0, 26.0, False),
+  "chunked": Attention(3.5, 16.0, 42.0, True),
+  "splash": Attention(3.5, 0.0, 0.0, True),
+  "cudnn": Attention(2.5, 0.0, 0.0, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A part of a step, on one device.
+
+  Attributes:
+    flops: that the machine does, padding and recomputation among them.
+    bytes: read and written in its memory.
+    seconds: that it takes.
+    bound: "compute" or "memory".
+  """
+
+  flops: float
+  bytes: float
+  seconds: float
+  bound: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+  """What a device receives from others in a step, for one purpose.
+
+  Attributes:
+    axis: of the mesh.
+    network: "link" within a slice or a box, "network" between them.
+    overlaps: whether it arrives while something is computed that does not wait for it.
+  """
+
+  axis: str
+  network: str
+  bytes: float
+  seconds: float
+  overlaps: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+  """A step by its parts.
+
+  Attributes:
+    needed: operations that the model needs for the batch, forward and backward.
+    ceiling: the share of the peak that padding to the matrix unit leaves.
+  """
+
+  parts: Mapping[str, Part]
+  transfers: Mapping[str, Transfer]
+  seconds: float
+  needed: float
+  ceiling: float
+
+
+def needed(stage: Stage) -> dict[str, float]:
+  """Operations of one image's forward pass by part, see `models/flops.py`."""
+  model = stage.model
+  return forward_flops(model, (model.base_size, model.base_size), model.caption_length)
+
+
+def padding(unit: int, *sides: int) -> float:
+  """How many times more a matrix unit multiplies because sides do not fill it."""
+  return math.prod(-(-side // unit) * unit / side for side in sides)
+
+
+def ceiling(model: PixArtConfig, unit: int) -> float:
+  """The share of the peak that is left of a step if every matrix side is padded."""
+  parts = forward_flops(model, (model.base_size, model.base_size), model.caption_length)
+  padded = sum(flops * _padding_of(name, model, unit) for name, flops in parts.items())
+  return sum(parts.values()) / padded
+
+
+def _padding_of(name: str, model: PixArtConfig, unit: int) -> float:
+  width, head = model.width, model.width // model.num_heads
+  hidden = round(width * model.mlp_ratio)
+  return {
+    "attention": padding(unit, head),
+    "cross-attention": padding(unit, head, model.caption_length),
+    "mlp": padding(unit, width, hidden),
+    "caption projection": padding(unit, width, model.caption_width),
+    "patches in and out": 1.0,  # bound by memory, and little
+    "kv compression": 1.0,  # not a matrix product
+  }.get(name, padding(unit, width, width))
+
+
+def step_time(stage: Stage) -> Time:
+  """The model of one train step."""
+  chip = stage.topology.chip
+  parts = _parts(stage, chip)
+  transfers = _transfers(stage, chip)
+  computing = sum(part.seconds for part in parts.values())
+  hidden = sum(t.seconds for t in transfers.values() if t.overlaps)
+  exposed = sum(t.seconds for t in transfers.values() if not t.overlaps)
+  seconds = max(computing, hidden) + exposed
+  total = TRAINING * sum(needed(stage).values()) * stage.config["batch_size"]
+  return Time(
+    parts=parts,
+    transfers=transfers,
+    seconds=seconds,
+    needed=total,
+    ceiling=ceiling(stage.model, chip.matrix_unit),
+  )
+
+
+def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
+  model, compute = stage.model, stage.program.model.compute
+  remat = compute.remat != "none"
+  passes = TRAINING + remat
+  accumulation = stage.config["accumulation"]
+  # Of the whole batch, in this device's part of rows and tokens.
+  rows = stage.rows * accumulation / stage.sizes["context"]
+  tokens = float(stage.rows * accumulation * stage.length)
+  kind = ATTENTIONS[compute.attention]
+  again = remat and not (compute.remat == "attention" and kind.kept)
+
+  flops = {
+    name: rows * count * _padding_of(name, model, chip.matrix_unit)
+    for name, count in needed(stage).items()
+  }
+  # Padding to the longest sequence is computed as well.
+  longer = stage.tokens / model.base_size**2
+  of_attention = 1 + kind.backward + again
+  scores = {
+    "attention": sum(keys_of(stage, layer) for layer in range(model.depth)),
+    "cross-attention": model.caption_length * model.depth,
+  }
+  parts: dict[str, tuple[float, float]] = {}
+  for name, keys in scores.items():
+    touched = kind.forward_bytes * (1 + again) + kind.backward_bytes
+    # Queries, keys, values and output, read or written once a pass.
+    operands = 4 * _HALF * tokens * model.width * model.depth * of_attention
+    stretch = longer**2 if name == "attention" else longer
+    parts[name] = (
+      flops.pop(name) * stretch * of_attention,
+      tokens * keys * model.num_heads * touched + operands,
+    )
+  # Of a block, for each token, in widths: what its eight matrix products read and
+  # write, in bfloat16 or, where the residual stream is next, in float32.
+  hidden = model.mlp_ratio
+  products = _HALF * (1 + 3 + 1 + 1 + 1 + 1 + 1 + 2 * hidden) + 3 * _FLOAT
+  weights = _HALF * (8 + 2 * hidden) * model.width**2 * accumulation
+  parts["matrix products"] = (
+    sum(flops.values()) * longer * passes,
+    passes * model.depth * (tokens * model.width * products + weights),
+  )
+  # Norms read the stream and write bfloat16; sums read it, a branch, and write it.
+  stream = 3 * (_FLOAT + _HALF) + 3 * 3 * _FLOAT
+  parts["norms and residuals"] = (
+    0.0,
+    passes * model.depth * tokens * model.width * stream,
+  )
+  fixed = memory.fixed(stage)
+  state = sum(fixed[name] for name in ("parameters", "optimizer", "averages"))
+  parts["optimizer and averages"] = (0.0, 2.0 * (state + memory.gradients(stage)))
+  return {name: _part(chip, *costs) for name, costs in parts.items()}
+
+
+def _part(chip: Chip, flops: float, touched: float) -> Part:
+  compute, moving = flops / chip.flops, touched / chip.bandwidth
+  bound = "compute" if compute >= moving else "memory"
+  return Part(flops, touched, max(compute, moving), bound)
+
+
+def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
+  """Bytes between devices. Of n that share X, each receives X · (n - 1) / n."""
+  model, sizes = stage.model, stage.sizes
+  fsdp, context = sizes["fsdp"], sizes["context"]
+  slices = stage.topology.slices
+  remat = stage.program.model.compute.remat != "none"
+  accumulation = stage.config["accumulation"]
+  trained = tree.size(stage.state.params)
+  used = tree.size(stage.state.frozen) if stage.program.lora else trained
+  gradients = memory.gradients(stage)
+  keys = sum(keys_of(stage, layer) for layer in range(model.depth))
+  kv = 2.0 * _HALF * stage.rows * accumulation * keys * model.width
+  replicas = sizes["data"] // slices * context
+  counted = {
+    # Forward, again if a block is recomputed, and backward.
+    "gather parameters": (
+      "fsdp",
+      "link",
+      (2 + remat) * accumulation * _HALF * used,
+      fsdp,
+      True,
+    ),
+    "scatter gradients": ("fsdp", "link", accumulation * _FLOAT * trained, fsdp, True),
+    # Backward it is gradients, scattered.
+    "gather keys and values": ("context", "link", (2 + remat) * kv, context, False),
+    "sum gradients": ("data", "link", 2.0 * gradients, replicas, False),
+    "sum gradients over slices": ("data", "network", 2.0 * gradients, slices, False),
+  }
+  transfers = {}
+  for name, (axis, network, size, count, overlaps) in counted.items():
+    if count > 1:
+      received = size * (count - 1) / count
+      rate = chip.link if network == "link" else chip.network
+      transfers[name] = Transfer(axis, network, received, received / rate, overlaps)
+  return transfers

@@ -1,0 +1,123 @@
+"""A stage laid over machines, by shapes alone: nothing is made and nothing compiled."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from pixsigma_jax import sharding
+from pixsigma_jax.data.buckets import BUCKETS
+from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.plan.topology import Topology
+from pixsigma_jax.train import agreement
+from pixsigma_jax.train.batches import split_length
+from pixsigma_jax.train.config import call, model_config
+from pixsigma_jax.train.program import Program, abstract_batch, make_program
+
+# No number of a plan depends on it; the program wants one.
+_SCALING_FACTOR = 0.13025
+_PIXELS_A_TOKEN = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What there is to know of a run before it has devices.
+
+  Attributes:
+    config: of the stage, as a plain dict.
+    topology: the machines.
+    sizes: of the mesh's axes.
+    program: what is computed.
+    state, batch: shapes and dtypes, over all devices.
+    tokens: of an image, with what it is padded to.
+  """
+
+  config: Mapping[str, Any]
+  topology: Topology
+  sizes: Mapping[str, int]
+  program: Program
+  state: Any
+  batch: Mapping[str, Any]
+  tokens: int
+
+  @property
+  def model(self) -> PixArtConfig:
+    """The network's hyper-parameters."""
+    return self.program.model.config
+
+  @property
+  def mesh(self) -> AbstractMesh:
+    """The mesh without its devices."""
+    return AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
+
+  @property
+  def rows(self) -> int:
+    """Images that a device has, or has a part of, in one forward pass."""
+    parts = self.sizes["data"] * self.sizes["fsdp"] * self.config["accumulation"]
+    return self.config["batch_size"] // parts
+
+  @property
+  def length(self) -> int:
+    """Tokens of each of them that are its own."""
+    return self.tokens // self.sizes["context"]
+
+
+def longest_sequence(model: PixArtConfig) -> int:
+  """Tokens of the largest size of the resolution's table, or of the square."""
+  square = (model.base_size * _PIXELS_A_TOKEN,) * 2
+  table = BUCKETS.get(square[0], {1.0: square})
+  return max(height * width for height, width in table.values()) // _PIXELS_A_TOKEN**2
+
+
+def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -> Stage:
+  """Lays a stage over machines, as `train` would.
+
+  Args:
+    state: shapes and dtypes of the state, if a stage of the same model, optimizer,
+      averages and adapter has them: they take a second or more to find.
+
+  Raises:
+    ValueError: the config is not one, or its batch or mesh do not fit the machines.
+  """
+  agreement.check_config(config)
+  model = model_config(config["model"])
+  batch_size, fields = config["batch_size"], dict(config["mesh"])
+  slices = fields.pop("slices", None)
+  if slices not in (sharding.CHOSEN, topology.slices, None):
+    raise ValueError(
+      f"config.mesh.slices={slices}, and these are {topology}: set it to "
+      f"{sharding.CHOSEN}, or give --slices={slices}."
+    )
+  sizes, _ = call(
+    sharding.sizes_over_slices,
+    "mesh",
+    fields,
+    topology.count,
+    slices=topology.slices,
+    batch_size=batch_size // config["accumulation"],
+    width=model.width,
+  )
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  agreement.check_batch(batch_size, config["accumulation"], mesh)
+  context = sizes["context"]
+  tokens = split_length(longest_sequence(model), context, model.window)
+  program = make_program(config, context=context, scaling_factor=_SCALING_FACTOR)
+  return Stage(
+    config=config,
+    topology=topology,
+    sizes=sizes,
+    program=program,
+    state=program.abstract_state() if state is None else state,
+    batch=abstract_batch(model, batch_size=batch_size, sequence_length=tokens),
+    tokens=tokens,
+  )
+
+
+def keys_of(stage: Stage, layer: int) -> int:
+  """Keys that a token of an image sees in a layer, its padding among them."""
+  compression = stage.model.kv_compression
+  if layer not in compression.layers:
+    return stage.tokens
+  return stage.tokens // math.prod(compression.window)

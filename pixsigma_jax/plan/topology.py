@@ -1,0 +1,197 @@
+"""Machines by name: `v5e:8x8`, `h200:8`, and several of the same."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from pixsigma_jax.chips import CHIPS, Chip
+
+GPUS_A_BOX = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+  """What a name before the colon means.
+
+  Attributes:
+    kind: of its devices, a key of `chips.CHIPS`.
+    price: dollars an hour of one chip.
+    devices: of one chip, as JAX shows them.
+    options: what libtpu must be told to show them so.
+    known: shapes of a TPU slice that libtpu compiles for, as examples; the libtpu that
+      is installed decides. Empty for a GPU.
+  """
+
+  kind: str
+  price: float
+  devices: int = 1
+  options: tuple[tuple[str, str], ...] = ()
+  known: tuple[str, ...] = ()
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+# Prices: TPUs on demand in the United States, cloud.google.com/tpu/pricing; GPUs about
+# what they are let for, the H100's being that of docs/stages.md. As of 2025, rounded,
+# and gone when you read this: --price says yours.
+GENERATIONS: dict[str, _Generation] = {
+  "v3": _Generation("TPU v3", 2.0, devices=2, known=("2x2", "4x4", "4x8", "8x8")),
+  "v4": _Generation(
+    "TPU v4", 3.22, options=(("chip_config_name", "megacore"),), known=_CUBES
+  ),
+  "v5e": _Generation("TPU v5 lite", 1.2, known=_FLAT),
+  "v5p": _Generation("TPU v5", 4.2, known=_CUBES),
+  "v6e": _Generation("TPU v6 lite", 2.7, known=_FLAT),
+  "tpu7x": _Generation("TPU7x", 12.0, devices=2, known=("2x2x1", "4x4x4")),
+  "a100": _Generation("NVIDIA A100-SXM4-80GB", 1.5),
+  "h100": _Generation("NVIDIA H100", 2.5),
+  "h200": _Generation("NVIDIA H200", 3.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Machines.
+
+  Attributes:
+    name: as it was given, "v5e:8x8".
+    slices: groups of this shape, which the data center's network joins.
+    per_slice: devices of one.
+    chips: in all slices; what is paid for.
+    chip: what one device is.
+    kind: its `device_kind`.
+    platform: "tpu" or "gpu".
+    price: dollars an hour of a chip.
+  """
+
+  name: str
+  slices: int
+  per_slice: int
+  chips: int
+  chip: Chip
+  kind: str
+  platform: str
+  price: float
+
+  @property
+  def count(self) -> int:
+    """Devices in all slices."""
+    return self.slices * self.per_slice
+
+  def __str__(self) -> str:
+    return self.name if self.slices == 1 else f"{self.slices} slices of {self.name}"
+
+
+def known() -> str:
+  """The names there are, for a message."""
+  names = [
+    f"{name}:{{{','.join(generation.known)}}}" if generation.known else f"{name}:1 to 8"
+    for name, generation in GENERATIONS.items()
+  ]
+  return ", ".join(names)
+
+
+def parse(name: str, slices: int = 1, price: float | None = None) -> Topology:
+  """The machines of a name.
+
+  Args:
+    name: `GENERATION:SHAPE`, the shape in chips, "v5e:8x8", or `GPU:COUNT`, "h200:8".
+    slices: how many of them.
+    price: dollars an hour of one chip; None for that of `GENERATIONS`.
+
+  Raises:
+    ValueError: there is no such generation, or the shape is none.
+  """
+  generation, _, shape = name.partition(":")
+  if generation not in GENERATIONS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise _unknown(name)
+  about = GENERATIONS[generation]
+  sides = [int(side) for side in shape.split("x")]
+  if not about.known and (len(sides) > 1 or sides[0] > GPUS_A_BOX):
+    raise ValueError(
+      f"Topology {name!r}: a box has up to {GPUS_A_BOX} GPUs. Say "
+      f"{generation}:{GPUS_A_BOX}, and how many boxes with --slices."
+    )
+  if about.known and len(sides) != about.known[0].count("x") + 1:
+    raise _unknown(name)
+  chips = 1
+  for side in sides:
+    chips *= side
+  return Topology(
+    name=name,
+    slices=slices,
+    per_slice=chips * about.devices,
+    chips=slices * chips,
+    chip=CHIPS[about.kind],
+    kind=about.kind,
+    platform="tpu" if about.known else "gpu",
+    price=about.price if price is None else price,
+  )
+
+
+def devices(topology: Topology) -> Sequence[Any]:
+  """A TPU topology's devices, as the installed libtpu describes them.
+
+  Raises:
+    ValueError: libtpu is not installed, or does not know the topology.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "Compiling for a TPU needs libtpu, which runs on any machine: "
+      "`pip install pixsigma_jax[plan]`. Or give --nocompile for the analytic model."
+    )
+  generation = topology.name.partition(":")[0]
+  options: dict[str, Any] = dict(GENERATIONS[generation].options)
+  if set(topology.name.partition(":")[2].split("x")) == {"1"}:
+    options["chips_per_host_bounds"] = [1, 1, 1]  # else a host has four
+  if topology.slices > 1:
+    options["num_slices"] = topology.slices
+  try:
+    with _told(_AWAY):
+      described = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **options
+      ).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise _unknown(topology.name, str(error).splitlines()[0]) from error
+  assert len(described) == topology.count
+  return described
+
+
+# What libtpu reads when it is loaded. Another process may hold its lock, and nothing
+# here touches a TPU; nor shall it ask a cloud's server where it is, and complain.
+_AWAY = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@contextlib.contextmanager
+def _told(variables: Mapping[str, str]) -> Iterator[None]:
+  """The environment with these variables; afterwards as it was."""
+  before = {name: os.environ.get(name) for name in variables}
+  os.environ.update(variables)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
+
+
+def _unknown(name: str, why: str = "") -> ValueError:
+  return ValueError(
+    f"Unknown topology {name!r}{f' ({why})' if why else ''}. Known are {known()}; "
+    "several slices or boxes of one by --slices."
+  )

@@ -1,0 +1,106 @@
+"""What is read out of a compiled program, against programs whose numbers are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pixsigma_jax.plan import hlo, topology
+
+TURNS, SIDE = 7, 256
+
+
+@pytest.fixture(scope="module")
+def mesh(libtpu):
+  devices = topology.devices(topology.parse("v5e:2x2"))
+  return Mesh(np.array(devices), ("x",))
+
+
+def compiled(mesh, function, *shapes):
+  """The text of a program whose arguments have their first axis sharded."""
+  places = [
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    for shape in shapes
+  ]
+  return jax.jit(function).lower(*places).compile().as_text()
+
+
+def square(x):
+  return jnp.tanh(x @ x.T @ x)
+
+
+def test_a_loop_counts_as_often_as_it_turns(mesh):
+  def loop(x, turns):
+    return jax.lax.fori_loop(0, turns, lambda _, x: square(x), x)
+
+  few, many = (
+    hlo.read(compiled(mesh, lambda x, turns=turns: loop(x, turns), (4 * SIDE, SIDE)))
+    for turns in (TURNS, 3 * TURNS)
+  )
+  # Beside the loop there are a few instructions.
+  assert many.cycles == pytest.approx(3 * few.cycles, rel=0.1)
+  assert few.sent
+  assert many.sent == {kind: 3 * size for kind, size in few.sent.items()}
+
+
+def test_what_is_gathered_counts_with_its_size(mesh):
+  def whole(x):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+  static = hlo.read(compiled(mesh, whole, (4 * SIDE, SIDE)))
+  assert static.sent == {"all-gather": 4 * SIDE * SIDE * 4}
+  assert static.kernels == 0
+
+
+def test_a_gradient_is_summed_once(mesh):
+  def gradient(x):
+    weight = jnp.ones((SIDE, SIDE))
+    return jax.grad(lambda weight: jnp.square(x @ weight).sum())(weight)
+
+  static = hlo.read(compiled(mesh, gradient, (4 * SIDE, SIDE)))
+  assert static.sent == {"all-reduce": SIDE * SIDE * 4}
+
+
+def test_a_loop_without_a_constant_is_refused():
+  text = """
+%condition (p: (s32[], s32[])) -> pred[] {
+  %p = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], s32[])) -> (s32[], s32[]) {
+  ROOT %p = (s32[], s32[]) parameter(0)
+}
+
+ENTRY %main (a: (s32[], s32[])) -> (s32[], s32[]) {
+  %a = (s32[], s32[]) parameter(0)
+  ROOT %w = (s32[], s32[]) while(%a), condition=%condition, body=%body
+}
+"""
+  with pytest.raises(ValueError, match="loop of condition has no constant number"):
+    hlo.read(text)
+
+
+def test_one_collective_in_several_fusions_counts_once():
+  cycles = 'backend_config={"estimated_cycles":"12"}'
+  line = "%g = bf16[64,32]{1,0} all-gather(%x), channel_id=5, dimensions={0}"
+  text = f"""
+%one (x: bf16[8,32]) -> bf16[64,32] {{
+  {line}
+}}
+
+%two (x: bf16[8,32]) -> bf16[64,32] {{
+  {line}
+}}
+
+ENTRY %main (x: bf16[8,32]) -> bf16[64,32] {{
+  %a = bf16[64,32] fusion(%x), kind=kCustom, calls=%one
+  %k = bf16[64,32] custom-call(%a), custom_call_target="tpu_custom_call"
+  ROOT %b = bf16[64,32] fusion(%x), calls=%two, {cycles}
+}}
+"""
+  assert hlo.read(text) == hlo.Static(12.0, {"all-gather": 64 * 32 * 2.0}, 1)

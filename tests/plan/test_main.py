@@ -1,0 +1,175 @@
+"""The command: a stage planned from a config file to exit code, and its mistakes."""
+
+import json
+import re
+
+import pytest
+
+from pixsigma_jax.plan import memory, report, topology
+from pixsigma_jax.plan import plan as plans
+from pixsigma_jax.plan.stage import stage_on
+from tests import commands
+from tests.plan.stages import config_of, stage
+
+# ml_collections reads config files so.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+SMALL = (
+  "--config=configs/quickstart/low.py",
+  "--config.model.variant=Nano/2",
+  "--config.batch_size=8",
+)
+KEYS = {
+  *("stage", "topology", "slices", "chips", "devices", "device_kind", "mesh"),
+  *("batch_size", "tokens", "attention", "remat", "fits", "compiled", "memory"),
+  *("flops", "roofline", "static_seconds", "step_seconds", "mfu", "images_a_second"),
+  *("host", "total_steps", "days", "dollars_a_chip_hour", "dollars"),
+}
+
+
+@pytest.fixture
+def plan(capsys, monkeypatch):
+  return lambda *arguments: commands.run(capsys, monkeypatch, "plan", *arguments)
+
+
+@pytest.fixture(scope="module")
+def refused():
+  """What libtpu 0.0.51 says of a step that is too large."""
+  return (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+    "memory required for HLO temporaries (29.31G) exceeds available HBM (15.75G)."
+  )
+
+
+def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
+  done = plan(*SMALL, "--topology=v5e:2x2", "--json")
+  assert done.code == 0, done.err
+  have = json.loads(done.out)
+  assert set(have) == KEYS
+  assert (have["devices"], have["device_kind"]) == (4, "TPU v5 lite")
+  assert have["mesh"] == {"data": 4, "fsdp": 1, "context": 1}
+  assert have["fits"] is True
+  held = have["memory"]
+  assert held.pop("compiled") is True
+  assert held.pop("available") == int(15.75 * 2**30)
+  assert held.pop("total") == sum(held.values())
+  # What the compiler needs for a batch of two images beside them: some megabytes.
+  assert 2**18 < held["temporary"] < 2**26
+  # Every gradient is summed over the four chips, with a few numbers for the metrics.
+  sent = sum(have["compiled"]["sent"].values())
+  assert held["gradients"] <= sent < 1.2 * held["gradients"]
+  assert have["step_seconds"] >= max(
+    have["roofline"]["seconds"], have["static_seconds"], sent / 45e9
+  )
+  steps = have["total_steps"] * have["step_seconds"]
+  assert have["days"] == pytest.approx(steps / 86_400)
+  assert have["dollars"] == pytest.approx(steps / 3600 * 4 * 1.2)
+
+
+def test_without_compiling_it_says_so(plan):
+  done = plan(*SMALL, "--topology=v5e:2x2", "--nocompile")
+  assert done.code == 0
+  assert "(estimated, nothing was compiled)" in done.out
+  assert "not calibrated: no accelerator measured" in done.out
+  for line in ("Memory of a device", "Arithmetic of an image", "Time of a step", "MFU"):
+    assert line in done.out
+
+
+def test_gpus_have_the_analytic_model_and_are_told_what_it_is(plan, caplog):
+  boxes = ("--topology=h200:8", "--slices=2", "--config.batch_size=16")
+  done = plan(*SMALL, *boxes, "--price=10")
+  assert done.code == 0, done.err
+  assert "Nothing is compiled for GPUs yet" in caplog.text
+  assert "on 2 slices of h200:8: 16 devices (NVIDIA H200)" in done.out
+  assert "at $10.00 a chip-hour" in done.out
+
+
+def test_a_search_ranks_meshes_by_their_steps(plan):
+  done = plan(*SMALL, "--topology=v5e:2x2", "--nocompile", "--search=4", "--json")
+  assert done.code == 0, done.err
+  found = json.loads(done.out)
+  assert len(found) == 4
+  seconds = [each["step_seconds"] for each in found]
+  assert seconds == sorted(seconds)
+  assert len({(*each["mesh"].values(), each["remat"]) for each in found}) == 4
+  done = plan(*SMALL, "--topology=v5e:2x2", "--nocompile", "--search=1")
+  sizes = " x ".join(map(str, found[0]["mesh"].values()))
+  assert re.match(rf"{sizes} +{found[0]['remat']} ", done.out.splitlines()[1])
+
+
+def test_what_does_not_fit_ends_with_one_error_that_says_why(plan):
+  # 64 images of 4096 tokens a device, their scores of all pairs kept.
+  done = plan(
+    *("--config=configs/stage_1k.py", "--topology=v5e:2x2", "--nocompile", "--json"),
+    *("--config.batch_size=256", "--config.compute.attention=xla"),
+    "--config.compute.remat=none",
+  )
+  assert done.code == 1
+  assert json.loads(done.out)["fits"] is False
+  message = done.err.strip().splitlines()[-1]
+  assert message.startswith("Error: Does not fit: a device has 15.75 GiB, the step")
+  for part in ("GiB too much", "Largest: activations", "compute.remat=block"):
+    assert part in message
+  for part in ("compute.attention=chunked", "accumulation=", "a larger topology"):
+    assert part in message
+
+
+def test_a_refusal_of_the_compiler_is_a_plan_that_does_not_fit(monkeypatch, refused):
+  def compile_step(stage):
+    raise memory.DoesNotFitError(refused)
+
+  monkeypatch.setattr(plans, "compile_step", compile_step)
+  planned = plans.make_plan(stage("stage_1k", "v5e:2x4"), compiles=True)
+  assert not planned.fits
+  assert planned.compilation.refused == refused
+  wanted = round(29.31 * 2**30)
+  assert planned.memory.gradients + planned.memory.temporary == wanted
+  # 29 GiB for 24 images, 14.9 free: halves do.
+  assert "accumulation=2 for fewer than 24 images" in report.does_not_fit(planned)
+  assert "the compiler found none that fits" in report.text(planned)
+  assert json.dumps(plans.as_dict(planned))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--topology=v9:2x2",), "Unknown topology 'v9:2x2'. Known are v3:"),
+    (("--topology=h200:16",), "a box has up to 8 GPUs"),
+    (
+      ("--topology=v5e:2x2", "--nocompile", "--config.batch_size=6"),
+      "config.batch_size=6 must be a multiple of",
+    ),
+    (
+      ("--topology=v5e:2x2", "--nocompile", "--config.mesh.fsdp=3"),
+      "does not cover 4 devices",
+    ),
+    (
+      ("--topology=v5e:2x2", "--nocompile", "--config.mesh.slices=2"),
+      "config.mesh.slices=2, and these are v5e:2x2: set it to 0, or give --slices=2",
+    ),
+    (
+      ("--topology=v5e:2x2", "--config.batchsize=6"),
+      "--config, or a flag that changes",
+    ),
+  ],
+)
+def test_a_mistake_ends_in_one_line(plan, arguments, message):
+  done = plan(*SMALL, *arguments)
+  assert done.code == 1
+  assert message in done.err.strip().splitlines()[-1]
+
+
+def test_a_search_in_which_nothing_fits_names_the_least(plan):
+  done = plan(
+    *("--config=configs/stage_4k.py", "--topology=v5e:1x1", "--nocompile"),
+    *("--search=2", "--config.mesh.slices=0"),
+  )
+  assert done.code == 1
+  assert "No mesh of v5e:1x1 fits stage_4k" in done.err
+
+
+def test_a_config_that_is_none_is_refused_before_anything_else():
+  config = config_of("stage_1k")
+  del config["guards"]
+  with pytest.raises(ValueError, match=r"missing config\.guards"):
+    stage_on(config, topology.parse("v5e:8x8"))

@@ -1,0 +1,74 @@
+"""Machines by name, as the installed libtpu knows them."""
+
+import importlib.util
+import os
+
+import pytest
+
+from pixsigma_jax.plan import topology
+
+TPUS = [
+  f"{name}:{shape}"
+  for name, generation in topology.GENERATIONS.items()
+  for shape in generation.known
+]
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_libtpu_knows_every_topology_that_a_message_names(name, libtpu):
+  machines = topology.parse(name)
+  devices = topology.devices(machines)
+  assert len(devices) == machines.count
+  assert {device.device_kind for device in devices} == {machines.kind}
+
+
+def test_slices_multiply_devices_and_libtpu_tells_them_apart(libtpu):
+  two = topology.parse("v5e:2x4", slices=2)
+  assert (two.count, two.chips, str(two)) == (16, 16, "2 slices of v5e:2x4")
+  assert {device.slice_index for device in topology.devices(two)} == {0, 1}
+
+
+def test_a_chip_of_two_devices_is_paid_for_once():
+  machines = topology.parse("tpu7x:2x2x1")
+  assert (machines.chips, machines.count) == (4, 8)
+
+
+def test_a_price_of_ones_own_replaces_that_of_the_list():
+  assert topology.parse("v5e:2x2").price == topology.GENERATIONS["v5e"].price
+  assert topology.parse("v5e:2x2", price=0.25).price == 0.25
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["v9:2x2", "v5e", "v5e:", "v5e:0x2", "v5e:2x2x2", "v5p:2x2", "h300:8", "h200:"],
+)
+def test_an_unknown_name_ends_in_those_that_are_known(name):
+  with pytest.raises(ValueError, match=rf"Unknown topology '{name}'.*v5e:{{1x1,2x2"):
+    topology.parse(name)
+
+
+def test_what_libtpu_alone_refuses_ends_the_same_way(libtpu):
+  with pytest.raises(ValueError, match=r"Unknown topology 'v5e:3x3' \(.*v6e:"):
+    topology.devices(topology.parse("v5e:3x3"))
+
+
+def test_more_gpus_than_a_box_has_are_several_boxes():
+  assert topology.parse("h200:8", slices=4).count == 32
+  with pytest.raises(ValueError, match="Say h200:8, and how many boxes with --slices"):
+    topology.parse("h200:16")
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"pip install pixsigma_jax\[plan\]"):
+    topology.devices(topology.parse("v5e:2x2"))
+
+
+def test_asking_libtpu_leaves_the_environment_as_it_was(libtpu):
+  before = dict(os.environ)
+  topology.devices(topology.parse("v5e:2x2"))
+  # What JAX itself sets when it meets a TPU's library is its own.
+  changed = {
+    name for name in topology._AWAY if os.environ.get(name) != before.get(name)
+  }
+  assert changed == set()
