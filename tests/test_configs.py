@@ -274,7 +274,7 @@ def _kind(leaf):
 
 @functools.cache
 def _program(stage):
-  return make_program(load(stage).to_dict(), context=1, scaling_factor=0.13025)
+  return make_program(load(stage).to_dict(), mesh=None, scaling_factor=0.13025)
 
 
 @functools.cache
@@ -395,7 +395,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(file, meshes, data):
 
   def measure(mesh):
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])
-    program = make_program(config, context=mesh.shape["context"], scaling_factor=0.13)
+    program = make_program(config, mesh=mesh, scaling_factor=0.13)
     places = sharding.shardings(params, mesh)
     whole = sharding.replicated(mesh)
     step = jax.jit(
