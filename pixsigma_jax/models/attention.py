@@ -249,13 +249,16 @@ def _attend_cudnn(
     # Also keeps out of the gradient whatever cuDNN leaves where it does not look.
     return jnp.where(seen[:, :, None, None], x, 0)
 
-  whole = [(0, 0)] * 3 + [(0, -width % 8)]  # cuDNN wants a multiple of 8
+  def whole(x: Array) -> Array:
+    # cuDNN wants a multiple of 8 features, and for a gradient an even number of tokens.
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -width % 8)))
+
   out = jax.nn.dot_product_attention(
-    *(jnp.pad(x, whole) for x in (query, front(key), front(value))),
+    *(whole(x) for x in (query, front(key), front(value))),
     key_value_seq_lengths=jnp.maximum(seen.sum(axis=-1, dtype=jnp.int32), 1),
     scale=width**-0.5,
     implementation="cudnn",
-  )[..., :width]
+  )[:, : query.shape[1], :, :width]
   return jnp.where(seen.any(axis=-1).reshape(-1, 1, 1, 1), out, 0)
 
 
