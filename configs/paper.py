@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
       # scaling. Parameters, norms, softmax, residuals and loss are float32 in both.
       "compute": {
         "dtype": "bfloat16",
-        "attention": "chunked",
+        "attention": "auto",
         "remat": "block",
         "unroll": False,
       },

@@ -286,7 +286,7 @@ def _kind(leaf):
 
 @functools.cache
 def _program(stage):
-  return make_program(load(stage).to_dict(), context=1, scaling_factor=0.13025)
+  return make_program(load(stage).to_dict(), mesh=None, scaling_factor=0.13025)
 
 
 @functools.cache
@@ -434,7 +434,7 @@ def _measured(config, mesh):
   params = jax.jit(lambda: jax.tree.map(_noisy, init_params(model, key)))()
   null_caption = jnp.zeros((model.caption_length, model.caption_width))
   mesh = sharding.make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])
-  program = make_program(config, context=mesh.shape["context"], scaling_factor=0.13)
+  program = make_program(config, mesh=mesh, scaling_factor=0.13)
   places = sharding.shardings(params, mesh)
   whole = sharding.replicated(mesh)
   step = jax.jit(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from pixsigma_jax import command
+from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample.pipeline import Pipeline
 
@@ -25,7 +26,10 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
 )
 _ATTENTION = flags.DEFINE_enum(
-  "attention", "xla", ["xla", "chunked"], "Chunked takes less memory, for 2K and above."
+  "attention",
+  "xla",
+  list(attention.CHOICES),
+  "Chunked takes less memory, for 2K and above; auto takes an accelerator's kernel.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."

@@ -2,23 +2,46 @@
 
   xla      the reference: scores of all pairs, memory quadratic in tokens
   chunked  online softmax over chunks of queries and keys, memory linear in tokens
+  splash   TPU's kernel, see `models/splash.py`
+  cudnn    GPU's kernel: float16 or bfloat16, from compute capability 8.0 on
+  auto     the best of them for the devices and the shapes at hand
 
-Both compute scores, softmax and the weighted sum in float32 (DESIGN, section 5) from
+All compute scores, softmax and the weighted sum in float32 (DESIGN, section 5) from
 queries, keys and values of any float dtype. Keys where the mask is False are not seen
 (they must hold finite numbers: the network zeroes padding where it enters); a query
 that may see no key at all receives zeros.
+
+XLA cannot divide a kernel among devices. On a mesh each device therefore attends with
+the rows and the queries that it has, to the keys and values of everybody.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
+from absl import logging
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
+
+from pixsigma_jax.models import splash
+
+# Names under which remat policies find what the backward pass needs of attention.
+OUTPUT = "attention_output"
+CUDNN_FORWARD = "dot_product_attention_fwd"  # how JAX's primitives begin
 
 _MASKED = -1e30  # finite: a fully masked chunk must not turn into inf - inf
 _QUERY_CHUNK = 1024
 _KEY_CHUNK = 1024
+
+# Axes of a mesh that split rows of a batch, and the one that splits an image's tokens;
+# see `pixsigma_jax.sharding`.
+_ROW_AXES = ("data", "fsdp")
+_TOKEN_AXIS = "context"
 
 
 def attend(
@@ -27,12 +50,84 @@ def attend(
   value: Float[Array, "b m k f"],
   mask: Bool[Array, "b m"],
   implementation: str,
+  mesh: Mesh | None = None,
 ) -> Float[Array, "b n k f"]:
   """softmax(q·kᵀ/√f)·v over the keys that `mask` allows, in the dtype of `value`.
 
-  `implementation` is one of `IMPLEMENTATIONS`.
+  Args:
+    implementation: one of `IMPLEMENTATIONS`, or `auto`.
+    mesh: devices that share the work, with the axes of `pixsigma_jax.sharding`. What
+      an axis does not divide, all its devices compute.
+
+  Raises:
+    ValueError: `cudnn` in another dtype than it knows.
   """
-  return IMPLEMENTATIONS[implementation](query, key, value, mask)
+  if implementation == "auto":
+    implementation = choose(query, key, mesh)
+  one_device = IMPLEMENTATIONS[implementation]
+  if mesh is None or mesh.size == 1:
+    return one_device(query, key, value, mask)
+
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = _ROW_AXES if len(query) % parts == 0 else None
+
+  def tokens(x: Array) -> str | None:
+    return _TOKEN_AXIS if x.shape[1] % mesh.shape[_TOKEN_AXIS] == 0 else None
+
+  def each_device(query, key, value, mask, *, gather: bool):
+    if gather:  # the transpose hands each device the gradient of its own part
+      key, value = (
+        jax.lax.all_gather(x, _TOKEN_AXIS, axis=1, tiled=True) for x in (key, value)
+      )
+    return one_device(query, key, value, mask)
+
+  gather = tokens(key) is not None and mesh.shape[_TOKEN_AXIS] > 1
+  return jax.shard_map(
+    functools.partial(each_device, gather=gather),
+    mesh=mesh,
+    in_specs=(P(rows, tokens(query)), *[P(rows, tokens(key))] * 2, P(rows)),
+    out_specs=P(rows, tokens(query)),
+    check_vma=False,  # scans that start from constants; kernels do not say what varies
+  )(query, key, value, mask)
+
+
+def choose(
+  query: Float[Array, "b n k f"], key: Float[Array, "b m k f"], mesh: Mesh | None
+) -> str:
+  """What `auto` stands for, by the mesh's devices or those that JAX computes on."""
+  # Not by the platform that is lowered for: what would be chosen then is traced for
+  # all, where cuDNN asks for a GPU, and under remat lowered for all.
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  n, m, width = query.shape[1], key.shape[1], query.shape[-1]
+  return _choose(device, jnp.dtype(query.dtype).name, n, m, width)
+
+
+@functools.cache  # and so logged once
+def _choose(device: Any, dtype: str, n: int, m: int, width: int) -> str:
+  if device.platform == "tpu":
+    chosen = "splash"
+  elif (
+    device.platform == "gpu"
+    and dtype in _CUDNN_DTYPES
+    and width <= _CUDNN_WIDTH
+    and float(device.compute_capability) >= 8
+  ):
+    chosen = "cudnn"
+  elif n <= _QUERY_CHUNK and m <= _KEY_CHUNK:
+    chosen = "xla"
+  else:
+    chosen = "chunked"
+  logging.info(
+    "Attention of %d queries to %d keys of width %d in %s on %s: %s.",
+    *(n, m, width, dtype, device.device_kind, chosen),
+  )
+  return chosen
+
+
+def _named(out: Float[Array, "b n k f"]) -> Float[Array, "b n k f"]:
+  """For remat policies; heads joined, so that no narrow axis is kept padded."""
+  flat = checkpoint_name(einops.rearrange(out, "b n k f -> b n (k f)"), OUTPUT)
+  return einops.rearrange(flat, "b n (k f) -> b n k f", k=out.shape[2])
 
 
 def _scores(
@@ -72,7 +167,7 @@ def _attend_xla(
   peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.where(mask[:, None, None, :], jnp.exp(scores - peak), 0)
   total = _weighted_sum(weights, value)
-  return _normalise(total, weights.sum(axis=-1)).astype(value.dtype)
+  return _named(_normalise(total, weights.sum(axis=-1)).astype(value.dtype))
 
 
 def _attend_chunked(
@@ -115,7 +210,7 @@ def _attend_chunked(
     return _normalise(total, weight).astype(value.dtype)
 
   out = jax.lax.map(jax.checkpoint(one_query_chunk), queries)
-  return einops.rearrange(out, "i b n k f -> b (i n) k f")[:, :n]
+  return _named(einops.rearrange(out, "i b n k f -> b (i n) k f")[:, :n])
 
 
 def _split(x: Array, chunk: int) -> Array:
@@ -124,7 +219,53 @@ def _split(x: Array, chunk: int) -> Array:
   return einops.rearrange(jnp.pad(x, padding), "b (i n) ... -> i b n ...", n=chunk)
 
 
+_CUDNN_DTYPES = ("float16", "bfloat16")
+_CUDNN_WIDTH = 128  # 256 from Hopper on, which no model here has
+
+
+def _attend_cudnn(
+  query: Float[Array, "b n k f"],
+  key: Float[Array, "b m k f"],
+  value: Float[Array, "b m k f"],
+  mask: Bool[Array, "b m"],
+) -> Float[Array, "b n k f"]:
+  """`jax.nn.dot_product_attention`, which knows of padding as a number of keys.
+
+  A mask need not be a beginning of the keys: those that it allows are brought to the
+  front, which changes nothing for attention. Not named for remat policies: what they
+  keep is all that the kernel returns, see `CUDNN_FORWARD`.
+  """
+  dtype, width = jnp.dtype(query.dtype).name, query.shape[-1]
+  if dtype not in _CUDNN_DTYPES:
+    raise ValueError(
+      f"Attention 'cudnn' computes in {' or '.join(_CUDNN_DTYPES)}, not in {dtype}: "
+      "choose such a dtype, or attention 'chunked'."
+    )
+  order = jnp.argsort(~mask, axis=-1, stable=True)
+  seen = jnp.take_along_axis(mask, order, axis=-1)
+
+  def front(x: Array) -> Array:
+    x = jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+    # Also keeps out of the gradient whatever cuDNN leaves where it does not look.
+    return jnp.where(seen[:, :, None, None], x, 0)
+
+  def whole(x: Array) -> Array:
+    # cuDNN wants a multiple of 8 features, and for a gradient an even number of tokens.
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -width % 8)))
+
+  out = jax.nn.dot_product_attention(
+    *(whole(x) for x in (query, front(key), front(value))),
+    key_value_seq_lengths=jnp.maximum(seen.sum(axis=-1, dtype=jnp.int32), 1),
+    scale=width**-0.5,
+    implementation="cudnn",
+  )[:, : query.shape[1], :, :width]
+  return jnp.where(seen.any(axis=-1).reshape(-1, 1, 1, 1), out, 0)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
   "xla": _attend_xla,
   "chunked": _attend_chunked,
+  "splash": functools.partial(splash.attend, residual_name=OUTPUT),
+  "cudnn": _attend_cudnn,
 }
+CHOICES = (*IMPLEMENTATIONS, "auto")

@@ -8,7 +8,6 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from pixsigma_jax.models import attention
@@ -28,9 +27,6 @@ from pixsigma_jax.models.layers import (
 from pixsigma_jax.models.tokens import token_mask
 
 LAYER_NORM_EPSILON = 1e-6
-
-# Name under which remat policies find what attention returned.
-ATTENTION_OUTPUT = "attention_output"
 
 
 def modulate(
@@ -109,8 +105,8 @@ def _attend_heads(
     )
     for x in (query, key, value)
   )
-  out = attention.attend(query, key, value, mask, compute.attention)
-  out = checkpoint_name(einops.rearrange(out, "b n k f -> b n (k f)"), ATTENTION_OUTPUT)
+  out = attention.attend(query, key, value, mask, compute.attention, compute.mesh)
+  out = einops.rearrange(out, "b n k f -> b n (k f)")
   return Linear(out.shape[-1], compute, kernel_init=out_init, name="out")(out)
 
 

@@ -12,10 +12,11 @@ from typing import TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pixsigma_jax.models.attention import IMPLEMENTATIONS
+from pixsigma_jax.models import attention
 
 Initializer: TypeAlias = Callable[..., Array]
 
@@ -68,6 +69,8 @@ class Compute:
     merge_rows: matrix products merge batch and tokens in one axis, which halves the
       time of the backward pass on CPU. A merged axis cannot be sharded over both, so
       it is off where tokens are sharded.
+    mesh: that parameters and batch lie on; attention needs it, see `attention.attend`,
+      and nothing else.
 
   Raises:
     ValueError: an unknown dtype, attention implementation or remat.
@@ -78,9 +81,10 @@ class Compute:
   remat: str = "none"
   unroll: bool = False
   merge_rows: bool = True
+  mesh: Mesh | None = dataclasses.field(default=None, repr=False)
 
   def __post_init__(self):
-    choices = {"attention": IMPLEMENTATIONS, "remat": REMATS}
+    choices = {"attention": attention.CHOICES, "remat": REMATS}
     for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ValueError(

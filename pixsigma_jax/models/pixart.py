@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from pixsigma_jax.models import positions, tokens
-from pixsigma_jax.models.block import ATTENTION_OUTPUT, Block, modulate, table_init
+from pixsigma_jax.models import attention, positions, tokens
+from pixsigma_jax.models.block import Block, modulate, table_init
 from pixsigma_jax.models.embeddings import (
   XL_WIDTH,
   CaptionProjection,
@@ -32,7 +32,10 @@ CaptionKV: TypeAlias = dict[str, Array]
 
 _REMAT_POLICIES = {
   "block": jax.checkpoint_policies.nothing_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+  "attention": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(attention.OUTPUT),
+    lambda primitive, *_, **__: primitive.name.startswith(attention.CUDNN_FORWARD),
+  ),
 }
 
 VARIANTS: dict[str, dict[str, int]] = {

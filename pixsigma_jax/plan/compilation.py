@@ -9,8 +9,8 @@ from absl import logging
 from pixsigma_jax import sharding
 from pixsigma_jax.plan import topology as topologies
 from pixsigma_jax.plan.memory import DoesNotFitError, is_too_large
-from pixsigma_jax.plan.stage import Stage
-from pixsigma_jax.train.program import lower_step
+from pixsigma_jax.plan.stage import SCALING_FACTOR, Stage
+from pixsigma_jax.train.program import lower_step, make_program
 
 
 def compile_step(stage: Stage) -> tuple[Any, float]:
@@ -28,7 +28,7 @@ def compile_step(stage: Stage) -> tuple[Any, float]:
     batch_size=stage.config["batch_size"],
     width=stage.model.width,
   )
-  program = stage.program
+  program = make_program(stage.config, mesh=mesh, scaling_factor=SCALING_FACTOR)
   places = program.ema.places(sharding.shardings(stage.state, mesh))
   logging.info("Compiling the train step for %s: minutes.", stage.topology)
   began = time.perf_counter()

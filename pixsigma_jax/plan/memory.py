@@ -135,7 +135,7 @@ def estimate(stage: Stage) -> Memory:
   work = each * _WORKING_SET + _scores(stage, range(model.depth), of_all=False)
   if compute.remat == "none":
     kept = model.depth * work
-    if compute.attention == "xla":
+    if stage.attention == "xla":
       kept += _scores(stage, range(model.depth), of_all=True)
   else:
     kept = model.depth * each * _FLOAT
@@ -154,7 +154,7 @@ def estimate(stage: Stage) -> Memory:
 
 def _scores(stage: Stage, layers: range, *, of_all: bool) -> int:
   """Attention's scores in float32, and their softmax: of all layers or of the worst."""
-  if stage.program.model.compute.attention != "xla":
+  if stage.attention != "xla":
     return 0
   each = [
     stage.rows * stage.model.num_heads * stage.length * keys_of(stage, layer)

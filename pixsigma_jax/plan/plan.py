@@ -151,7 +151,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     "mesh": dict(stage.sizes),
     "batch_size": stage.config["batch_size"],
     "tokens": stage.tokens,
-    "attention": stage.program.model.compute.attention,
+    "attention": stage.attention,
     "remat": stage.program.model.compute.remat,
     "fits": plan.fits,
     "compiled": compilation and dataclasses.asdict(compilation),

@@ -45,7 +45,7 @@ ATTENTIONS: dict[str, Attention] = {
   "xla": Attention(2.0, 16.0, 26.0, False),
   "chunked": Attention(3.5, 16.0, 42.0, True),
   "splash": Attention(3.5, 0.0, 0.0, True),
-  "cudnn": Attention(2.5, 0.0, 0.0, False),
+  "cudnn": Attention(2.5, 0.0, 0.0, True),
 }
 
 
@@ -157,7 +157,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   # Of the whole batch, in this device's part of rows and tokens.
   rows = stage.rows * accumulation / stage.sizes["context"]
   tokens = float(stage.rows * accumulation * stage.length)
-  kind = ATTENTIONS[compute.attention]
+  kind = ATTENTIONS[stage.attention]
   again = remat and not (compute.remat == "attention" and kind.kept)
 
   flops = {

@@ -17,7 +17,7 @@ from pixsigma_jax.train.config import call, model_config
 from pixsigma_jax.train.program import Program, abstract_batch, make_program
 
 # No number of a plan depends on it; the program wants one.
-_SCALING_FACTOR = 0.13025
+SCALING_FACTOR = 0.13025
 _PIXELS_A_TOKEN = 16
 
 
@@ -29,7 +29,7 @@ class Stage:
     config: of the stage, as a plain dict.
     topology: the machines.
     sizes: of the mesh's axes.
-    program: what is computed.
+    program: what is computed, by shapes: on no mesh.
     state, batch: shapes and dtypes, over all devices.
     tokens: of an image, with what it is padded to.
   """
@@ -51,6 +51,14 @@ class Stage:
   def mesh(self) -> AbstractMesh:
     """The mesh without its devices."""
     return AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
+
+  @property
+  def attention(self) -> str:
+    """Its implementation there, see `models/attention.py: choose`."""
+    asked = self.program.model.compute.attention
+    if asked != "auto":
+      return asked
+    return {"tpu": "splash", "gpu": "cudnn"}[self.topology.platform]
 
   @property
   def rows(self) -> int:
@@ -103,7 +111,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
   agreement.check_batch(batch_size, config["accumulation"], mesh)
   context = sizes["context"]
   tokens = split_length(longest_sequence(model), context, model.window)
-  program = make_program(config, context=context, scaling_factor=_SCALING_FACTOR)
+  program = make_program(config, mesh=None, scaling_factor=SCALING_FACTOR)
   return Stage(
     config=config,
     topology=topology,

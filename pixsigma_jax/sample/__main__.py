@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from pixsigma_jax import checkpoint, command, sharding
 from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import captions, pictures
 from pixsigma_jax.sample.frozen import RememberedCaptions, load_text_encoder
@@ -91,7 +92,10 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
 )
 _ATTENTION = flags.DEFINE_enum(
-  "attention", "xla", ["xla", "chunked"], "Chunked takes less memory, for 2K and above."
+  "attention",
+  "xla",
+  list(attention.CHOICES),
+  "Chunked takes less memory, for 2K and above; auto takes an accelerator's kernel.",
 )
 _FORMAT = flags.DEFINE_enum(
   "format", "png", list(pictures.FORMATS), "Of the pictures' files."

@@ -453,8 +453,10 @@ class Pipeline:
         batch = self._batch(rows, length)
         if guidance is not None:
           batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+        compute = self.compute
         if self.mesh is not None:
           batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
+          compute = dataclasses.replace(compute, mesh=self.mesh)
         sequences = np.asarray(
           _sample(
             self.params,
@@ -462,7 +464,7 @@ class Pipeline:
             table,
             guidance,
             config=self.config,
-            compute=self.compute,
+            compute=compute,
           )
         )
         for row, number in enumerate(chosen):

@@ -72,7 +72,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   mixture = open_mixture(**opened, split="train")
   program = make_program(
     config,
-    context=mesh.shape["context"],
+    mesh=mesh,
     scaling_factor=mixture.features.scaling_factor,
   )
   model, compute = program.model.config, program.model.compute

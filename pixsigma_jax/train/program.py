@@ -89,19 +89,25 @@ class Program:
 
 
 def make_program(
-  config: Mapping[str, Any], *, context: int, scaling_factor: float
+  config: Mapping[str, Any], *, mesh: Mesh | None, scaling_factor: float
 ) -> Program:
   """Reads the sections model, compute, loss, optimizer, ema, adapter and guards.
 
   Args:
     config: of a stage, see `train`.
-    context: parts that each image's tokens are split into.
+    mesh: that state and batches lie on; None for one device.
     scaling_factor: of the autoencoder's latents.
 
   Raises:
     ValueError: a field is missing, unknown or impossible.
   """
-  compute = call(Compute, "compute", config["compute"], merge_rows=context == 1)
+  compute = call(
+    Compute,
+    "compute",
+    config["compute"],
+    merge_rows=mesh is None or mesh.shape["context"] == 1,
+    mesh=mesh,
+  )
   model = PixArt(model_config(config["model"]), compute)
   schedule = linear_schedule()
 

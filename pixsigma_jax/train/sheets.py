@@ -1,5 +1,6 @@
 """Samples of fixed prompts and seeds while a stage trains: sheets, and sets for FID."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ def make_sampler(
   captions: frozen.RememberedCaptions,
 ) -> Pipeline:
   """Draws what it has `captions` of."""
+  if jax.process_count() > 1:  # one of them draws, on a device of its own
+    compute = dataclasses.replace(compute, mesh=None)
   return Pipeline(
     model,
     None,  # a picture's own come with it, see `_with`

@@ -126,7 +126,7 @@ def test_what_is_written_is_a_config_of_ours_that_the_trainer_takes(source, tmp_
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
   config = load(target)
   check_config(config.to_dict())
-  make_program(config.to_dict(), context=1, scaling_factor=0.13025)
+  make_program(config.to_dict(), mesh=None, scaling_factor=0.13025)
   model = model_config(config.model.to_dict())
   assert (model.base_size, model.pe_interpolation) == (64, 2.0)
   assert (model.caption_length, model.depth) == (300, 28)
@@ -206,7 +206,7 @@ def test_adamw_takes_the_place_of_came(tmp_path):
   (tmp_path / "base.py").write_text(BASE)
   mmcv.convert_config(tmp_path / "base.py", tmp_path / "ours.py", gpus=1, images=10_000)
   config = load(tmp_path / "ours.py")
-  make_program(config.to_dict(), context=1, scaling_factor=0.18215)
+  make_program(config.to_dict(), mesh=None, scaling_factor=0.18215)
   assert config.optimizer.name == "adamw"
   assert config.optimizer.eps == 1e-10
   assert config.optimizer.weight_decay == 3e-2

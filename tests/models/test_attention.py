@@ -1,13 +1,18 @@
 """Attention: every implementation is the softmax of the definition."""
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
-from pixsigma_jax.models import attention
+from pixsigma_jax import sharding
+from pixsigma_jax.models import attention, splash
 
-IMPLEMENTATIONS = ["xla", "chunked"]
+IMPLEMENTATIONS = ["xla", "chunked", "splash"]
 
 
 def exact(query, key, value, mask):
@@ -28,10 +33,22 @@ def draw(shape_q, shape_k, dtype, seed=0):
   return query, *(jax.random.normal(k, shape_k, dtype) for k in keys[1:])
 
 
+def jitted(implementation):
+  return jax.jit(lambda *arrays: attention.attend(*arrays, implementation))
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
   monkeypatch.setattr(attention, "_QUERY_CHUNK", 8)
   monkeypatch.setattr(attention, "_KEY_CHUNK", 8)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+  """TPU's kernel step by step in XLA, in the smallest blocks that it has."""
+  monkeypatch.setattr(splash, "_BLOCK", 128)
+  kernel = functools.partial(attention.IMPLEMENTATIONS["splash"], interpret=True)
+  monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash", kernel)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -43,9 +60,12 @@ def small_chunks(monkeypatch):
 def test_is_the_softmax_of_the_definition_at_odd_lengths(
   implementation, dtype, tolerance
 ):
-  query, key, value = draw((2, 17, 3, 12), (2, 29, 3, 12), dtype)
-  mask = np.arange(29) < np.array([29, 5])[:, None]
-  ours = attention.attend(query, key, value, jnp.asarray(mask), implementation)
+  # The kernel has blocks of 128, and takes keys by two blocks where it can.
+  n, m = {"splash": (131, 389)}.get(implementation, (17, 29))
+  query, key, value = draw((2, n, 2, 12), (2, m, 2, 12), dtype)
+  mask = np.arange(m) < np.array([m, 5])[:, None]
+  mask[1, 7] = True  # not only beginnings of the keys
+  ours = jitted(implementation)(query, key, value, jnp.asarray(mask))
   assert ours.dtype == dtype
   expected = exact(query, key, value, mask)
   np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=tolerance)
@@ -53,8 +73,8 @@ def test_is_the_softmax_of_the_definition_at_odd_lengths(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_its_gradient_is_that_of_finite_differences(implementation):
-  query, key, value = draw((1, 9, 1, 4), (1, 11, 1, 4), jnp.float32)
-  mask = jnp.arange(11)[None] < 10
+  query, key, value = draw((2, 9, 2, 4), (2, 11, 2, 4), jnp.float32)
+  mask = jnp.arange(11)[None] < jnp.array([[10], [7]])
 
   def loss(*arrays):
     return (attention.attend(*arrays, mask, implementation) ** 2).sum()
@@ -62,7 +82,7 @@ def test_its_gradient_is_that_of_finite_differences(implementation):
   def exact_loss(*arrays):
     return (exact(*arrays, mask) ** 2).sum()
 
-  ours = jax.grad(loss, (0, 1, 2))(query, key, value)
+  ours = jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
   arrays = [np.asarray(x, np.float64) for x in (query, key, value)]
   for i, array in enumerate(arrays):
     direction = np.random.default_rng(i).normal(size=array.shape)
@@ -79,7 +99,7 @@ def test_its_gradient_is_that_of_finite_differences(implementation):
 def test_a_query_that_may_see_no_key_receives_zeros(implementation):
   query, key, value = draw((1, 3, 1, 4), (1, 5, 1, 4), jnp.float32)
   mask = jnp.zeros((1, 5), bool)
-  out = attention.attend(query, key, value, mask, implementation)
+  out = jitted(implementation)(query, key, value, mask)
   np.testing.assert_array_equal(out, np.zeros_like(out))
 
 
@@ -87,9 +107,28 @@ def test_a_query_that_may_see_no_key_receives_zeros(implementation):
 def test_large_scores_do_not_overflow(implementation):
   query, key, value = draw((1, 9, 1, 4), (1, 20, 1, 4), jnp.float32)
   mask = jnp.ones((1, 20), bool)
-  out = attention.attend(1e4 * query, key, value, mask, implementation)
+  out = jitted(implementation)(1e4 * query, key, value, mask)
   best = np.argmax(np.einsum("nf,mf->nm", query[0, :, 0], key[0, :, 0]), axis=-1)
   np.testing.assert_allclose(out[0, :, 0], value[0, best, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masked_keys_change_nothing(implementation):
+  query, key, value = draw((2, 9, 2, 4), (2, 20, 2, 4), jnp.float32)
+  mask = jnp.arange(20)[None] < jnp.array([[13], [20]])
+
+  @jax.jit
+  def attend(key, value):
+    def loss(*arrays):
+      return (attention.attend(*arrays, mask, implementation) ** 2).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
+
+  clean = attend(key, value)
+  seen = mask[..., None, None]
+  dirty = attend(jnp.where(seen, key, 50.0), jnp.where(seen, value, 1e4))
+  jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+  assert not np.any(np.where(seen, 0, clean[1][2]))
 
 
 def test_memory_of_chunked_attention_grows_linearly(monkeypatch):
@@ -106,3 +145,214 @@ def test_memory_of_chunked_attention_grows_linearly(monkeypatch):
   small, large = temporary(1024), temporary(4096)
   assert large < 5 * small  # 4 times the tokens; scores of all pairs would be 16 times
   assert large < 4096**2 * 2 * 4  # bytes of all scores
+
+
+# ------------------------------------------------------------------------------ meshes
+
+
+@pytest.mark.parametrize(
+  ("implementation", "shape", "rows", "keys"),
+  [
+    ("chunked", (2, 2, 2), 4, 24),
+    ("xla", (1, 2, 4), 3, 7),  # of which no axis divides any: all have the whole
+    ("splash", (2, 1, 4), 2, 24),
+  ],
+)
+def test_on_a_mesh_it_is_what_it_is_on_one_device(implementation, shape, rows, keys):
+  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+  query, key, value = draw((rows, 16, 2, 8), (rows, keys, 2, 8), jnp.float32)
+  # Rows of their own lengths, one of them without any key.
+  mask = jnp.arange(keys)[None] < jnp.arange(rows)[:, None] * keys // (rows - 1)
+  weight = jax.random.normal(jax.random.key(1), query.shape)
+
+  @functools.partial(jax.jit, static_argnames="mesh")
+  def measure(query, key, value, mesh):
+    def loss(*arrays):
+      out = attention.attend(*arrays, mask, implementation, mesh)
+      return (out * weight).sum(), out
+
+    return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+
+  (_, alone), expected = measure(query, key, value, None)
+  (_, shared), gradients = measure(query, key, value, mesh)
+  # Sums of float32 in another order, over devices.
+  np.testing.assert_allclose(shared, alone, rtol=0, atol=1e-5)
+  for ours, theirs in zip(gradients, expected, strict=True):
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
+
+
+# ------------------------------------------------------------------------------- cuDNN
+
+
+@pytest.fixture
+def cudnn_in_xla(monkeypatch):
+  """What cuDNN is asked for, computed by JAX's own definition of the same."""
+  asked = []
+
+  def attend(query, key, value, *, implementation, **options):
+    asked.append((implementation, query.shape, key.shape))
+    with jax.numpy_dtype_promotion("standard"):
+      return original(query, key, value, implementation="xla", **options)
+
+  original = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+  return asked
+
+
+def test_cudnn_is_asked_for_the_softmax_of_the_definition(cudnn_in_xla):
+  query, key, value = draw((3, 17, 2, 12), (3, 29, 2, 12), jnp.bfloat16)
+  mask = np.arange(29) < np.array([29, 5, 0])[:, None]
+  mask[1, 2:9:2] ^= True  # not a beginning of the keys
+  ours = jitted("cudnn")(query, key, value, jnp.asarray(mask))
+  # It wants a multiple of 8 features and, for a gradient, an even number of tokens.
+  assert cudnn_in_xla == [("cudnn", (3, 18, 2, 16), (3, 30, 2, 16))]
+  assert ours.dtype == jnp.bfloat16
+  expected = exact(query, key, value, mask)
+  np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=0.03)
+  np.testing.assert_array_equal(ours[2], np.zeros_like(ours[2]))
+
+  def loss(implementation):
+    def of(*arrays):
+      out = attention.attend(*arrays, jnp.asarray(mask), implementation)
+      return (out.astype(jnp.float32) ** 2).sum()
+
+    with jax.numpy_dtype_promotion("standard"):  # of JAX's definition, transposed
+      return jax.jit(jax.grad(of, (0, 1, 2)))(query, key, value)
+
+  for ours, theirs in zip(loss("cudnn"), loss("xla"), strict=True):
+    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    # A few roundings to bfloat16, each of 0.4 %.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
+
+
+def test_cudnn_refuses_what_it_does_not_compute_in():
+  query, key, value = draw((1, 3, 1, 8), (1, 5, 1, 8), jnp.float32)
+  message = r"'cudnn' computes in float16 or bfloat16, not in float32: choose"
+  with pytest.raises(ValueError, match=message):
+    attention.attend(query, key, value, jnp.ones((1, 5), bool), "cudnn")
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("implementation", ["splash", "cudnn"])
+def test_the_kernel_of_this_machine_is_the_softmax_of_the_definition(
+  implementation, real
+):
+  platform = {"splash": "tpu", "cudnn": "gpu"}[implementation]
+  try:
+    device = jax.local_devices(backend=platform)[0]
+  except RuntimeError:
+    pytest.skip(f"no {platform} here")
+  query, key, value = draw((2, 1300, 2, 72), (2, 300, 2, 72), jnp.bfloat16)
+  mask = np.arange(300) < np.array([[300], [7]])
+  arrays = jax.device_put((query, key, value, jnp.asarray(mask)), device)
+
+  def loss(query, key, value, mask, implementation):
+    out = attention.attend(query, key, value, mask, implementation)
+    return (out.astype(jnp.float32) ** 2).sum(), out
+
+  def measure(implementation):
+    of = functools.partial(loss, implementation=implementation)
+    return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))(*arrays)
+
+  gradients, out = measure(implementation)
+  expected = exact(query, key, value, mask)
+  np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0, atol=0.03)
+  for ours, theirs in zip(gradients, measure("xla")[0], strict=True):
+    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
+
+
+# -------------------------------------------------------------------------------- auto
+
+
+class Device(types.SimpleNamespace):
+  __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+  ("device", "dtype", "lengths", "chosen"),
+  [
+    ({"platform": "tpu"}, "bfloat16", (4096, 300), "splash"),
+    ({"platform": "tpu"}, "float32", (4, 4), "splash"),
+    ({"platform": "gpu", "compute_capability": "9.0"}, "bfloat16", (4, 4), "cudnn"),
+    ({"platform": "gpu", "compute_capability": "9.0"}, "float32", (4, 40), "chunked"),
+    ({"platform": "gpu", "compute_capability": "7.5"}, "float16", (40, 4), "chunked"),
+    ({"platform": "cpu"}, "bfloat16", (8, 8), "xla"),
+    ({"platform": "cpu"}, "bfloat16", (8, 9), "chunked"),
+  ],
+)
+def test_auto_is_the_best_for_the_device(device, dtype, lengths, chosen):
+  device = Device(device_kind="a device", **device)
+  assert attention._choose(device, dtype, *lengths, 72) == chosen
+
+
+def test_auto_is_logged_once_and_computes(caplog):
+  attention._choose.cache_clear()
+  query, key, value = draw((1, 3, 1, 8), (1, 5, 1, 8), jnp.float32)
+  mask = jnp.ones((1, 5), bool)
+  with caplog.at_level("INFO"):
+    twice = [attention.attend(query, key, value, mask, "auto") for _ in range(2)]
+  expected = attention.attend(query, key, value, mask, "xla")
+  np.testing.assert_array_equal(twice[0], expected)
+  message = "Attention of 3 queries to 5 keys of width 8 in float32 on cpu: xla."
+  assert [record.getMessage() for record in caplog.records] == [message]
+
+
+# ----------------------------------------------------------------------------- for TPU
+
+# Queries of one device and keys, as stage_1k and stage_4k have them on v5e:8x8.
+REAL = [
+  (n, m)
+  for n, ms in {4096: (4096, 1024, 300), 32768: (65536, 16384, 300)}.items()
+  for m in ms
+]
+
+
+def lowered(n, m, sharding=None):
+  def loss(query, key, value, mask):
+    out = attention.attend(query, key, value, mask, "splash")
+    return out.astype(jnp.float32).sum()
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  query, key = array(1, n, 16, 72), array(1, m, 16, 72)
+  step = jax.jit(jax.grad(loss, (0, 1, 2)))
+  traced = step.trace(query, key, key, array(1, m, dtype=jnp.bool_))
+  return traced.lower(lowering_platforms=("tpu",))
+
+
+@pytest.fixture
+def real(monkeypatch):
+  """Neither interpreted nor in small blocks, at the precision of a command's run."""
+  monkeypatch.undo()
+  with jax.default_matmul_precision("default"):
+    yield
+
+
+@pytest.mark.parametrize(("n", "m"), REAL)
+def test_the_kernel_lowers_at_the_sizes_of_the_stages(real, n, m):
+  text = lowered(n, m).as_text()
+  for part in ("fwd_residuals", "dq_no_residuals", "dkv_no_residuals"):
+    assert text.count(f'kernel_name = "splash_mha_{part}"') == 1
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 300, 1000, 1024, 1025, 4160, 65536])
+def test_blocks_cover_a_length_with_little_to_spare(real, length):
+  block = splash.block_size(length)
+  blocks = -(-length // block)
+  assert block % 128 == 0
+  assert block <= 1024
+  assert blocks == -(-length // 1024)
+  assert blocks * block - length < 128 * blocks
+
+
+def test_the_kernel_compiles_for_a_tpu(real, monkeypatch):
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  chip = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+  place = jax.sharding.SingleDeviceSharding(chip)
+  memory = lowered(4096, 1024, place).compile().memory_analysis()
+  scores = 4096 * 1024 * 16 * 4
+  assert memory.temp_size_in_bytes < scores / 2

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from pixsigma_jax import tree
 from pixsigma_jax.models import tokens
@@ -290,6 +291,37 @@ def test_how_it_is_computed_does_not_change_what(compute, key):
 
   ours, expected = gradients(compute), gradients(FLOAT32)
   jax.tree.map(lambda *pair: close(*pair, floor=1e-5), ours, expected)
+
+
+@pytest.mark.parametrize(
+  ("attention", "forward"),
+  [("splash", "name=splash_mha_fwd"), ("cudnn", "dot_product_attention_fwd")],
+)
+def test_a_kernel_whose_results_are_kept_runs_forward_once(
+  attention, forward, monkeypatch, key
+):
+  # What is traced is the same as on a GPU; only the version is asked of the machine.
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+  # Captions of more than one block: equal kernels would be written down once.
+  config = dataclasses.replace(NANO, caption_length=130)
+  latents = jax.random.normal(key, (2, 6, 10, 4))
+  arguments = (latents, jnp.array([10.0, 900.0]), *captions(config, 2, key))
+  params = abstract_params(config)
+
+  def count(remat):
+    compute = Compute(attention=attention, remat=remat)
+
+    def loss(params):
+      return (PixArt(config, compute).apply({"params": params}, *arguments) ** 2).sum()
+
+    with jax.numpy_dtype_promotion("standard"):
+      return str(jax.make_jaxpr(jax.grad(loss))(params)).count(forward)
+
+  assert {remat: count(remat) for remat in ("block", "attention")} == {
+    # Of the scanned block's two attentions, and once more for the backward pass.
+    "block": 4,
+    "attention": 2,
+  }
 
 
 def test_in_bfloat16_the_network_stays_within_its_precision(key):

@@ -38,7 +38,7 @@ SECTIONS = {
 }
 GIVEN = {
   "mesh": {"devices": None, "batch_size": 8, "width": 128},
-  "compute": {"merge_rows": True},
+  "compute": {"merge_rows": True, "mesh": None},
   "loss": {"scaling_factor": 1.0},
   "ema": {"batch_size": 8},
 }

@@ -184,7 +184,7 @@ def test_every_map_of_a_stack_is_a_tensor_of_its_own_to_an_optimizer():
 
 def test_an_adapters_state_of_full_size_is_a_fortieth_of_the_models():
   config = lora.get_config().to_dict()
-  program = make_program(config, context=1, scaling_factor=0.13)
+  program = make_program(config, mesh=None, scaling_factor=0.13)
   state = program.abstract_state()
   assert tree.size(state.params) == 13_418_496
   assert tree.size(state.frozen) == 610_856_096

@@ -243,7 +243,7 @@ def two_steps(data, fsdp, context, accumulation=1):
     clip_norm=1.0,
     groups=(),
   )
-  compute = Compute(dtype=jnp.float32, unroll=True, merge_rows=context == 1)
+  compute = Compute(dtype=jnp.float32, unroll=True, merge_rows=context == 1, mesh=mesh)
   loss = make_loss(
     PixArt(CONFIG, compute),
     linear_schedule(),

@@ -1,0 +1,182 @@
+"""Attention on TPU by JAX's splash kernel, forward and backward in blocks.
+
+Nothing quadratic in tokens leaves the chip. The kernel knows no padding mask but
+segment ids, of which it compares a whole block at a time; here the mask rides on the
+head width instead, which the matrix unit pads to 128 anyway: queries get one feature
+more, always 1, and keys one that is 0 where they may be seen and hugely negative where
+not. That is free, where segment ids cost a fourteenth of the forward pass on v5e and an
+eighth on v6e, and rows of one batch may fold into the heads, whatever their masks.
+
+Cycles of one step of the kernel's grid, head width 72, as libtpu 0.0.51 schedules it
+(`python -m benchmarks.splash_cycles`; queries x keys, and how many keys at a time):
+
+                                    v5e                 v6e
+                             fwd    dq   dkv     fwd    dq   dkv
+   512 x  512,  512         1976  1764  2371    1327  1198  1501
+  1024 x 1024, 1024         5885  6136  8313    3767  3647  4749
+  1024 x 2048, 1024         9895  6136  8313    6214  3647  4749
+  the same, segment ids    10625  6153  8315    7029  3925  5005
+
+Four steps of the first row are one of the second, and two of the second one of the
+third. Two thousand keys at a time do not fit into the backward pass beside the rest of
+a training step. The backward pass that makes dq beside dk and dv is not used: it writes
+one dq for each block of keys, 6.5 GB at 4096 pixels, and takes as long.
+"""
+
+import functools
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+_LANES = 128  # blocks are multiples of it
+_BLOCK = 1024  # queries, and keys at a time, at most: the best on v5e and v6e alike
+_HIDDEN = -1e9  # added to scores of keys that are not to be seen
+
+
+def attend(
+  query: Float[Array, "b n k f"],
+  key: Float[Array, "b m k f"],
+  value: Float[Array, "b m k f"],
+  mask: Bool[Array, "b m"],
+  *,
+  residual_name: str,
+  interpret: bool = False,
+) -> Float[Array, "b n k f"]:
+  """See `models/attention.py: attend`.
+
+  Args:
+    residual_name: under which remat policies find what the backward pass needs of the
+      forward pass: the output and the logarithm of each query's sum.
+    interpret: runs the kernel step by step in XLA, on any platform; for tests.
+  """
+  f, n = query.shape[-1], query.shape[1]
+  block_q, block_k = block_size(n), block_size(key.shape[1])
+  # The kernel does not scale. In the queries' own dtype: their rounding is relative.
+  query = query * jnp.asarray(f**-0.5, query.dtype)
+  query = _with_feature(query, jnp.ones(query.shape[:2], query.dtype))
+  hidden = jnp.where(mask, 0.0, _HIDDEN).astype(key.dtype)
+  key = _with_feature(_fill(key, block_k), _fill(hidden, block_k, _HIDDEN))
+  out: Any = _attend(
+    residual_name, interpret, _fill(query, block_q), key, _fill(value, block_k)
+  )
+  # With every key hidden, softmax would see them all alike.
+  seen = mask.any(axis=-1).reshape(-1, 1, 1, 1)
+  return jnp.where(seen, out[:, :n], 0).astype(value.dtype)
+
+
+# The kernel's own derivative keeps its output as it is, [heads n f], whose last axis a
+# TPU stores 128 wide: 1.8 times the bytes. This one keeps it with the heads joined.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+  residual_name: str,
+  interpret: bool,
+  query: Float[Array, "b n k f1"],
+  key: Float[Array, "b m k f1"],
+  value: Float[Array, "b m k f"],
+) -> Float[Array, "b n k f"]:
+  del residual_name
+  kernel = _kernel_for(query, key, interpret, keep_sums=False)
+  return _unfolded(kernel(_folded(query), _folded(key), _folded(value)), len(query))
+
+
+def _forward(residual_name, interpret, query, key, value):
+  kernel = _kernel_for(query, key, interpret, keep_sums=True)
+  out, (logsumexp,) = kernel(_folded(query), _folded(key), _folded(value))
+  out = einops.rearrange(out, "(b k) n f -> b n (k f)", b=len(query))
+  out = checkpoint_name(out, residual_name)
+  logsumexp = checkpoint_name(logsumexp, residual_name)
+  residuals = query, key, value, out, logsumexp
+  return einops.rearrange(out, "b n (k f) -> b n k f", f=value.shape[-1]), residuals
+
+
+def _backward(residual_name, interpret, residuals, gradient):
+  # Not public, and the only way to run the backward pass with residuals of one's own.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+  del residual_name
+  query, key, value, out, logsumexp = residuals
+  out = einops.rearrange(out, "b n (k f) -> (b k) n f", f=value.shape[-1])
+  kernel = _kernel_for(query, key, interpret, keep_sums=False)
+  gradients = splash_attention_kernel._splash_attention_bwd(
+    **kernel.kwargs,
+    res=(
+      *(_folded(query), _folded(key), _folded(value), None, None, out, logsumexp),
+      *(kernel.dq_mask_info, kernel.dkv_mask_info),
+    ),
+    do=_folded(gradient),
+  )
+  return tuple(_unfolded(x, len(query)) for x in gradients[3:6])
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _folded(x: Float[Array, "b n k f"]) -> Float[Array, "bk n f"]:
+  return einops.rearrange(x, "b n k f -> (b k) n f")
+
+
+def _unfolded(x: Float[Array, "bk n f"], batch: int) -> Float[Array, "b n k f"]:
+  return einops.rearrange(x, "(b k) n f -> b n k f", b=batch)
+
+
+def block_size(length: int) -> int:
+  """The least block of which as few as possible cover `length`."""
+  blocks = -(-length // _BLOCK)
+  return _padded(-(-length // blocks), _LANES)
+
+
+def _padded(length: int, block: int) -> int:
+  return -(-length // block) * block
+
+
+def _fill(x: Array, block: int, value: float = 0.0) -> Array:
+  """Pads the second axis to whole blocks."""
+  padding = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, padding, constant_values=value)
+
+
+def _with_feature(
+  x: Float[Array, "b n k f"], feature: Float[Array, "b n"]
+) -> Float[Array, "b n k f1"]:
+  feature = jnp.broadcast_to(feature[..., None, None], (*x.shape[:3], 1))
+  return jnp.concatenate([x, feature], axis=-1)
+
+
+def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -> Any:
+  b, n, k, _ = query.shape
+  return _kernel(b * k, n, key.shape[1], interpret, keep_sums)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(
+  heads: int, queries: int, keys: int, interpret: bool, keep_sums: bool
+) -> Any:
+  # Half a second that only TPUs have a use for.
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  block_q, compute = block_size(queries), block_size(keys)
+  in_memory = 2 * compute if keys % (2 * compute) == 0 else compute
+  blocks = splash_attention.BlockSizes(
+    block_q=block_q,
+    block_kv=in_memory,
+    block_kv_compute=compute,
+    block_q_dq=block_q,
+    block_kv_dq=compute,
+    block_q_dkv=block_q,
+    block_kv_dkv=compute,
+    block_kv_dkv_compute=compute,
+  )
+  with jax.ensure_compile_time_eval():  # what is kept must not belong to one trace
+    everything = splash_attention.FullMask((queries, keys))
+    return splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([everything] * heads),
+      block_sizes=blocks,
+      head_shards=1,
+      q_seq_shards=1,
+      save_residuals=keep_sums,
+      interpret=interpret,
+    )
