@@ -431,7 +431,8 @@ def _measured(config, mesh):
   )
   key = jax.random.key(0)
   # Nothing is zero that a fresh model has at zero, or half of the gradients would be.
-  params = jax.jit(lambda: jax.tree.map(_noisy, init_params(model, key)))()
+  with runs.quick_compilation():
+    params = jax.jit(lambda: jax.tree.map(_noisy, init_params(model, key)))()
   null_caption = jnp.zeros((model.caption_length, model.caption_width))
   mesh = sharding.make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])
   program = make_program(config, mesh=mesh, scaling_factor=0.13)
