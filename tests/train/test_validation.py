@@ -2,12 +2,17 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from pixsigma_jax import sharding
 from pixsigma_jax.data.mixture import open_mixture
 from pixsigma_jax.sample import frozen
+from pixsigma_jax.train.batches import Batches
+from pixsigma_jax.train.validation import Validation
 from tests.train import runs
 
 WATCHED = {
@@ -64,6 +69,43 @@ def test_validation_is_the_same_whatever_was_trained_before(watched, data, tmp_p
   (again,) = [line for line in runs.metrics(tmp_path) if line["step"] == 6]
   (line,) = [line for line in runs.metrics(watched) if line["step"] == 6]
   assert again["validation/loss"] == line["validation/loss"]
+
+
+class _Same(Batches):
+  """The same batch for ever."""
+
+  def __init__(self):
+    pass
+
+  def start(self, first_example):
+    assert first_example == 0
+
+  def __next__(self):
+    return {}
+
+  def close(self):
+    pass
+
+
+def test_each_batch_has_noise_of_its_own_and_the_same_at_the_next_validation():
+  def loss(params, null_caption, batch, key):
+    drawn = jax.random.uniform(key, (4,))
+    return drawn.mean(), {"loss": drawn, "timesteps": jnp.zeros(4, jnp.int32)}
+
+  def validation(examples):
+    return Validation(
+      loss,
+      _Same(),
+      examples=examples,
+      batch_size=4,
+      num_timesteps=1000,
+      mesh=sharding.single_device_mesh(),
+    )
+
+  one, two = validation(4), validation(8)
+  first = two({}, None)["validation/loss"]
+  assert first != one({}, None)["validation/loss"]
+  assert first == two({}, None)["validation/loss"]
 
 
 def test_a_sample_set_has_the_datas_captions_at_their_images_sizes(watched, data):

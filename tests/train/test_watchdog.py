@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from pixsigma_jax.train import watchdog as module
 from pixsigma_jax.train.watchdog import Watchdog
 
 
@@ -53,6 +54,24 @@ def test_what_is_known_to_take_long_is_no_hang(watched, tmp_path):
   with watched.paused():
     time.sleep(0.6)
   watched.beat(7)
+  assert not files(tmp_path)
+
+
+def test_a_hang_after_a_pause_is_one(watched, tmp_path):
+  with watched.paused():
+    pass
+  wait_for(lambda: files(tmp_path))
+  assert files(tmp_path)
+
+
+def test_many_times_the_median_is_no_hang_while_it_is_short(tmp_path, monkeypatch):
+  monkeypatch.setattr(module, "_LOOKS", 0.02)
+  watchdog = Watchdog(tmp_path / "hangs", hang_factor=5.0, min_seconds=600.0)
+  for step in range(6):
+    watchdog.beat(step)
+    time.sleep(0.01)
+  time.sleep(0.4)
+  watchdog.close()
   assert not files(tmp_path)
 
 
