@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
   machines = [(name, 1) for name in _COMPILE.value] or MACHINES
   last = (
-    "cycles, s | GB sent | compiled in, s"
+    "cycles, s | GB gathered or summed | compiled in, s"
     if _COMPILE.value
     else ("MFU | images a second | stage")
   )

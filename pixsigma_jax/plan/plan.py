@@ -31,7 +31,7 @@ class Compilation:
   Attributes:
     seconds: that it took.
     cycles: of one step on one device, estimated by it; None where it estimates none.
-    sent: bytes that a device receives in a step, by kind of collective.
+    sent: bytes of what collectives leave on a device in a step, by kind.
     refused: its message if the step does not fit into memory; None if it does.
   """
 
@@ -69,12 +69,13 @@ class Plan:
     """A floor under a step's time.
 
     The longest of three, each of which is a limit of the machine by itself: the
-    roofline; the compiled program's arithmetic; what it sends, within a slice.
+    roofline; the compiled program's arithmetic; what it receives, over one link. Of
+    what devices gather or sum, at least half comes from others.
     """
     floors = [self.time.seconds]
     if self.compilation is not None:
       sent = sum(self.compilation.sent.values())
-      floors += [self.static_seconds or 0.0, sent / self.stage.topology.chip.link]
+      floors += [self.static_seconds or 0.0, sent / 2 / self.stage.topology.chip.link]
     return max(floors)
 
   @property

@@ -118,7 +118,7 @@ def _time(plan: Plan) -> Iterator[str]:
     if plan.static_seconds:
       yield f"  {'which take':<32}{plan.static_seconds:10.4f} s"
     for kind, size in compilation.sent.items():
-      yield f"  {kind:<32}{size / 1e9:10.2f} GB a device"
+      yield f"  {kind:<32}{size / 1e9:10.2f} GB a device, half or more of it received"
   yield ""
 
 

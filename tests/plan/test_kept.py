@@ -6,6 +6,7 @@ to: `python -m benchmarks.keep_plans`, and say so in the commit.
 
 import json
 
+import jax
 import pytest
 
 from benchmarks import keep_plans
@@ -30,7 +31,9 @@ def test_a_stage_of_full_size_takes_no_more_than_it_did(name):
 def test_a_stage_compiled_in_miniature_takes_no_more_than_it_did(name, libtpu):
   if libtpu != KEPT["libtpu"]:
     pytest.skip(f"kept of what libtpu {KEPT['libtpu']} makes, and this is {libtpu}")
-  assert grown(keep_plans.compiled(name), KEPT["stages"][name]["miniature"]) == {}
+  with jax.default_matmul_precision(None):  # as it is outside the suite
+    have = keep_plans.compiled(name)
+  assert grown(have, KEPT["stages"][name]["miniature"]) == {}
 
 
 def test_growth_beyond_what_is_allowed_is_named():
