@@ -8,6 +8,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from pixsigma_jax.models import attention
@@ -27,6 +28,9 @@ from pixsigma_jax.models.layers import (
 from pixsigma_jax.models.tokens import token_mask
 
 LAYER_NORM_EPSILON = 1e-6
+
+# Name under which remat policies find the residual stream as it enters a block.
+BLOCK_INPUT = "block_input"
 
 
 def modulate(
@@ -147,6 +151,7 @@ class Block(nn.Module):
     discard_key: Key[Array, ""] | None,
     caption_kv: Float[Array, "2 b t d"] | None,
   ) -> tuple[Float32[Array, "b n d"], None]:
+    x = checkpoint_name(x, BLOCK_INPUT)
     width = x.shape[-1]
     table = self.param("scale_shift_table", table_init, (6, width))
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.unstack(

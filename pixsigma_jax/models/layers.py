@@ -20,7 +20,9 @@ from pixsigma_jax.models import attention
 
 Initializer: TypeAlias = Callable[..., Array]
 
-REMATS = ("none", "block", "attention")
+REMATS = ("none", "block", "attention", "offload")
+
+HOST_MEMORY = "pinned_host"  # JAX's name for memory of the host that a device can reach
 
 zeros_init = nn.initializers.zeros
 
@@ -62,7 +64,8 @@ class Compute:
     dtype: of matrix products and attention.
     attention: implementation, see `models/attention.py`.
     remat: what the backward pass recomputes: nothing; the whole of each block; each
-      block but for what its attentions returned.
+      block but for what its attentions returned; the same, with that and the blocks'
+      inputs in the host's memory meanwhile.
     unroll: write the layers out one by one instead of scanning over them. The program
       grows with the depth, but on CPU a scan's stacked residuals cost more than half
       of a training step.
@@ -73,7 +76,8 @@ class Compute:
       and nothing else.
 
   Raises:
-    ValueError: an unknown dtype, attention implementation or remat.
+    ValueError: an unknown dtype, attention implementation or remat; or `offload` where
+      devices reach no memory of the host.
   """
 
   dtype: DTypeLike = jnp.bfloat16
@@ -89,6 +93,14 @@ class Compute:
       if getattr(self, name) not in known:
         raise ValueError(
           f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}."
+        )
+    if self.remat == "offload":
+      device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+      kinds = [memory.kind for memory in device.addressable_memories()]
+      if HOST_MEMORY not in kinds:
+        raise ValueError(
+          f"remat 'offload' needs {HOST_MEMORY} memory, and {device.device_kind} has "
+          f"only {', '.join(kinds)}: choose remat 'block'."
         )
     try:
       jnp.dtype(self.dtype)

@@ -6,6 +6,7 @@ sequences, so that one program serves every aspect ratio of a resolution; the mo
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pixsigma_jax.models import attention, positions, tokens
-from pixsigma_jax.models.block import Block, modulate, table_init
+from pixsigma_jax.models.block import BLOCK_INPUT, Block, modulate, table_init
 from pixsigma_jax.models.embeddings import (
   XL_WIDTH,
   CaptionProjection,
@@ -24,17 +25,40 @@ from pixsigma_jax.models.embeddings import (
   SizeConditions,
 )
 from pixsigma_jax.models.kv_compression import KVCompression
-from pixsigma_jax.models.layers import Compute, Linear, normal_init, zeros_init
+from pixsigma_jax.models.layers import (
+  HOST_MEMORY,
+  Compute,
+  Linear,
+  normal_init,
+  zeros_init,
+)
 from pixsigma_jax.models.tokens import Grid
 
 # Name of a segment → keys and values of its layers, `[layers 2 b t d]`.
 CaptionKV: TypeAlias = dict[str, Array]
 
+
+def _keeps(names: Callable[..., Any]) -> Callable[..., Any]:
+  """A remat policy: what goes by name, and what cuDNN's kernel returns, as it is."""
+
+  def policy(primitive: Any, *arguments: Any, **params: Any) -> Any:
+    if primitive.name.startswith(attention.CUDNN_FORWARD):
+      return True
+    return names(primitive, *arguments, **params)
+
+  return policy
+
+
 _REMAT_POLICIES = {
   "block": jax.checkpoint_policies.nothing_saveable,
-  "attention": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(attention.OUTPUT),
-    lambda primitive, *_, **__: primitive.name.startswith(attention.CUDNN_FORWARD),
+  "attention": _keeps(jax.checkpoint_policies.save_only_these_names(attention.OUTPUT)),
+  "offload": _keeps(
+    jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[attention.OUTPUT, BLOCK_INPUT],
+      offload_src="device",
+      offload_dst=HOST_MEMORY,
+    )
   ),
 }
 

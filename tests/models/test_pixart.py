@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import types
+from unittest import mock
 
 import chex
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import Mesh
 
 from pixsigma_jax import tree
 from pixsigma_jax.models import tokens
@@ -264,6 +267,7 @@ def variants_of_compute():
   yield "chunked", Compute(dtype=jnp.float32, attention="chunked")
   yield "unrolled remat", Compute(dtype=jnp.float32, unroll=True, remat="block")
   yield "scanned remat", Compute(dtype=jnp.float32, remat="attention")
+  yield "offloaded", Compute(dtype=jnp.float32, remat="offload")
 
 
 @pytest.mark.parametrize(
@@ -317,11 +321,23 @@ def test_a_kernel_whose_results_are_kept_runs_forward_once(
     with jax.numpy_dtype_promotion("standard"):
       return str(jax.make_jaxpr(jax.grad(loss))(params)).count(forward)
 
-  assert {remat: count(remat) for remat in ("block", "attention")} == {
+  assert {remat: count(remat) for remat in ("block", "attention", "offload")} == {
     # Of the scanned block's two attentions, and once more for the backward pass.
     "block": 4,
     "attention": 2,
+    "offload": 2,
   }
+
+
+def test_offloading_needs_memory_of_the_host():
+  device = types.SimpleNamespace(
+    device_kind="a device",
+    addressable_memories=lambda: [types.SimpleNamespace(kind="device")],
+  )
+  mesh = mock.create_autospec(Mesh, instance=True, devices=np.array([device]))
+  message = "'offload' needs pinned_host memory, and a device has only device: choose"
+  with pytest.raises(ValueError, match=message):
+    Compute(remat="offload", mesh=mesh)
 
 
 def test_in_bfloat16_the_network_stays_within_its_precision(key):
