@@ -137,6 +137,8 @@ def estimate(stage: Stage) -> Memory:
     kept = model.depth * work
     if stage.attention == "xla":
       kept += _scores(stage, range(model.depth), of_all=True)
+  elif compute.remat == "offload":
+    kept = 0  # it waits in the host's memory
   else:
     kept = model.depth * each * _FLOAT
     if compute.remat == "attention":

@@ -21,7 +21,7 @@ def _head(plan: Plan) -> Iterator[str]:
   yield (
     f"{stage.config['stage']} on {stage.topology}: {stage.topology.count} devices "
     f"({stage.topology.kind}), mesh {sizes}, batch {stage.config['batch_size']}, "
-    f"{stage.tokens:,} tokens an image, attention {compute.attention}, remat "
+    f"{stage.tokens:,} tokens an image, attention {stage.attention}, remat "
     f"{compute.remat}"
   )
   yield ""
@@ -65,8 +65,8 @@ def does_not_fit(plan: Plan) -> str:
 def _ways_out(plan: Plan) -> Iterator[str]:
   stage = plan.stage
   compute, rows = stage.program.model.compute, stage.rows
-  if compute.attention == "xla":
-    yield "--config.compute.attention=chunked, which keeps no scores of all pairs"
+  if stage.attention == "xla":
+    yield "--config.compute.attention=auto, which keeps no scores of all pairs"
   if compute.remat != "block":
     yield "--config.compute.remat=block"
   if rows > 1:

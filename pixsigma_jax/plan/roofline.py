@@ -158,7 +158,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   rows = stage.rows * accumulation / stage.sizes["context"]
   tokens = float(stage.rows * accumulation * stage.length)
   kind = ATTENTIONS[stage.attention]
-  again = remat and not (compute.remat == "attention" and kind.kept)
+  again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
 
   flops = {
     name: rows * count * _padding_of(name, model, chip.matrix_unit)

@@ -23,7 +23,8 @@ def candidates(
     if not sharding.has_whole_tiles(width, fsdp):
       continue
     for context in _divisors(within // fsdp):
-      for remat in REMATS:
+      # How long the host's memory is waited for is not modelled.
+      for remat in (remat for remat in REMATS if remat != "offload"):
         changed = copy.deepcopy(dict(config))
         data = topology.count // (fsdp * context)
         changed["mesh"] |= {"data": data, "fsdp": fsdp, "context": context}

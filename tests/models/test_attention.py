@@ -348,8 +348,7 @@ def test_blocks_cover_a_length_with_little_to_spare(real, length):
   assert blocks * block - length < 128 * blocks
 
 
-def test_the_kernel_compiles_for_a_tpu(real, monkeypatch):
-  pytest.importorskip("libtpu")
+def test_the_kernel_compiles_for_a_tpu(real, libtpu, monkeypatch):
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   chip = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
   place = jax.sharding.SingleDeviceSharding(chip)

@@ -110,7 +110,7 @@ def test_what_does_not_fit_ends_with_one_error_that_says_why(plan):
   assert message.startswith("Error: Does not fit: a device has 15.75 GiB, the step")
   for part in ("GiB too much", "Largest: activations", "compute.remat=block"):
     assert part in message
-  for part in ("compute.attention=chunked", "accumulation=", "a larger topology"):
+  for part in ("compute.attention=auto", "accumulation=", "a larger topology"):
     assert part in message
 
 
