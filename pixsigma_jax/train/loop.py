@@ -190,15 +190,14 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   logging.info("Compiled in %.1f s.", time.perf_counter() - began)
 
   # ----------------------------------------------------------- what looks at the run
-  sampler = sample_set = validation = None
-  draws_sheets = bool(logs["sample_every"] and logs["prompts"])
+  sampler = sample_set = shown = validation = None
+  sheet_every = logs["sample_every"] if logs["prompts"] else 0
   if logs["sample_set"]["every"]:
     sample_set = sheets.SampleSet(mixture, model, logs["sample_set"]["count"])
-  if draws_sheets:
-    shown = sheets.prompts_of(config, model, mixture, compute, captions)
-    sampler = sheets.make_sampler(config, model, state, mixture, compute, shown)
-  elif sample_set:
     shown = sample_set.captions
+  if sheet_every:
+    shown = sheets.prompts_of(config, model, mixture, compute, captions)
+  if shown is not None:
     sampler = sheets.make_sampler(config, model, state, mixture, compute, shown)
   if held_out is not None:
     validation = Validation(
@@ -349,7 +348,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       save()
       with window.spent("saving"):
         _snapshot(workdir, program, state, about)
-    if sampler and draws_sheets and _due(logs["sample_every"], step):
+    if sampler and _due(sheet_every, step):
       settle()
       with _spent(window, watchdog):
         params = program.model_of(state)
