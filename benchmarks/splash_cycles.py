@@ -2,9 +2,9 @@
 
   python -m benchmarks.splash_cycles --topology=v5e:2x2
 
-Compiles JAX's splash attention ahead of time, for which libtpu (`pip install libtpu`)
-is enough, and counts the instructions that libtpu schedules for one step of each
-kernel's grid: a bundle is a cycle. The table stands in `pixsigma_jax/models/splash.py`,
+Compiles JAX's splash attention ahead of time, for which the extra `plan` is enough, and
+counts the instructions that libtpu schedules for one step of each kernel's grid: a
+bundle is a cycle. The table stands in `pixsigma_jax/models/splash.py`,
 whose block sizes it chose. A quarter of a minute a row.
 """
 
@@ -16,11 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from jax.experimental import topologies
+from absl import flags
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "As libtpu calls it.")
+from pixsigma_jax import command
+from pixsigma_jax.models.splash import block_sizes
+from pixsigma_jax.plan import topology
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Chips of a TPU slice.")
 
 HEADS, LENGTH, WIDTH = 4, 4096, 72
 # Queries, keys in memory, keys at a time; and what hides keys.
@@ -38,16 +41,7 @@ def cycles(
   """Cycles of one step by kernel: fwd, dq and dkv (which take `at_a_time` keys)."""
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([splash.FullMask((LENGTH, LENGTH))] * HEADS),
-    block_sizes=splash.BlockSizes(
-      block_q=query,
-      block_kv=in_memory,
-      block_kv_compute=at_a_time,
-      block_q_dq=query,
-      block_kv_dq=at_a_time,
-      block_q_dkv=query,
-      block_kv_dkv=at_a_time,
-      block_kv_dkv_compute=at_a_time,
-    ),
+    block_sizes=block_sizes(query, in_memory, at_a_time),
     head_shards=1,
     q_seq_shards=1,
   )
@@ -79,14 +73,12 @@ def cycles(
 def main(_: list[str]) -> None:
   """Prints a row a case."""
   dump = pathlib.Path(tempfile.mkdtemp(prefix="splash_cycles_"))
-  # Another process may hold libtpu's lock: nothing here touches a TPU.
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ["LIBTPU_INIT_ARGS"] = (
     f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
     "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
   )
   jax.config.update("jax_platforms", "cpu")
-  device = topologies.get_topology_desc(_TOPOLOGY.value, "tpu").devices[0]
+  device = topology.devices(topology.parse(_TOPOLOGY.value))[0]
   print(f"cycles of a step, {device.device_kind}, JAX {jax.__version__}")
   print("queries x keys / keys at a time | mask | fwd | dq | dkv")
   for query, in_memory, at_a_time, mask in CASES:
@@ -96,4 +88,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

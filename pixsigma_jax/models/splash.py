@@ -129,6 +129,23 @@ def block_size(length: int) -> int:
   return _padded(-(-length // blocks), _LANES)
 
 
+def block_sizes(query: int, in_memory: int, at_a_time: int) -> Any:
+  """Of all kernels: queries, keys that the forward one fetches, keys at a time."""
+  # Half a second that only TPUs have a use for.
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  return splash_attention.BlockSizes(
+    block_q=query,
+    block_kv=in_memory,
+    block_kv_compute=at_a_time,
+    block_q_dq=query,
+    block_kv_dq=at_a_time,
+    block_q_dkv=query,
+    block_kv_dkv=at_a_time,
+    block_kv_dkv_compute=at_a_time,
+  )
+
+
 def _padded(length: int, block: int) -> int:
   return -(-length // block) * block
 
@@ -155,26 +172,15 @@ def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -
 def _kernel(
   heads: int, queries: int, keys: int, interpret: bool, keep_sums: bool
 ) -> Any:
-  # Half a second that only TPUs have a use for.
-  from jax.experimental.pallas.ops.tpu import splash_attention
+  from jax.experimental.pallas.ops.tpu import splash_attention  # as above
 
   block_q, compute = block_size(queries), block_size(keys)
   in_memory = 2 * compute if keys % (2 * compute) == 0 else compute
-  blocks = splash_attention.BlockSizes(
-    block_q=block_q,
-    block_kv=in_memory,
-    block_kv_compute=compute,
-    block_q_dq=block_q,
-    block_kv_dq=compute,
-    block_q_dkv=block_q,
-    block_kv_dkv=compute,
-    block_kv_dkv_compute=compute,
-  )
   with jax.ensure_compile_time_eval():  # what is kept must not belong to one trace
     everything = splash_attention.FullMask((queries, keys))
     return splash_attention.make_splash_mha(
       splash_attention.MultiHeadMask([everything] * heads),
-      block_sizes=blocks,
+      block_sizes=block_sizes(block_q, in_memory, compute),
       head_shards=1,
       q_seq_shards=1,
       save_residuals=keep_sums,
