@@ -3,7 +3,7 @@
   python -m benchmarks.vae_memory
 
 Compiles SDXL's autoencoder in bfloat16 ahead of time for TPU v5e, for which libtpu
-(`pip install libtpu`) is enough, and prints the compiler's own account of a chip's
+(the extra `plan`) is enough, and prints the compiler's own account of a chip's
 memory: a tile on one chip, and the whole image, exactly, with its rows on four.
 """
 

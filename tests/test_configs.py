@@ -322,13 +322,12 @@ CONTEXT_OF_256 = {"stage_1k": 4, "stage_1k_full": 2}
 @pytest.mark.parametrize("stage", PAPER, ids=str)
 def test_state_and_batch_of_full_size_lie_evenly_on_its_mesh(stage, devices):
   config = load(stage)
-  sizes, _ = sharding.choose_axes(
+  sizes, _ = sharding.sizes_over_slices(
     devices,
     batch_size=config.batch_size,
     width=_program(stage).model.config.width,
     **config.mesh.to_dict() | {"slices": 1},
   )
-  sizes["data"] = devices // sizes["fsdp"] // sizes["context"]  # the rest
   context = 1
   if devices == 256 and config.batch_size < 1024:
     context = CONTEXT_OF_256.get(config.stage, 8)
