@@ -13,11 +13,10 @@ from jaxtyping import Array, Float32, Int
 
 from pixsigma_jax import checkpoint
 from pixsigma_jax.metadata import Metadata
+from pixsigma_jax.models.layers import HOST_MEMORY
 from pixsigma_jax.transforms.post_hoc_ema import exponent
 
 Step: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
-
-_OFFLOADED = "pinned_host"  # JAX's name for memory of the host that a device can reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class Ema:
     if not self.offload:
       return places
     _check_memory(jax.tree.leaves(places.ema_params))
-    moved = jax.tree.map(lambda p: p.with_memory_kind(_OFFLOADED), places.ema_params)
+    moved = jax.tree.map(lambda p: p.with_memory_kind(HOST_MEMORY), places.ema_params)
     return places.replace(ema_params=moved)
 
   def fetched_for(self, train_step: Step) -> Step:
@@ -189,8 +188,8 @@ def save_snapshots(
 def _check_memory(places: list[NamedSharding]) -> None:
   for device in places[0].device_set:
     kinds = [memory.kind for memory in device.addressable_memories()]
-    if _OFFLOADED not in kinds:
+    if HOST_MEMORY not in kinds:
       raise ValueError(
-        f"ema.offload=True needs memory of kind {_OFFLOADED!r}, and {device} has "
+        f"ema.offload=True needs memory of kind {HOST_MEMORY!r}, and {device} has "
         f"{', '.join(kinds) or 'none'}: set it to False."
       )

@@ -159,7 +159,7 @@ def test_offloaded_averages_lie_in_the_hosts_memory_and_are_the_same():
 
 
 def test_devices_that_reach_no_memory_of_the_host_are_named(monkeypatch):
-  monkeypatch.setattr("pixsigma_jax.train.ema._OFFLOADED", "attic")
+  monkeypatch.setattr("pixsigma_jax.train.ema.HOST_MEMORY", "attic")
   with pytest.raises(ValueError, match=r"needs memory of kind 'attic', and .* has dev"):
     placed(make(0.5, offload=True))
 
