@@ -1,0 +1,225 @@
+"""This package beside diffusers and transformers in torch, at full size.
+
+  python -m benchmarks.peers --set=cpu     # 2 threads; an hour
+  python -m benchmarks.peers --set=gpu     # needs nothing but the machine
+
+Each side runs in a process of its own with random weights, after a warm-up that
+compiles, and the sides take turns, so that a machine whose speed drifts is as slow for
+each. Prints median seconds and, behind ±, half of the distance between the quartiles;
+gigabytes of the accelerator at most; MFU of this package, in which recomputation does
+not count; "ours / best", this package against the faster of torch's two.
+
+XL/2 is whole, but for train steps on a CPU: they stand at 14 of the 28 layers, since
+the state of all leaves 24 GB no room. T5 has XXL's width and 2 of its 24 layers. A
+train step is what both libraries do alike: noise error, gradient, AdamW in float32. On
+a GPU both recompute the blocks; compressed layers 14 to 27 merge 2×2 (PixArt-Σ, Tables
+3c and 3d). A sample is 20 steps of DPM-Solver++ at guidance 4.5 from a caption's
+embedding to a picture, the autoencoder among them.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from pixsigma_jax import command
+from pixsigma_jax.chips import find_chip
+from pixsigma_jax.models.flops import TRAINING, forward_flops
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArtConfig
+
+SIDES = ("ours", "torch", "torch.compile")
+DTYPES = ("float32", "bfloat16")
+STEPS, GUIDANCE = 20, 4.5
+T5_LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """What is timed: `kind` is forward, train, sample, decode or encode (captions)."""
+
+  kind: str
+  pixels: int = 0
+  batch: int = 1
+  layers: int = 28
+  ratio: int = 1
+  remat: bool = False
+
+  @property
+  def name(self) -> str:
+    """For people."""
+    parts = [self.kind, str(self.pixels or ""), f"{self.ratio}:1" * (self.ratio > 1)]
+    return " ".join(part for part in parts if part)
+
+  @property
+  def model(self) -> PixArtConfig:
+    """XL/2 for that many pixels."""
+    layers = tuple(range(self.layers // 2, self.layers)) if self.ratio > 1 else ()
+    config = PixArtConfig.from_variant(
+      "XL/2",
+      base_size=self.pixels // 16,
+      pe_interpolation=self.pixels / 512,
+      kv_compression=KVCompression(ratio=self.ratio, layers=layers),
+    )
+    return dataclasses.replace(config, depth=self.layers)
+
+  @property
+  def flops(self) -> float:
+    """That the transformer needs; 0 where there is none."""
+    if not self.pixels or self.kind == "decode":
+      return 0.0
+    config = self.model
+    grid = (config.base_size, config.base_size)
+    forward = sum(forward_flops(config, grid, config.caption_length).values())
+    times = {"forward": 1, "train": TRAINING, "sample": 2 * STEPS}[self.kind]
+    return forward * times * self.batch
+
+
+_GPU_BATCHES = {512: 32, 1024: 8, 2048: 2, 2880: 1, 4096: 1}
+SETS: dict[str, tuple[Case, ...]] = {
+  "cpu": (
+    *(Case(kind="forward", pixels=pixels) for pixels in (256, 512)),
+    *(Case(kind="train", pixels=pixels, layers=14) for pixels in (256, 512)),
+    Case(kind="decode", pixels=512),
+    Case(kind="encode"),
+  ),
+  "gpu": (
+    *(Case(kind="sample", pixels=pixels) for pixels in (512, 1024, 2048, 4096)),
+    *(
+      Case(kind="train", pixels=pixels, batch=batch, ratio=ratio, remat=True)
+      for pixels, batch in _GPU_BATCHES.items()
+      for ratio in (1, 4)
+    ),
+  ),
+}
+
+_SET = flags.DEFINE_enum("set", "cpu", list(SETS), "Which cases.")
+_ONLY = flags.DEFINE_list("only", [], "Names of some of them, such as 'train 512'.")
+_DTYPES = flags.DEFINE_list("dtypes", [], "All on a CPU, bfloat16 on a GPU.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns of each side.")
+_RUNS = flags.DEFINE_integer("runs", 4, "Timed runs in a turn.")
+_THREADS = flags.DEFINE_integer(
+  "threads", 2, "Of torch on a CPU; of this package, by taskset."
+)
+_TURN = flags.DEFINE_string("turn", None, "Run a turn in this process: a JSON object.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """What a side has measured: seconds of its runs, its device, its bytes at most."""
+
+  seconds: list[float]
+  device: str
+  memory: int
+
+
+def main(_: list[str]) -> None:
+  """A table, or one turn as JSON."""
+  if _TURN.value:
+    turn = json.loads(_TURN.value)
+    measured = take_turn(
+      turn["side"],
+      Case(**turn["case"]),
+      turn["dtype"],
+      machine=_SET.value,
+      runs=_RUNS.value,
+      threads=_THREADS.value,
+    )
+    print(json.dumps(dataclasses.asdict(measured)))
+    return
+  cases = [c for c in SETS[_SET.value] if not _ONLY.value or c.name in _ONLY.value]
+  dtypes = _DTYPES.value or (DTYPES if _SET.value == "cpu" else DTYPES[1:])
+  print("case | dtype | " + " | ".join(SIDES) + " | ours / best | MFU | GB")
+  for case in cases:
+    for dtype in dtypes:
+      turns: dict[str, list[Turn]] = {side: [] for side in SIDES}
+      for side in SIDES * _ROUNDS.value:
+        turns[side].extend(_turn_elsewhere(side, case, dtype))
+      print(_row(case, dtype, turns), flush=True)
+
+
+def take_turn(
+  side: str, case: Case, dtype: str, *, machine: str, runs: int, threads: int
+) -> Turn:
+  """Times a side in this process.
+
+  Args:
+    machine: cpu or gpu.
+    runs: that are timed.
+    threads: of torch on a CPU; XLA takes all cores that it may use.
+  """
+  if side == "ours":
+    from benchmarks import peers_ours as module
+
+    run = module.prepare(case, dtype)
+  else:
+    from benchmarks import peers_torch as module
+
+    run = module.prepare(
+      case, dtype, machine=machine, compiled=side == "torch.compile", threads=threads
+    )
+  run()  # compiles
+  seconds = [_seconds(run) for _ in range(runs)]
+  return Turn(seconds, *module.device(machine))
+
+
+def _turn_elsewhere(side: str, case: Case, dtype: str) -> list[Turn]:
+  """A turn in a process of its own; none, with a line why, where it cannot run."""
+  turn = {"side": side, "case": dataclasses.asdict(case), "dtype": dtype}
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "benchmarks.peers", f"--turn={json.dumps(turn)}"),
+      *(f"--set={_SET.value}", f"--runs={_RUNS.value}", f"--threads={_THREADS.value}"),
+    ],
+    env={**os.environ, "OMP_NUM_THREADS": str(_THREADS.value)},
+    capture_output=True,
+    text=True,
+  )
+  if done.returncode:
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    print(f"{side}, {case.name}, {dtype}: {last}", file=sys.stderr, flush=True)
+    return []
+  return [Turn(**json.loads(done.stdout.splitlines()[-1]))]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+  began = time.perf_counter()
+  run()
+  return time.perf_counter() - began
+
+
+def _row(case: Case, dtype: str, turns: dict[str, list[Turn]]) -> str:
+  times = {
+    side: [t for turn in each for t in turn.seconds] for side, each in turns.items()
+  }
+  medians = {side: statistics.median(each) for side, each in times.items() if each}
+  cells = [case.name, dtype]
+  for side in SIDES:
+    ran = side in medians
+    cells += [f"{medians[side]:.3f} ± {_spread(times[side]):.3f}" if ran else "not run"]
+  peers = [seconds for side, seconds in medians.items() if side != "ours"]
+  if "ours" not in medians or not peers:
+    return " | ".join([*cells, "–", "–", "–"])
+  cells += [f"{medians['ours'] / min(peers):.2f}"]
+  chip = find_chip(turns["ours"][0].device)
+  mfu = case.flops / medians["ours"] / chip.flops if chip and case.flops else None
+  memory = " / ".join(
+    f"{max(turn.memory for turn in turns[side]) / 1e9:.1f}" for side in medians
+  )
+  return " | ".join([*cells, f"{mfu:.0%}" if mfu else "–", memory if chip else "–"])
+
+
+def _spread(times: list[float]) -> float:
+  low, _, high = statistics.quantiles(times, n=4)
+  return (high - low) / 2
+
+
+if __name__ == "__main__":
+  command.run(main)

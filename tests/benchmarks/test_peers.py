@@ -1,0 +1,31 @@
+"""The comparison with torch: every case runs on both sides, small and on a CPU."""
+
+import pytest
+
+from benchmarks import peers
+from benchmarks.peers import SETS, Case
+
+# A small one of every kind, and what is special about any.
+CASES = [
+  Case(kind="forward", pixels=64, layers=2),
+  Case(kind="train", pixels=64, layers=2, batch=2, ratio=4, remat=True),
+  Case(kind="sample", pixels=64, layers=2),
+  Case(kind="decode", pixels=64),
+]
+
+
+def test_no_case_is_of_another_kind():
+  assert {case.kind for cases in SETS.values() for case in cases} == {
+    *(case.kind for case in CASES),
+    "encode",  # 0.4 billion parameters are too many here
+  }
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind)
+@pytest.mark.parametrize("side", ["ours", "torch"])
+def test_it_runs(side, case):
+  turn = peers.take_turn(side, case, "float32", machine="cpu", runs=1, threads=2)
+  assert len(turn.seconds) == 1
+  assert min(turn.seconds) > 0
+  assert turn.device == "cpu"
