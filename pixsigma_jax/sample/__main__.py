@@ -88,6 +88,12 @@ _CAPTIONS = flags.DEFINE_string(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
 )
+_GUIDANCE_PASSES = flags.DEFINE_integer(
+  "guidance_passes",
+  None,
+  "1 takes both halves of guidance as one batch, 2 one after the other in about half "
+  "the memory; by size if it is not given.",
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
 )
@@ -127,6 +133,7 @@ def main(_: list[str]) -> None:
     compute=compute,
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
+    guidance_passes=_GUIDANCE_PASSES.value,
   )
   drawn = pipeline.stream(prompts, **settings)
   directory.mkdir(parents=True, exist_ok=True)

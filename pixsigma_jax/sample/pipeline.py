@@ -9,7 +9,6 @@ mask of the picture's own caption, as the published training and sampling code d
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,34 +26,21 @@ import pixsigma_jax
 from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.diffusion.guidance import (
-  guide,
-  guide_first_three,
-  rescale,
-  scale_within,
-)
-from pixsigma_jax.diffusion.schedule import linear_schedule
-from pixsigma_jax.diffusion.solvers import SAMPLERS, Prediction, SolverTable, solve
+from pixsigma_jax.diffusion.solvers import SAMPLERS, SolverTable
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import (
-  PixArt,
-  PixArtConfig,
-  caption_keys_values,
-  split_prediction,
-)
+from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.tokens import Grid
-from pixsigma_jax.sample import captions, pictures
+from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
+from pixsigma_jax.sample.program import Batch, Guidance
 
 Sides: TypeAlias = int | Sequence[int] | None
 Texts: TypeAlias = str | Sequence[str]
 Seeds: TypeAlias = int | Sequence[int]
-Batch: TypeAlias = dict[str, Any]
 
 UNCONDITIONAL_MASKS = ("caption", "own")
 
-_SCHEDULE = linear_schedule()
 _DEFAULT_COMPUTE = Compute()
 # Sequences are padded to a multiple of this share of the training grid's tokens: the
 # buckets of a resolution, all near the same area, share two or three programs.
@@ -91,15 +77,6 @@ class _Request(NamedTuple):
   grid: Grid
 
 
-class _Guidance(NamedTuple):
-  """How the two halves of a prediction are joined; all traced."""
-
-  scale: Any
-  low: Any
-  high: Any
-  rescale: Any
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
   """A model ready to draw: `Pipeline.from_checkpoint(path)(prompt).images[0]`.
@@ -122,6 +99,9 @@ class Pipeline:
       accelerator; for small ones 16 or 64 are faster.
     mesh: devices that share each batch, `batch_size` divided over `data` and `fsdp`;
       None for the one where the parameters are.
+    guidance_passes: 1 sends both halves of guidance through the network as one batch,
+      2 one after the other, in about half the memory; None decides by the tokens that
+      a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
 
   Raises:
@@ -137,6 +117,7 @@ class Pipeline:
   compute: Compute = _DEFAULT_COMPUTE
   batch_size: int = 1
   mesh: Mesh | None = None
+  guidance_passes: int | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -156,6 +137,11 @@ class Pipeline:
         )
     if self.batch_size < 1:
       raise ValueError(f"batch_size {self.batch_size} must be at least 1.")
+    if self.guidance_passes not in (None, 1, 2):
+      raise ValueError(
+        f"guidance_passes {self.guidance_passes} must be 1, 2, or None to decide by "
+        "size."
+      )
     if self.mesh is not None:
       rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
       if self.batch_size % rows:
@@ -174,6 +160,7 @@ class Pipeline:
     compute: Compute = _DEFAULT_COMPUTE,
     batch_size: int = 1,
     mesh: Mesh | None = None,
+    guidance_passes: int | None = None,
   ) -> "Pipeline":
     """The model of a snapshot: a run's workdir (its newest), or one of its snapshots.
 
@@ -183,6 +170,7 @@ class Pipeline:
         hub. None for the ones that PixArt was published with.
       text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
+      compute, batch_size, guidance_passes: see the class.
 
     Raises:
       FileNotFoundError: there is none.
@@ -208,6 +196,7 @@ class Pipeline:
       compute=compute,
       batch_size=batch_size,
       mesh=mesh,
+      guidance_passes=guidance_passes,
       origin={
         "checkpoint": str(snapshot.path),
         "stage": metadata.stage,
@@ -301,7 +290,7 @@ class Pipeline:
       caption_cleaning,
     )
     self._check_captions([text for r in requests for text in (r.negative, r.caption)])
-    table = SAMPLERS[sampler](_SCHEDULE, num_inference_steps)
+    table = SAMPLERS[sampler](program.SCHEDULE, num_inference_steps)
     if table.spread is not None and not self.config.learn_variance:
       raise ValueError(
         f"The sampler {sampler} needs a model that has learned variances, and this one "
@@ -310,7 +299,7 @@ class Pipeline:
     guidance = None
     if guidance_scale != 1:
       numbers = (guidance_scale, low, high, guidance_rescale)
-      guidance = _Guidance(*map(jnp.float32, numbers))
+      guidance = Guidance(*map(jnp.float32, numbers))
     settings = {
       "num_inference_steps": num_inference_steps,
       "guidance_scale": guidance_scale,
@@ -434,7 +423,7 @@ class Pipeline:
     self,
     requests: list[_Request],
     table: SolverTable,
-    guidance: _Guidance | None,
+    guidance: Guidance | None,
     unconditional_mask: str,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
@@ -443,6 +432,7 @@ class Pipeline:
     for number, request in enumerate(requests):
       numbers_by_length.setdefault(self._length(request.grid), []).append(number)
     for length, numbers in numbers_by_length.items():
+      passes = self._passes(length) if guidance is not None else 1
       for start in range(0, len(numbers), self.batch_size):
         chosen = numbers[start : start + self.batch_size]
         # Rows nobody asked for keep the program, and with it every rounding, the same.
@@ -458,13 +448,14 @@ class Pipeline:
           batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
           compute = dataclasses.replace(compute, mesh=self.mesh)
         sequences = np.asarray(
-          _sample(
+          program.sample(
             self.params,
             batch,
             table,
             guidance,
             config=self.config,
             compute=compute,
+            passes=passes,
           )
         )
         for row, number in enumerate(chosen):
@@ -476,6 +467,7 @@ class Pipeline:
             "seed": request.seed,
             "height": request.height,
             "width": request.width,
+            "guidance_passes": passes,
           }
           yield number, picture, about | settings
 
@@ -483,6 +475,12 @@ class Pipeline:
     """Tokens that a picture's sequence is padded to: a function of its size alone."""
     multiple = max(1, self.config.base_size**2 // _LENGTHS_PER_GRID)
     return -(-grid[0] * grid[1] // multiple) * multiple
+
+  def _passes(self, length: int) -> int:
+    """In how many passes the halves of guidance go through the network."""
+    if self.guidance_passes is not None:
+      return self.guidance_passes
+    return program.passes_by_size(self.batch_size, length, self.mesh)
 
   def _batch(self, requests: list[_Request], length: int) -> Batch:
     """The program's arrays, a row a request."""
@@ -565,84 +563,3 @@ def _each(name: str, values: Any, count: int) -> list[Any]:
 
 def _padded(sequence: np.ndarray, length: int) -> np.ndarray:
   return np.pad(sequence, ((0, length - len(sequence)), (0, 0)))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _sample(
-  params: Any,
-  batch: Batch,
-  table: SolverTable,
-  guidance: _Guidance | None,
-  *,
-  config: PixArtConfig,
-  compute: Compute,
-) -> Float32[Array, "b n c"]:
-  """From noise to latents of any grids, as padded sequences: solver and network in one.
-
-  Args:
-    batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
-      `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
-      caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
-  """
-  rows, length, _ = batch["noise"].shape
-  # Runs once a shape, when it is traced.
-  logging.info(
-    "Compiling the sampler: batch %d of %d tokens, %d steps, %s guidance.",
-    rows,
-    length,
-    len(table.timesteps),
-    "without" if guidance is None else "with",
-  )
-  names = ("coordinates", "grid", "image_size", "aspect_ratio")
-  images = {name: batch[name] for name in names}
-  embeddings, mask = batch["caption_embeddings"], batch["caption_mask"]
-  if guidance is not None:  # the unconditional half comes first
-    images = {name: jnp.concatenate([x, x]) for name, x in images.items()}
-    embeddings = jnp.concatenate([batch["negative_embeddings"], embeddings])
-    mask = jnp.concatenate([batch["negative_mask"], mask])
-  caption_kv = caption_keys_values(params, config, compute, embeddings, mask)
-  token_mask = tokens.token_mask(batch["grid"], length)
-  model = PixArt(config, compute)
-
-  def denoise(noisy_latents: Array, timestep: Array) -> Prediction:
-    if guidance is not None:
-      noisy_latents = jnp.concatenate([noisy_latents, noisy_latents])
-    output: Any = model.apply(
-      {"params": params},
-      noisy_latents,
-      images["coordinates"],
-      images["grid"],
-      jnp.full(len(noisy_latents), timestep),
-      None,
-      mask,
-      images["image_size"],
-      images["aspect_ratio"],
-      caption_kv,
-      # Tokens discarded at random: others in every step, the same in every picture.
-      rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
-      method="on_tokens",
-    )
-    noise, logits = split_prediction(output, config)
-    if guidance is None:
-      return Prediction(noise, logits)
-    unconditional, noise = jnp.split(noise, 2)
-    logits = None if logits is None else jnp.split(logits, 2)[1]
-    scale = scale_within(
-      timestep, guidance.scale, guidance.low, guidance.high, _SCHEDULE.num_timesteps
-    )
-    if table.spread is None:
-      guided = guide(unconditional, noise, scale)
-    else:  # as the reference's `forward_with_cfg`, which only this sampler calls
-      guided = guide_first_three(unconditional, noise, scale, config.in_channels)
-    return Prediction(rescale(guided, noise, guidance.rescale, token_mask), logits)
-
-  def fresh_noise(step: Array) -> Array:
-    # Of the image's seed and the step alone: the first noise is of the seed itself.
-    shape = batch["noise"].shape[1:]
-    return jax.vmap(
-      lambda seed: jax.random.normal(
-        jax.random.fold_in(jax.random.key(seed), step), shape
-      )
-    )(batch["seed"])
-
-  return solve(denoise, batch["noise"], table, fresh_noise)

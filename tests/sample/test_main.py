@@ -66,6 +66,7 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
     "--num_images_per_prompt=2",
     "--height=16",
     "--sampler=dpm++-reference",
+    "--guidance_passes=2",
   )
   paths = [out / f"0000{i}.png" for i in range(4)]
   assert done.code == 0
@@ -82,12 +83,11 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
   assert settings["num_inference_steps"] == STEPS
   assert settings.pop("checkpoint") == str(workdir / "snapshots" / "12")  # the newest
   assert settings.pop("dtype") == "float32"
-  batch_size = settings.pop("batch_size")
+  how = {name: settings.pop(name) for name in ("batch_size", "guidance_passes")}
+  assert how["guidance_passes"] == 2
   for name in ("step", "stage", "pixsigma_jax"):
     del settings[name]
-  pipeline = Pipeline.from_checkpoint(
-    workdir, compute=models.FLOAT32, batch_size=batch_size
-  )
+  pipeline = Pipeline.from_checkpoint(workdir, compute=models.FLOAT32, **how)
   (again,) = pipeline(**settings).images  # its keys are the arguments' own names
   with Image.open(paths[3]) as image:
     np.testing.assert_array_equal(image, again)
