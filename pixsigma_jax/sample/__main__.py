@@ -60,6 +60,12 @@ _GUIDANCE_RESCALE = flags.DEFINE_float(
 _GUIDANCE_INTERVAL = flags.DEFINE_list(
   "guidance_interval", ["0", "1"], "LOW,HIGH: where guidance acts; 1 is pure noise."
 )
+_STEP_CACHING = flags.DEFINE_float(
+  "step_caching",
+  0.0,
+  "Relative change of the first block below which a step reuses the others' results of "
+  "an earlier one; 0 computes every step.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; the next has one more.")
 _SAMPLER = flags.DEFINE_enum("sampler", "dpm++", list(SAMPLERS), "Solver.")
 _NUM_IMAGES_PER_PROMPT = flags.DEFINE_integer(
@@ -173,6 +179,7 @@ def _settings(requests: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]
     "guidance_scale": _GUIDANCE_SCALE.value,
     "guidance_rescale": _GUIDANCE_RESCALE.value,
     "guidance_interval": _interval(_GUIDANCE_INTERVAL.value),
+    "step_caching": _STEP_CACHING.value,
     "sampler": _SAMPLER.value,
     "num_images_per_prompt": copies,
     "use_resolution_binning": _USE_RESOLUTION_BINNING.value,

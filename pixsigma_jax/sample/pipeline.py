@@ -228,6 +228,7 @@ class Pipeline:
     guidance_scale: float | int = 4.5,
     guidance_rescale: float | int = 0.0,
     guidance_interval: Sequence[float | int] = (0.0, 1.0),
+    step_caching: float | int = 0.0,
     seed: Seeds = 0,
     sampler: str = "dpm++",
     num_images_per_prompt: int = 1,
@@ -252,6 +253,9 @@ class Pipeline:
         et al. 2023).
       guidance_interval: where guidance acts, as fractions of the schedule, of which 1
         is pure noise (Kynkäänniemi et al. 2024).
+      step_caching: relative change of what the first block adds, below which a step
+        reuses what the other blocks added before, see `step_caching.py`; 0 computes
+        every step. A picture's settings then say how many were, `computed_steps`.
       seed: of the first picture, picture i having seed + i; or one for each prompt,
         whose pictures have it and the next ones.
       sampler: a key of `SAMPLERS`.
@@ -279,6 +283,8 @@ class Pipeline:
       )
     if not 0 <= guidance_rescale <= 1:
       raise ValueError(f"{guidance_rescale=} must lie between 0 and 1.")
+    if not 0 <= step_caching < math.inf:
+      raise ValueError(f"{step_caching=} must be a number, 0 or more.")
     requests = self._requests(
       [prompt] if isinstance(prompt, str) else list(prompt),
       negative_prompt,
@@ -305,6 +311,7 @@ class Pipeline:
       "guidance_scale": guidance_scale,
       "guidance_rescale": guidance_rescale,
       "guidance_interval": list(guidance_interval),
+      "step_caching": step_caching,
       "sampler": sampler,
       "use_resolution_binning": use_resolution_binning,
       "unconditional_mask": unconditional_mask,
@@ -314,7 +321,10 @@ class Pipeline:
       "pixsigma_jax": pixsigma_jax.__version__,
       **self.origin,
     }
-    return self._draw(requests, table, guidance, unconditional_mask, settings)
+    threshold = jnp.float32(step_caching) if step_caching else None
+    return self._draw(
+      requests, table, guidance, threshold, unconditional_mask, settings
+    )
 
   def _requests(
     self,
@@ -424,6 +434,7 @@ class Pipeline:
     requests: list[_Request],
     table: SolverTable,
     guidance: Guidance | None,
+    threshold: Float32[Array, ""] | None,
     unconditional_mask: str,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
@@ -447,17 +458,22 @@ class Pipeline:
         if self.mesh is not None:
           batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
           compute = dataclasses.replace(compute, mesh=self.mesh)
-        sequences = np.asarray(
-          program.sample(
-            self.params,
-            batch,
-            table,
-            guidance,
-            config=self.config,
-            compute=compute,
-            passes=passes,
-          )
+        sequences, computed = program.sample(
+          self.params,
+          batch,
+          table,
+          guidance,
+          threshold,
+          config=self.config,
+          compute=compute,
+          passes=passes,
         )
+        sequences = np.asarray(sequences)
+        if computed is not None:
+          logging.info(
+            "Step caching: a batch of %d computed %d of %d steps.",
+            *(len(chosen), computed.batch, len(table.timesteps)),
+          )
         for row, number in enumerate(chosen):
           request = requests[number]
           picture = self._decode(sequences[row], request)
@@ -469,6 +485,8 @@ class Pipeline:
             "width": request.width,
             "guidance_passes": passes,
           }
+          if computed is not None:
+            about["computed_steps"] = int(computed.images[row])
           yield number, picture, about | settings
 
   def _length(self, grid: Grid) -> int:

@@ -22,7 +22,7 @@ from pixsigma_jax.diffusion.guidance import (
   scale_within,
 )
 from pixsigma_jax.diffusion.schedule import linear_schedule
-from pixsigma_jax.diffusion.solvers import Prediction, SolverTable, solve
+from pixsigma_jax.diffusion.solvers import Prediction, SolverTable, solve_remembering
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import (
@@ -31,6 +31,8 @@ from pixsigma_jax.models.pixart import (
   caption_keys_values,
   split_prediction,
 )
+from pixsigma_jax.sample import step_caching
+from pixsigma_jax.sample.step_caching import Computed
 
 Batch: TypeAlias = dict[str, Any]
 
@@ -70,18 +72,23 @@ def sample(
   batch: Batch,
   table: SolverTable,
   guidance: Guidance | None,
+  threshold: Any = None,
   *,
   config: PixArtConfig,
   compute: Compute,
   passes: int,
-) -> Float32[Array, "b n c"]:
+) -> tuple[Float32[Array, "b n c"], Computed | None]:
   """From noise to latents of any grids, as padded sequences.
 
   Args:
     batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
       `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
       caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
+    threshold: of step caching; None computes every step and remembers nothing.
     passes: 2 takes the halves of guidance one after the other; 1 without guidance.
+
+  Returns:
+    The latents; with step caching, how many steps were computed.
   """
   rows, length, _ = batch["noise"].shape
   # Runs once a shape, when it is traced.
@@ -112,10 +119,21 @@ def sample(
   token_mask = tokens.token_mask(batch["grid"], length)
   model = PixArt(config, compute)
 
-  def denoise(noisy_latents: Array, timestep: Array) -> Prediction:
-    def network(noisy: Array, images: Batch, mask: Array, caption_kv: Any) -> Any:
+  def denoise(
+    noisy_latents: Array, timestep: Array, memory: Any
+  ) -> tuple[Prediction, Any]:
+    def call(method: str, *arguments: Any) -> Any:
       return model.apply(
         {"params": params},
+        *arguments,
+        # Tokens discarded at random: others in every step, the same in every picture.
+        rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
+        method=method,
+      )
+
+    def network(noisy: Array, images: Batch, mask: Array, caption_kv: Any) -> Array:
+      return call(
+        "on_tokens",
         noisy,
         images["coordinates"],
         images["grid"],
@@ -125,17 +143,48 @@ def sample(
         images["image_size"],
         images["aspect_ratio"],
         caption_kv,
-        # Tokens discarded at random: others in every step, the same in every picture.
-        rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
-        method="on_tokens",
       )
 
+    def first_block(
+      noisy: Array, images: Batch, mask: Array, caption_kv: Any
+    ) -> tuple[Array, Array, Array]:
+      times = jnp.full(len(noisy), timestep)
+      before, time = call(
+        "enter",
+        noisy,
+        images["coordinates"],
+        images["grid"],
+        times,
+        images["image_size"],
+        images["aspect_ratio"],
+      )
+      grid = images["grid"]
+      x = call("go_through", range(1), before, time, grid, None, mask, caption_kv)
+      return x, time, x - before
+
+    def other_blocks(x: Array, time: Array, grid: Array, *captions: Any) -> Array:
+      others = range(1, config.depth)
+      return call("go_through", others, x, time, grid, None, *captions) - x
+
     noisy = by_pass(*[noisy_latents] * halves)
-    output = _each_pass(network, noisy, images, mask, caption_kv)
+    captions = (mask, caption_kv)
+    if threshold is None:
+      output = _each_pass(network, noisy, images, *captions)
+    else:
+      x, time, first = _each_pass(first_block, noisy, images, *captions)
+      x, memory = step_caching.add_rest(
+        memory,
+        x,
+        first,
+        lambda: _each_pass(other_blocks, x, time, images["grid"], *captions),
+        token_mask,
+        threshold,
+      )
+      output = _each_pass(lambda *arguments: call("leave", *arguments), x, time)
     output = output.reshape(halves * rows, *output.shape[2:])
     noise, logits = split_prediction(output, config)
     if guidance is None:
-      return Prediction(noise, logits)
+      return Prediction(noise, logits), memory
     unconditional, noise = jnp.split(noise, 2)
     logits = None if logits is None else jnp.split(logits, 2)[1]
     scale = scale_within(
@@ -145,7 +194,8 @@ def sample(
       guided = guide(unconditional, noise, scale)
     else:  # as the reference's `forward_with_cfg`, which only this sampler calls
       guided = guide_first_three(unconditional, noise, scale, config.in_channels)
-    return Prediction(rescale(guided, noise, guidance.rescale, token_mask), logits)
+    noise = rescale(guided, noise, guidance.rescale, token_mask)
+    return Prediction(noise, logits), memory
 
   def fresh_noise(step: Array) -> Array:
     # Of the image's seed and the step alone: the first noise is of the seed itself.
@@ -156,7 +206,14 @@ def sample(
       )
     )(batch["seed"])
 
-  return solve(denoise, batch["noise"], table, fresh_noise)
+  memory = None
+  if threshold is not None:
+    shape = (passes, halves * rows // passes, length, config.width)
+    memory = step_caching.nothing_yet(shape, rows)
+  latents, memory = solve_remembering(
+    denoise, batch["noise"], table, fresh_noise, memory
+  )
+  return latents, None if memory is None else memory.computed
 
 
 def _each_pass(function: Callable[..., Any], *arguments: Any) -> Any:
