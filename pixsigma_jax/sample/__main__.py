@@ -23,6 +23,7 @@ from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import captions, pictures
 from pixsigma_jax.sample.frozen import RememberedCaptions, load_text_encoder
 from pixsigma_jax.sample.pipeline import UNCONDITIONAL_MASKS, Output, Pipeline
+from pixsigma_jax.sample.timing import Timing
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
@@ -131,15 +132,17 @@ def main(_: list[str]) -> None:
   command.keep_compiled()
   prompts, settings = _settings(requests)
   compute = Compute(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value)
-  mesh = _mesh()
+  mesh, timing = _mesh(), Timing()
+  texts = prompts + settings["negative_prompt"]
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
     frozen=_FROZEN.value,
-    text_encoder=_remembered(prompts + settings["negative_prompt"], compute, mesh),
+    text_encoder=_remembered(texts, compute, mesh, timing),
     compute=compute,
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
     guidance_passes=_GUIDANCE_PASSES.value,
+    timing=timing,
   )
   drawn = pipeline.stream(prompts, **settings)
   directory.mkdir(parents=True, exist_ok=True)
@@ -153,6 +156,7 @@ def main(_: list[str]) -> None:
     if _GRID.value:
       output.images.append(picture)
       output.settings.append(about)
+  print(f"Spent: {timing}.", file=sys.stderr)
   if _GRID.value:
     path = directory / f"grid.{_FORMAT.value}"
     if path.exists():
@@ -202,7 +206,9 @@ def _settings(requests: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]
   return [request["prompt"] for request in requests], settings
 
 
-def _remembered(texts: list[str], compute: Compute, mesh: Mesh | None) -> Any:
+def _remembered(
+  texts: list[str], compute: Compute, mesh: Mesh | None, timing: Timing
+) -> Any:
   """The captions by heart, where the text encoder is too large to stay in memory.
 
   None where the pipeline had better load it itself.
@@ -213,7 +219,8 @@ def _remembered(texts: list[str], compute: Compute, mesh: Mesh | None) -> Any:
   encoder = load_text_encoder(metadata, _FROZEN.value, dtype=compute.dtype, mesh=mesh)
   length = metadata.model["caption_length"]
   cleaned = [captions.clean_caption(text, _CAPTION_CLEANING.value) for text in texts]
-  known = RememberedCaptions.of(encoder, cleaned, length)
+  with timing.part("text encoder"):
+    known = RememberedCaptions.of(encoder, cleaned, length)
   if _SAVE_CAPTIONS.value is not None:
     known.save(_SAVE_CAPTIONS.value)
     logging.info("Saved %d captions to %s.", len(cleaned), _SAVE_CAPTIONS.value)

@@ -34,6 +34,7 @@ from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance
+from pixsigma_jax.sample.timing import Timing
 
 Sides: TypeAlias = int | Sequence[int] | None
 Texts: TypeAlias = str | Sequence[str]
@@ -103,6 +104,8 @@ class Pipeline:
       2 one after the other, in about half the memory; None decides by the tokens that
       a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
+    timing: adds up the seconds of `text encoder`, `transformer`, `autoencoder` and
+      `compilation` over all calls, those of `replace`d pipelines included.
 
   Raises:
     ValueError: the parts do not fit each other.
@@ -119,6 +122,7 @@ class Pipeline:
   mesh: Mesh | None = None
   guidance_passes: int | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  timing: Timing = dataclasses.field(default_factory=Timing)
 
   def __post_init__(self):
     config = self.config
@@ -161,6 +165,7 @@ class Pipeline:
     batch_size: int = 1,
     mesh: Mesh | None = None,
     guidance_passes: int | None = None,
+    timing: Timing | None = None,
   ) -> "Pipeline":
     """The model of a snapshot: a run's workdir (its newest), or one of its snapshots.
 
@@ -170,7 +175,7 @@ class Pipeline:
         hub. None for the ones that PixArt was published with.
       text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
-      compute, batch_size, guidance_passes: see the class.
+      compute, batch_size, guidance_passes, timing: see the class.
 
     Raises:
       FileNotFoundError: there is none.
@@ -202,6 +207,7 @@ class Pipeline:
         "stage": metadata.stage,
         "step": snapshot.step,
       },
+      timing=Timing() if timing is None else timing,
     )
 
   def replace(self, **fields: Any) -> "Pipeline":
@@ -451,24 +457,27 @@ class Pipeline:
           requests[number]
           for number in chosen + chosen[-1:] * (self.batch_size - len(chosen))
         ]
-        batch = self._batch(rows, length)
-        if guidance is not None:
-          batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+        with self.timing.part("text encoder"):
+          batch = self._captions(rows)
+          if guidance is not None:
+            batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+        batch |= self._images(rows, length)
         compute = self.compute
-        if self.mesh is not None:
-          batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
-          compute = dataclasses.replace(compute, mesh=self.mesh)
-        sequences, computed = program.sample(
-          self.params,
-          batch,
-          table,
-          guidance,
-          threshold,
-          config=self.config,
-          compute=compute,
-          passes=passes,
-        )
-        sequences = np.asarray(sequences)
+        with self.timing.part("transformer"):
+          if self.mesh is not None:
+            batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
+            compute = dataclasses.replace(compute, mesh=self.mesh)
+          sequences, computed = program.sample(
+            self.params,
+            batch,
+            table,
+            guidance,
+            threshold,
+            config=self.config,
+            compute=compute,
+            passes=passes,
+          )
+          sequences = np.asarray(sequences)
         if computed is not None:
           logging.info(
             "Step caching: a batch of %d computed %d of %d steps.",
@@ -500,12 +509,16 @@ class Pipeline:
       return self.guidance_passes
     return program.passes_by_size(self.batch_size, length, self.mesh)
 
-  def _batch(self, requests: list[_Request], length: int) -> Batch:
-    """The program's arrays, a row a request."""
-    config = self.config
+  def _captions(self, requests: list[_Request]) -> Batch:
+    """What the network is to draw, a row a request."""
     embeddings, mask = self.text_encoder.encode(
-      [r.caption for r in requests], config.caption_length
+      [r.caption for r in requests], self.config.caption_length
     )
+    return {"caption_embeddings": embeddings, "caption_mask": mask}
+
+  def _images(self, requests: list[_Request], length: int) -> Batch:
+    """Where it begins, and of what size it is."""
+    config = self.config
     return {
       "noise": np.stack([self._noise(r, length) for r in requests]),
       "seed": np.array([r.seed for r in requests], np.uint32),
@@ -517,8 +530,6 @@ class Pipeline:
       "aspect_ratio": np.array(
         [r.drawn.height / r.drawn.width for r in requests], np.float32
       ),
-      "caption_embeddings": embeddings,
-      "caption_mask": mask,
     }
 
   def _negatives(
@@ -557,8 +568,10 @@ class Pipeline:
         "earlier step of the checkpoint, or float32."
       )
     # One at a time: pictures may differ in size, and large ones fill the memory.
-    images = self.autoencoder.decode(latents[None] / self.autoencoder.scaling_factor)
-    picture = pictures.to_picture(np.asarray(images[0], np.float32))
+    with self.timing.part("autoencoder"):
+      latents = latents[None] / self.autoencoder.scaling_factor
+      image = np.asarray(self.autoencoder.decode(latents)[0], np.float32)
+    picture = pictures.to_picture(image)
     return pictures.fit(picture, request.height, request.width)
 
 

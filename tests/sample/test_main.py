@@ -1,6 +1,7 @@
 """The command: files that say how they were made, and messages that say what to do."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,9 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
   paths = [out / f"0000{i}.png" for i in range(4)]
   assert done.code == 0
   assert done.out.splitlines() == [str(path) for path in paths]
+  parts = ("text encoder", "compilation", "transformer", "autoencoder")
+  seconds = ", ".join(rf"{part} \d+\.\d\d s" for part in parts)
+  assert re.search(f"Spent: {seconds}\\.\n", done.err)
   assert names(out) == [path.name for path in paths]
   with Image.open(paths[3]) as image:
     assert image.size == (8, 16)
