@@ -72,8 +72,7 @@ def add_rest(
     valid = mask.reshape(1, *mask.shape, 1)
     return jnp.abs(jnp.where(valid, halves, 0)).sum(axis=(0, 2, 3))
 
-  # So, and not with ≥: a change that is no number must not go unseen.
-  stale = ~(size(first - memory.first) < threshold * size(memory.first))
+  stale = size(first - memory.first) >= threshold * size(memory.first)
   added = jax.lax.cond(stale.any(), rest, lambda: memory.rest)
   passes, rows = x.shape[:2]
   chosen = jnp.tile(stale, passes * rows // len(stale)).reshape(passes, rows, 1, 1)

@@ -14,6 +14,7 @@ from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt
+from pixsigma_jax.sample import step_caching
 from tests.sample import models
 from tests.sample.models import ENCODER, SCALING_FACTOR
 
@@ -119,6 +120,35 @@ def by_hand(config, params, prompt, seed, threshold, scale=4.5):
     latents = carry * latents + current * clean + before * previous
     previous = clean
   return np.asarray(latents[0]), computed
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("threshold", "computed"), [(0.49, [1, 0]), (0.51, [0, 0])])
+def test_the_halves_of_an_image_are_judged_together_and_without_padding(
+  passes, threshold, computed
+):
+  """Of two images the first's conditional half changes by all of itself."""
+  before = jnp.ones((2, 2, 3, 4))  # halves, images, tokens, width
+  now = before.at[1, 0].add(1.0).at[:, :, 2].set(1e6)  # the last token is padding
+  x, rest, fresh = (jnp.full_like(before, number) for number in (10.0, 3.0, 5.0))
+  by_pass = lambda array: array.reshape(passes, -1, 3, 4)  # noqa: E731
+  none = step_caching.nothing_yet(by_pass(x).shape, 2)
+  memory = none._replace(first=by_pass(before), rest=by_pass(rest))
+  out, memory = step_caching.add_rest(
+    memory,
+    by_pass(x),
+    by_pass(now),
+    lambda: by_pass(fresh),
+    jnp.array([[True, True, False]] * 2),
+    jnp.float32(threshold),
+  )
+  assert memory.computed.images.tolist() == computed
+  assert memory.computed.batch == max(computed)
+  out, first = (array.reshape(2, 2, -1) for array in (out, memory.first))
+  for image, is_computed in enumerate(computed):
+    assert set(out[:, image].ravel().tolist()) == {15.0 if is_computed else 13.0}
+    kept = (now if is_computed else before).reshape(2, 2, -1)[:, image]
+    np.testing.assert_array_equal(first[:, image], kept)
 
 
 @pytest.mark.parametrize("threshold", [THRESHOLD, 1e9])
