@@ -160,9 +160,11 @@ def test_draws_what_a_plain_loop_that_reuses_the_other_blocks_draws(threshold):
   assert_close(ours, theirs)
 
 
-def test_a_threshold_that_nothing_falls_below_changes_no_picture():
-  ours, steps = draw(step_caching=1e-9)
-  theirs, without = draw(step_caching=0)
+@pytest.mark.parametrize("layers", [(), (1,), (0, 1)])
+def test_a_threshold_that_nothing_falls_below_changes_no_picture(layers):
+  config = three_layers(layers)
+  ours, steps = draw(config=config, step_caching=1e-9)
+  theirs, without = draw(config=config, step_caching=0)
   assert steps == [STEPS] * len(PROMPTS)
   assert without == [None] * len(PROMPTS)
   assert_close(ours, theirs)
