@@ -22,7 +22,12 @@ from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import captions, pictures
 from pixsigma_jax.sample.frozen import RememberedCaptions, load_text_encoder
-from pixsigma_jax.sample.pipeline import UNCONDITIONAL_MASKS, Output, Pipeline
+from pixsigma_jax.sample.pipeline import (
+  QUANTIZATIONS,
+  UNCONDITIONAL_MASKS,
+  Output,
+  Pipeline,
+)
 from pixsigma_jax.sample.timing import Timing
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -104,6 +109,12 @@ _GUIDANCE_PASSES = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
 )
+_QUANTIZE = flags.DEFINE_enum(
+  "quantize",
+  "none",
+  list(QUANTIZATIONS),
+  "Weights and activations of the transformer's blocks as 8-bit integers.",
+)
 _ATTENTION = flags.DEFINE_enum(
   "attention",
   "xla",
@@ -142,6 +153,7 @@ def main(_: list[str]) -> None:
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
     guidance_passes=_GUIDANCE_PASSES.value,
+    quantize=_QUANTIZE.value,
     timing=timing,
   )
   drawn = pipeline.stream(prompts, **settings)

@@ -11,7 +11,7 @@ mask of the picture's own caption, as the published training and sampling code d
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -27,7 +27,7 @@ from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
 from pixsigma_jax.diffusion.solvers import SAMPLERS, SolverTable
-from pixsigma_jax.models import tokens
+from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.tokens import Grid
@@ -41,6 +41,11 @@ Texts: TypeAlias = str | Sequence[str]
 Seeds: TypeAlias = int | Sequence[int]
 
 UNCONDITIONAL_MASKS = ("caption", "own")
+# What is made of a checkpoint's parameters before they draw.
+QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
+  "none": lambda params: params,
+  "int8": int8.quantize,
+}
 
 _DEFAULT_COMPUTE = Compute()
 # Sequences are padded to a multiple of this share of the training grid's tokens: the
@@ -165,6 +170,7 @@ class Pipeline:
     batch_size: int = 1,
     mesh: Mesh | None = None,
     guidance_passes: int | None = None,
+    quantize: str = "none",
     timing: Timing | None = None,
   ) -> "Pipeline":
     """The model of a snapshot: a run's workdir (its newest), or one of its snapshots.
@@ -176,11 +182,13 @@ class Pipeline:
       text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
       compute, batch_size, guidance_passes, timing: see the class.
+      quantize: a key of `QUANTIZATIONS`, what is made of the parameters.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or needs an encoder that this version does not have.
     """
+    _check_choice("quantize", quantize, QUANTIZATIONS)
     snapshot = checkpoint.read_snapshot(os.fspath(path), mesh)
     metadata = snapshot.metadata
     dtype = jnp.dtype(compute.dtype)
@@ -193,7 +201,7 @@ class Pipeline:
       )
     return cls(
       config=snapshot.config,
-      params=snapshot.params,
+      params=QUANTIZATIONS[quantize](snapshot.params),
       null_caption=snapshot.null_caption,
       autoencoder=load_autoencoder(metadata, frozen, dtype=dtype, mesh=mesh),
       text_encoder=text_encoder,
@@ -206,6 +214,7 @@ class Pipeline:
         "checkpoint": str(snapshot.path),
         "stage": metadata.stage,
         "step": snapshot.step,
+        "quantize": quantize,
       },
       timing=Timing() if timing is None else timing,
     )

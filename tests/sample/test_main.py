@@ -89,6 +89,7 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
   assert settings.pop("dtype") == "float32"
   how = {name: settings.pop(name) for name in ("batch_size", "guidance_passes")}
   assert how["guidance_passes"] == 2
+  assert settings.pop("quantize") == "none"
   for name in ("step", "stage", "pixsigma_jax"):
     del settings[name]
   pipeline = Pipeline.from_checkpoint(workdir, compute=models.FLOAT32, **how)

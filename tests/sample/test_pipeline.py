@@ -508,6 +508,27 @@ def test_a_snapshot_draws_what_the_model_in_memory_draws(real, tmp_path):
   assert theirs.settings[0]["checkpoint"] == str(tmp_path / "snapshots" / "12")
 
 
+def test_a_snapshot_in_8_bit_integers_draws_nearly_the_same_and_says_so(real, tmp_path):
+  pytest.importorskip("qwix")
+  checkpoint.save_snapshot(
+    tmp_path,
+    12,
+    params=real.params,
+    null_caption=real.null_caption,
+    metadata=models.metadata(real.config),
+  )
+  read = Pipeline.from_checkpoint(
+    tmp_path, compute=real.compute, batch_size=real.batch_size, quantize="int8"
+  ).replace(autoencoder=models.Tracing())
+  (ours,), output = latents_of(read, "a red one")
+  (theirs,), _ = latents_of(real, "a red one")
+  assert output.settings[0]["quantize"] == "int8"
+  error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+  assert 1e-4 < error < 0.05
+  with pytest.raises(ValueError, match="Unknown quantize 'int4'; choose one of none"):
+    Pipeline.from_checkpoint(tmp_path, quantize="int4")
+
+
 @pytest.mark.parametrize(
   ("identity", "message"),
   [
