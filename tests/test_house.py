@@ -119,7 +119,9 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
     "file": ["requirements.txt"]
   }
   extras = settings["project"]["optional-dependencies"]
-  rooms = [pin for room in ("convert", "curate", "demo") for pin in extras[room]]
+  rooms = [
+    pin for room in ("convert", "curate", "demo", "int8") for pin in extras[room]
+  ]
   pins = requirement_lines() + extras["dev"] + rooms
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
   pins.remove("pixsigma-jax[convert,curate,demo,plan]")
@@ -129,7 +131,9 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
 def test_what_the_package_imports_is_a_declared_dependency():
   # The extra of a room goes for that room alone: import-linter sees to it.
   extras = pyproject()["project"]["optional-dependencies"]
-  rooms = [pin for room in ("convert", "curate", "demo") for pin in extras[room]]
+  rooms = [
+    pin for room in ("convert", "curate", "demo", "int8") for pin in extras[room]
+  ]
   lines = requirement_lines() + rooms
   declared = {distribution_name(line) for line in lines}
   owners = metadata.packages_distributions()

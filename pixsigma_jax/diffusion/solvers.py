@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ class Prediction(NamedTuple):
 # (noisy latents, timestep: a float32 scalar) → what the network says of them
 Denoiser: TypeAlias = Callable[[Array, Array], Prediction]
 
+# The same with a memory, any pytree, that it is given and hands on to the next step.
+RememberingDenoiser: TypeAlias = Callable[[Array, Array, Any], tuple[Prediction, Any]]
+
 
 def solve(
   denoise: Denoiser,
@@ -64,13 +67,43 @@ def solve(
   Raises:
     ValueError: if the table asks for noise or for a variance that is not given.
   """
+  latents, _ = solve_remembering(
+    lambda noisy_latents, timestep, nothing: (
+      denoise(noisy_latents, timestep),
+      nothing,
+    ),
+    noisy_latents,
+    table,
+    fresh_noise,
+    memory=(),
+  )
+  return latents
+
+
+def solve_remembering(
+  denoise: RememberingDenoiser,
+  noisy_latents: Float[Array, "*shape"],
+  table: SolverTable,
+  fresh_noise: Callable[[Array], Array] | None,
+  memory: Any,
+) -> tuple[Float32[Array, "*shape"], Any]:
+  """As `solve`, for a network that remembers its earlier steps.
+
+  Args:
+    memory: what the network is given in its first step.
+
+  Returns:
+    The latents, and the memory after the last step.
+  """
   if table.fresh is not None and fresh_noise is None:
     raise ValueError("This sampler adds noise on its way: give solve() a fresh_noise.")
 
-  def step(state: tuple[Array, tuple[Array, ...]], numbered: tuple[Array, SolverTable]):
-    noisy_latents, history = state
+  def step(
+    state: tuple[Array, tuple[Array, ...], Any], numbered: tuple[Array, SolverTable]
+  ):
+    noisy_latents, history, memory = state
     number, row = numbered
-    prediction = denoise(noisy_latents, row.timesteps)
+    prediction, memory = denoise(noisy_latents, row.timesteps, memory)
     noise = prediction.noise.astype(jnp.float32)
     latents = (noisy_latents - row.noise_scale * noise) / row.signal_scale
     following = row.carry * noisy_latents + row.current * latents
@@ -79,13 +112,14 @@ def solve(
     if row.fresh is not None and fresh_noise is not None:
       scale = row.fresh * _spread(row, prediction)
       following += scale * fresh_noise(number).astype(jnp.float32)
-    return (following, (latents, *history)[: len(history)]), None
+    return (following, (latents, *history)[: len(history)], memory), None
 
   start = noisy_latents.astype(jnp.float32)
   history = tuple(jnp.zeros_like(start) for _ in _weights_of_history(table))
   numbers = jnp.arange(len(table.timesteps), dtype=jnp.int32)
-  (latents, _), _ = jax.lax.scan(step, (start, history), (numbers, table))
-  return latents
+  state, _ = jax.lax.scan(step, (start, history, memory), (numbers, table))
+  latents, _, memory = state
+  return latents, memory
 
 
 def _weights_of_history(row: SolverTable) -> list[Array]:

@@ -7,7 +7,7 @@ precision changes.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pixsigma_jax.models import attention
+from pixsigma_jax.models import attention, int8
 
 Initializer: TypeAlias = Callable[..., Array]
 
@@ -109,10 +109,12 @@ class Compute:
         f"Unknown dtype {self.dtype!r}; choose float32 or bfloat16."
       ) from None
 
-  def matmul(self, x: Array, kernel: Array) -> Float32[Array, "..."]:
-    """x · kernel in `dtype`, accumulated in float32."""
+  def matmul(self, x: Array, kernel: Any) -> Float32[Array, "..."]:
+    """x · kernel in `dtype`, or in int8 if it is `quantize`d, added up in float32."""
     rows = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1]) if self.merge_rows else x
+    if int8.is_quantized(kernel):
+      return int8.matmul(x, kernel).reshape(*rows, -1)
     out = jnp.matmul(
       x.astype(self.dtype),
       kernel.astype(self.dtype),

@@ -214,7 +214,25 @@ class PixArt(nn.Module):
     )
     return tokens.from_tokens(prediction, grid, config.patch_size, config.window)
 
-  @nn.compact
+  def setup(self):
+    config, compute = self.config, self.compute
+    self.patch_embedding = PatchEmbedding(config.width, config.patch_size, compute)
+    self.timestep_embedding = ScalarEmbedding(config.width, compute)
+    if config.size_conditions:
+      self.size_conditions = SizeConditions(config.width, compute)
+    self.modulation = Linear(
+      6 * config.width, compute, kernel_init=normal_init(config.width, XL_WIDTH)
+    )
+    self.caption_projection = CaptionProjection(config.width, compute)
+    for layers, compression in config.segments():
+      setattr(self, segment_name(layers), self._scan(layers, compression))
+    self.scale_shift_table = self.param(
+      "scale_shift_table", table_init, (2, config.width)
+    )
+    self.out = Linear(
+      config.patch_size**2 * config.out_channels, compute, kernel_init=zeros_init
+    )
+
   def on_tokens(
     self,
     noisy_tokens: Float[Array, "b n c"],
@@ -229,6 +247,8 @@ class PixArt(nn.Module):
   ) -> Float32[Array, "b n o"]:
     """The core: any mixture of aspect ratios, as sequences in window-major order.
 
+    It is `enter`, `go_through` all blocks and `leave`.
+
     Args:
       noisy_tokens: patches of noisy latents, `models/tokens.py: to_tokens`, padded.
       coordinates: (row, column) of each token.
@@ -239,14 +259,33 @@ class PixArt(nn.Module):
       caption_kv: what `caption_keys_values` made of the captions, in their place; a
         sampler, whose captions stay while timesteps pass, makes them once.
     """
-    config, compute = self.config, self.compute
+    x, time = self.enter(
+      noisy_tokens, coordinates, grid, timesteps, image_size, aspect_ratio
+    )
+    captions = None
+    if caption_kv is None:
+      captions = _captions(self.caption_projection, caption_embeddings, caption_mask)
+    blocks = range(self.config.depth)
+    x = self.go_through(blocks, x, time, grid, captions, caption_mask, caption_kv)
+    return self.leave(x, time)
+
+  @nn.nowrap
+  def enter(
+    self,
+    noisy_tokens: Float[Array, "b n c"],
+    coordinates: Int[Array, "b n 2"],
+    grid: Int[Array, "b 2"],
+    timesteps: Array,
+    image_size: Float[Array, "b 2"] | None,
+    aspect_ratio: Float[Array, " b"] | None,
+  ) -> tuple[Float32[Array, "b n d"], Float32[Array, "b d"]]:
+    """What the first block is given, and the embedded timesteps and conditions."""
+    config = self.config
     mask = tokens.token_mask(grid, noisy_tokens.shape[1])
     # Padding enters as zeros, so whatever it held, NaN included, reaches nothing.
     noisy_tokens = jnp.where(mask[..., None], noisy_tokens, 0)
 
-    x = PatchEmbedding(
-      config.width, config.patch_size, compute, name="patch_embedding"
-    )(noisy_tokens)
+    x = self.patch_embedding(noisy_tokens)
     x = x + positions.sincos_2d(
       coordinates,
       grid,
@@ -255,91 +294,119 @@ class PixArt(nn.Module):
       pe_interpolation=config.pe_interpolation,
     )
 
-    time = ScalarEmbedding(config.width, compute, name="timestep_embedding")(timesteps)
+    time = self.timestep_embedding(timesteps)
     if config.size_conditions:
       if image_size is None or aspect_ratio is None:
         raise ValueError(
           "A model with size_conditions needs image_size and aspect_ratio."
         )
-      time = time + SizeConditions(config.width, compute, name="size_conditions")(
-        image_size, aspect_ratio
-      )
-    modulation = Linear(
-      6 * config.width,
-      compute,
-      kernel_init=normal_init(config.width, XL_WIDTH),
-      name="modulation",
-    )(jax.nn.silu(time))
-    modulation = modulation.reshape(-1, 6, config.width)
+      time = time + self.size_conditions(image_size, aspect_ratio)
+    return x, time
 
-    captions = None
-    if caption_kv is None:
-      projection = CaptionProjection(config.width, compute, name="caption_projection")
-      captions = _captions(projection, caption_embeddings, caption_mask)
+  @nn.nowrap
+  def go_through(
+    self,
+    blocks: range,
+    x: Float32[Array, "b n d"],
+    time: Float32[Array, "b d"],
+    grid: Int[Array, "b 2"],
+    captions: Float[Array, "b t d"] | None,
+    caption_mask: Bool[Array, "b t"],
+    caption_kv: CaptionKV | None,
+  ) -> Float32[Array, "b n d"]:
+    """Applies some consecutive blocks.
 
+    Args:
+      x, time: from `enter`, x perhaps from earlier blocks.
+      captions: projected; or caption_kv.
+    """
+    config = self.config
+    modulation = self.modulation(jax.nn.silu(time)).reshape(-1, 6, config.width)
     discard_keys = None
     if config.kv_compression.operator == "random_discard":
       discard_keys = jax.random.split(self.make_rng("kv_discard"), config.depth)
     for layers, compression in config.segments():
+      chosen = range(max(blocks.start, layers.start), min(blocks.stop, layers.stop))
+      if not chosen:
+        continue
       keys = discard_keys if discard_keys is None else discard_keys[np.array(layers)]
       kv = caption_kv if caption_kv is None else caption_kv[segment_name(layers)]
       shared = (modulation, grid, captions, caption_mask)
-      x = self._segment(layers, compression, x, shared, (keys, kv))
+      x = self._segment(layers, chosen, compression, x, shared, (keys, kv))
+    return x
 
+  @nn.nowrap
+  def leave(
+    self, x: Float32[Array, "b n d"], time: Float32[Array, "b d"]
+  ) -> Float32[Array, "b n o"]:
+    """The output, of what the last block returned and `enter`'s `time`."""
     # The final layer reads the timestep itself, not the blocks' modulation of it.
-    table = self.param("scale_shift_table", table_init, (2, config.width))
-    shift, scale = jnp.unstack(table[None] + time[:, None, :], axis=1)
-    return Linear(
-      config.patch_size**2 * config.out_channels,
-      compute,
-      kernel_init=zeros_init,
-      name="out",
-    )(modulate(x, shift, scale))
+    shift, scale = jnp.unstack(self.scale_shift_table[None] + time[:, None, :], axis=1)
+    return self.out(modulate(x, shift, scale))
 
-  def _segment(
-    self,
-    layers: range,
-    compression: KVCompression,
-    x: Array,
-    shared: tuple[Any, ...],
-    by_layer: tuple[Any, ...],
-  ) -> Float32[Array, "b n d"]:
-    """Applies a run of equal blocks.
-
-    Args:
-      shared: arguments of all blocks.
-      by_layer: further ones with an entry for each block, or None.
-    """
-    config, compute, name = self.config, self.compute, segment_name(layers)
-    arguments = (
+  @nn.nowrap
+  def _block(self, compression: KVCompression) -> tuple[Any, tuple[Any, ...]]:
+    """The class of a block, rematerialised or not, and its arguments."""
+    config, compute = self.config, self.compute
+    block = Block
+    if compute.remat != "none":
+      # Inside a scan XLA cannot undo the recomputation, outside it must be kept off.
+      policy = _REMAT_POLICIES[compute.remat]
+      block = nn.remat(block, prevent_cse=compute.unroll, policy=policy)
+    return block, (
       config.num_heads,
       config.mlp_ratio,
       config.qk_norm,
       compression,
       compute,
     )
-    block = Block
-    if compute.remat != "none":
-      # Inside a scan XLA cannot undo the recomputation, outside it must be kept off.
-      policy = _REMAT_POLICIES[compute.remat]
-      block = nn.remat(block, prevent_cse=compute.unroll, policy=policy)
 
-    if compute.unroll and not self.is_initializing():
-      stack = self.get_variable("params", name)
-      for i in range(len(layers)):
-        params = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
-        own = [each if each is None else each[i] for each in by_layer]
-        layer = block(*arguments, parent=None)
-        x, _ = layer.apply({"params": params}, x, *shared, *own)
-      return x
-    scan = nn.scan(
+  @nn.nowrap
+  def _scan(self, layers: range, compression: KVCompression) -> nn.Module:
+    """A run of equal blocks over their stacked parameters."""
+    block, arguments = self._block(compression)
+    return nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(*[nn.broadcast] * len(shared), *[0] * len(by_layer)),  # pyright: ignore
+      in_axes=(*[nn.broadcast] * 4, 0, 0),  # pyright: ignore
       length=len(layers),
-    )
-    x, _ = scan(*arguments, name=name)(x, *shared, *by_layer)
+    )(*arguments)
+
+  @nn.nowrap
+  def _segment(
+    self,
+    layers: range,
+    chosen: range,
+    compression: KVCompression,
+    x: Array,
+    shared: tuple[Any, ...],
+    by_layer: tuple[Any, ...],
+  ) -> Float32[Array, "b n d"]:
+    """Applies the chosen blocks of a run of equal ones.
+
+    Args:
+      shared: arguments of all blocks.
+      by_layer: further ones with an entry for each block of the run, or None.
+    """
+    name = segment_name(layers)
+    if chosen == layers and (not self.compute.unroll or self.is_initializing()):
+      x, _ = getattr(self, name)(x, *shared, *by_layer)
+      return x
+    block, arguments = self._block(compression)
+    stack = (self.get_variable("params", name), by_layer)
+
+    def apply(x: Array, i: Any) -> tuple[Array, None]:
+      # One layer at a time out of the stack: a part of it would be a copy.
+      params, own = jax.tree.map(lambda leaf: leaf[i], stack)
+      layer = block(*arguments, parent=None)
+      return layer.apply({"params": params}, x, *shared, *own)
+
+    numbers = [i - layers.start for i in chosen]
+    if not self.compute.unroll and len(numbers) > 1:
+      return jax.lax.scan(apply, x, jnp.array(numbers))[0]
+    for i in numbers:
+      x, _ = apply(x, i)
     return x
 
 

@@ -22,7 +22,13 @@ from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import captions, pictures
 from pixsigma_jax.sample.frozen import RememberedCaptions, load_text_encoder
-from pixsigma_jax.sample.pipeline import UNCONDITIONAL_MASKS, Output, Pipeline
+from pixsigma_jax.sample.pipeline import (
+  QUANTIZATIONS,
+  UNCONDITIONAL_MASKS,
+  Output,
+  Pipeline,
+)
+from pixsigma_jax.sample.timing import Timing
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
@@ -60,6 +66,12 @@ _GUIDANCE_RESCALE = flags.DEFINE_float(
 _GUIDANCE_INTERVAL = flags.DEFINE_list(
   "guidance_interval", ["0", "1"], "LOW,HIGH: where guidance acts; 1 is pure noise."
 )
+_STEP_CACHING = flags.DEFINE_float(
+  "step_caching",
+  0.0,
+  "Relative change of the first block below which a step reuses the others' results of "
+  "an earlier one; 0 computes every step.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; the next has one more.")
 _SAMPLER = flags.DEFINE_enum("sampler", "dpm++", list(SAMPLERS), "Solver.")
 _NUM_IMAGES_PER_PROMPT = flags.DEFINE_integer(
@@ -88,8 +100,20 @@ _CAPTIONS = flags.DEFINE_string(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
 )
+_GUIDANCE_PASSES = flags.DEFINE_integer(
+  "guidance_passes",
+  None,
+  "1 takes both halves of guidance as one batch, 2 one after the other in about half "
+  "the memory; by size if it is not given.",
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
+)
+_QUANTIZE = flags.DEFINE_enum(
+  "quantize",
+  "none",
+  list(QUANTIZATIONS),
+  "Weights and activations of the transformer's blocks as 8-bit integers.",
 )
 _ATTENTION = flags.DEFINE_enum(
   "attention",
@@ -119,14 +143,18 @@ def main(_: list[str]) -> None:
   command.keep_compiled()
   prompts, settings = _settings(requests)
   compute = Compute(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value)
-  mesh = _mesh()
+  mesh, timing = _mesh(), Timing()
+  texts = prompts + settings["negative_prompt"]
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
     frozen=_FROZEN.value,
-    text_encoder=_remembered(prompts + settings["negative_prompt"], compute, mesh),
+    text_encoder=_remembered(texts, compute, mesh, timing),
     compute=compute,
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
+    guidance_passes=_GUIDANCE_PASSES.value,
+    quantize=_QUANTIZE.value,
+    timing=timing,
   )
   drawn = pipeline.stream(prompts, **settings)
   directory.mkdir(parents=True, exist_ok=True)
@@ -140,6 +168,7 @@ def main(_: list[str]) -> None:
     if _GRID.value:
       output.images.append(picture)
       output.settings.append(about)
+  print(f"Spent: {timing}.", file=sys.stderr)
   if _GRID.value:
     path = directory / f"grid.{_FORMAT.value}"
     if path.exists():
@@ -166,6 +195,7 @@ def _settings(requests: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]
     "guidance_scale": _GUIDANCE_SCALE.value,
     "guidance_rescale": _GUIDANCE_RESCALE.value,
     "guidance_interval": _interval(_GUIDANCE_INTERVAL.value),
+    "step_caching": _STEP_CACHING.value,
     "sampler": _SAMPLER.value,
     "num_images_per_prompt": copies,
     "use_resolution_binning": _USE_RESOLUTION_BINNING.value,
@@ -188,7 +218,9 @@ def _settings(requests: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]
   return [request["prompt"] for request in requests], settings
 
 
-def _remembered(texts: list[str], compute: Compute, mesh: Mesh | None) -> Any:
+def _remembered(
+  texts: list[str], compute: Compute, mesh: Mesh | None, timing: Timing
+) -> Any:
   """The captions by heart, where the text encoder is too large to stay in memory.
 
   None where the pipeline had better load it itself.
@@ -199,7 +231,8 @@ def _remembered(texts: list[str], compute: Compute, mesh: Mesh | None) -> Any:
   encoder = load_text_encoder(metadata, _FROZEN.value, dtype=compute.dtype, mesh=mesh)
   length = metadata.model["caption_length"]
   cleaned = [captions.clean_caption(text, _CAPTION_CLEANING.value) for text in texts]
-  known = RememberedCaptions.of(encoder, cleaned, length)
+  with timing.part("text encoder"):
+    known = RememberedCaptions.of(encoder, cleaned, length)
   if _SAVE_CAPTIONS.value is not None:
     known.save(_SAVE_CAPTIONS.value)
     logging.info("Saved %d captions to %s.", len(cleaned), _SAVE_CAPTIONS.value)

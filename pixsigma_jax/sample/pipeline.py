@@ -9,10 +9,9 @@ mask of the picture's own caption, as the published training and sampling code d
 """
 
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -27,34 +26,27 @@ import pixsigma_jax
 from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.diffusion.guidance import (
-  guide,
-  guide_first_three,
-  rescale,
-  scale_within,
-)
-from pixsigma_jax.diffusion.schedule import linear_schedule
-from pixsigma_jax.diffusion.solvers import SAMPLERS, Prediction, SolverTable, solve
-from pixsigma_jax.models import tokens
+from pixsigma_jax.diffusion.solvers import SAMPLERS, SolverTable
+from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import (
-  PixArt,
-  PixArtConfig,
-  caption_keys_values,
-  split_prediction,
-)
+from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.tokens import Grid
-from pixsigma_jax.sample import captions, pictures
+from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
+from pixsigma_jax.sample.program import Batch, Guidance
+from pixsigma_jax.sample.timing import Timing
 
 Sides: TypeAlias = int | Sequence[int] | None
 Texts: TypeAlias = str | Sequence[str]
 Seeds: TypeAlias = int | Sequence[int]
-Batch: TypeAlias = dict[str, Any]
 
 UNCONDITIONAL_MASKS = ("caption", "own")
+# What is made of a checkpoint's parameters before they draw.
+QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
+  "none": lambda params: params,
+  "int8": int8.quantize,
+}
 
-_SCHEDULE = linear_schedule()
 _DEFAULT_COMPUTE = Compute()
 # Sequences are padded to a multiple of this share of the training grid's tokens: the
 # buckets of a resolution, all near the same area, share two or three programs.
@@ -91,15 +83,6 @@ class _Request(NamedTuple):
   grid: Grid
 
 
-class _Guidance(NamedTuple):
-  """How the two halves of a prediction are joined; all traced."""
-
-  scale: Any
-  low: Any
-  high: Any
-  rescale: Any
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
   """A model ready to draw: `Pipeline.from_checkpoint(path)(prompt).images[0]`.
@@ -122,7 +105,12 @@ class Pipeline:
       accelerator; for small ones 16 or 64 are faster.
     mesh: devices that share each batch, `batch_size` divided over `data` and `fsdp`;
       None for the one where the parameters are.
+    guidance_passes: 1 sends both halves of guidance through the network as one batch,
+      2 one after the other, in about half the memory; None decides by the tokens that
+      a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
+    timing: adds up the seconds of `text encoder`, `transformer`, `autoencoder` and
+      `compilation` over all calls, those of `replace`d pipelines included.
 
   Raises:
     ValueError: the parts do not fit each other.
@@ -137,7 +125,9 @@ class Pipeline:
   compute: Compute = _DEFAULT_COMPUTE
   batch_size: int = 1
   mesh: Mesh | None = None
+  guidance_passes: int | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  timing: Timing = dataclasses.field(default_factory=Timing)
 
   def __post_init__(self):
     config = self.config
@@ -156,6 +146,11 @@ class Pipeline:
         )
     if self.batch_size < 1:
       raise ValueError(f"batch_size {self.batch_size} must be at least 1.")
+    if self.guidance_passes not in (None, 1, 2):
+      raise ValueError(
+        f"guidance_passes {self.guidance_passes} must be 1, 2, or None to decide by "
+        "size."
+      )
     if self.mesh is not None:
       rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
       if self.batch_size % rows:
@@ -174,6 +169,9 @@ class Pipeline:
     compute: Compute = _DEFAULT_COMPUTE,
     batch_size: int = 1,
     mesh: Mesh | None = None,
+    guidance_passes: int | None = None,
+    quantize: str = "none",
+    timing: Timing | None = None,
   ) -> "Pipeline":
     """The model of a snapshot: a run's workdir (its newest), or one of its snapshots.
 
@@ -183,11 +181,14 @@ class Pipeline:
         hub. None for the ones that PixArt was published with.
       text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
+      compute, batch_size, guidance_passes, timing: see the class.
+      quantize: a key of `QUANTIZATIONS`, what is made of the parameters.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or needs an encoder that this version does not have.
     """
+    _check_choice("quantize", quantize, QUANTIZATIONS)
     snapshot = checkpoint.read_snapshot(os.fspath(path), mesh)
     metadata = snapshot.metadata
     dtype = jnp.dtype(compute.dtype)
@@ -200,7 +201,7 @@ class Pipeline:
       )
     return cls(
       config=snapshot.config,
-      params=snapshot.params,
+      params=QUANTIZATIONS[quantize](snapshot.params),
       null_caption=snapshot.null_caption,
       autoencoder=load_autoencoder(metadata, frozen, dtype=dtype, mesh=mesh),
       text_encoder=text_encoder,
@@ -208,11 +209,14 @@ class Pipeline:
       compute=compute,
       batch_size=batch_size,
       mesh=mesh,
+      guidance_passes=guidance_passes,
       origin={
         "checkpoint": str(snapshot.path),
         "stage": metadata.stage,
         "step": snapshot.step,
+        "quantize": quantize,
       },
+      timing=Timing() if timing is None else timing,
     )
 
   def replace(self, **fields: Any) -> "Pipeline":
@@ -239,6 +243,7 @@ class Pipeline:
     guidance_scale: float | int = 4.5,
     guidance_rescale: float | int = 0.0,
     guidance_interval: Sequence[float | int] = (0.0, 1.0),
+    step_caching: float | int = 0.0,
     seed: Seeds = 0,
     sampler: str = "dpm++",
     num_images_per_prompt: int = 1,
@@ -263,6 +268,9 @@ class Pipeline:
         et al. 2023).
       guidance_interval: where guidance acts, as fractions of the schedule, of which 1
         is pure noise (Kynkäänniemi et al. 2024).
+      step_caching: relative change of what the first block adds, below which a step
+        reuses what the other blocks added before, see `step_caching.py`; 0 computes
+        every step. A picture's settings then say how many were, `computed_steps`.
       seed: of the first picture, picture i having seed + i; or one for each prompt,
         whose pictures have it and the next ones.
       sampler: a key of `SAMPLERS`.
@@ -290,6 +298,8 @@ class Pipeline:
       )
     if not 0 <= guidance_rescale <= 1:
       raise ValueError(f"{guidance_rescale=} must lie between 0 and 1.")
+    if not 0 <= step_caching < math.inf:
+      raise ValueError(f"{step_caching=} must be a number, 0 or more.")
     requests = self._requests(
       [prompt] if isinstance(prompt, str) else list(prompt),
       negative_prompt,
@@ -301,7 +311,7 @@ class Pipeline:
       caption_cleaning,
     )
     self._check_captions([text for r in requests for text in (r.negative, r.caption)])
-    table = SAMPLERS[sampler](_SCHEDULE, num_inference_steps)
+    table = SAMPLERS[sampler](program.SCHEDULE, num_inference_steps)
     if table.spread is not None and not self.config.learn_variance:
       raise ValueError(
         f"The sampler {sampler} needs a model that has learned variances, and this one "
@@ -310,12 +320,13 @@ class Pipeline:
     guidance = None
     if guidance_scale != 1:
       numbers = (guidance_scale, low, high, guidance_rescale)
-      guidance = _Guidance(*map(jnp.float32, numbers))
+      guidance = Guidance(*map(jnp.float32, numbers))
     settings = {
       "num_inference_steps": num_inference_steps,
       "guidance_scale": guidance_scale,
       "guidance_rescale": guidance_rescale,
       "guidance_interval": list(guidance_interval),
+      "step_caching": step_caching,
       "sampler": sampler,
       "use_resolution_binning": use_resolution_binning,
       "unconditional_mask": unconditional_mask,
@@ -325,7 +336,10 @@ class Pipeline:
       "pixsigma_jax": pixsigma_jax.__version__,
       **self.origin,
     }
-    return self._draw(requests, table, guidance, unconditional_mask, settings)
+    threshold = jnp.float32(step_caching) if step_caching else None
+    return self._draw(
+      requests, table, guidance, threshold, unconditional_mask, settings
+    )
 
   def _requests(
     self,
@@ -434,7 +448,8 @@ class Pipeline:
     self,
     requests: list[_Request],
     table: SolverTable,
-    guidance: _Guidance | None,
+    guidance: Guidance | None,
+    threshold: Float32[Array, ""] | None,
     unconditional_mask: str,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
@@ -443,6 +458,7 @@ class Pipeline:
     for number, request in enumerate(requests):
       numbers_by_length.setdefault(self._length(request.grid), []).append(number)
     for length, numbers in numbers_by_length.items():
+      passes = self._passes(length) if guidance is not None else 1
       for start in range(0, len(numbers), self.batch_size):
         chosen = numbers[start : start + self.batch_size]
         # Rows nobody asked for keep the program, and with it every rounding, the same.
@@ -450,23 +466,32 @@ class Pipeline:
           requests[number]
           for number in chosen + chosen[-1:] * (self.batch_size - len(chosen))
         ]
-        batch = self._batch(rows, length)
-        if guidance is not None:
-          batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+        with self.timing.part("text encoder"):
+          batch = self._captions(rows)
+          if guidance is not None:
+            batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+        batch |= self._images(rows, length)
         compute = self.compute
-        if self.mesh is not None:
-          batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
-          compute = dataclasses.replace(compute, mesh=self.mesh)
-        sequences = np.asarray(
-          _sample(
+        with self.timing.part("transformer"):
+          if self.mesh is not None:
+            batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
+            compute = dataclasses.replace(compute, mesh=self.mesh)
+          sequences, computed = program.sample(
             self.params,
             batch,
             table,
             guidance,
+            threshold,
             config=self.config,
             compute=compute,
+            passes=passes,
           )
-        )
+          sequences = np.asarray(sequences)
+        if computed is not None:
+          logging.info(
+            "Step caching: a batch of %d computed %d of %d steps.",
+            *(len(chosen), computed.batch, len(table.timesteps)),
+          )
         for row, number in enumerate(chosen):
           request = requests[number]
           picture = self._decode(sequences[row], request)
@@ -476,7 +501,10 @@ class Pipeline:
             "seed": request.seed,
             "height": request.height,
             "width": request.width,
+            "guidance_passes": passes,
           }
+          if computed is not None:
+            about["computed_steps"] = int(computed.images[row])
           yield number, picture, about | settings
 
   def _length(self, grid: Grid) -> int:
@@ -484,12 +512,22 @@ class Pipeline:
     multiple = max(1, self.config.base_size**2 // _LENGTHS_PER_GRID)
     return -(-grid[0] * grid[1] // multiple) * multiple
 
-  def _batch(self, requests: list[_Request], length: int) -> Batch:
-    """The program's arrays, a row a request."""
-    config = self.config
+  def _passes(self, length: int) -> int:
+    """In how many passes the halves of guidance go through the network."""
+    if self.guidance_passes is not None:
+      return self.guidance_passes
+    return program.passes_by_size(self.batch_size, length, self.mesh)
+
+  def _captions(self, requests: list[_Request]) -> Batch:
+    """What the network is to draw, a row a request."""
     embeddings, mask = self.text_encoder.encode(
-      [r.caption for r in requests], config.caption_length
+      [r.caption for r in requests], self.config.caption_length
     )
+    return {"caption_embeddings": embeddings, "caption_mask": mask}
+
+  def _images(self, requests: list[_Request], length: int) -> Batch:
+    """Where it begins, and of what size it is."""
+    config = self.config
     return {
       "noise": np.stack([self._noise(r, length) for r in requests]),
       "seed": np.array([r.seed for r in requests], np.uint32),
@@ -501,8 +539,6 @@ class Pipeline:
       "aspect_ratio": np.array(
         [r.drawn.height / r.drawn.width for r in requests], np.float32
       ),
-      "caption_embeddings": embeddings,
-      "caption_mask": mask,
     }
 
   def _negatives(
@@ -541,8 +577,10 @@ class Pipeline:
         "earlier step of the checkpoint, or float32."
       )
     # One at a time: pictures may differ in size, and large ones fill the memory.
-    images = self.autoencoder.decode(latents[None] / self.autoencoder.scaling_factor)
-    picture = pictures.to_picture(np.asarray(images[0], np.float32))
+    with self.timing.part("autoencoder"):
+      latents = latents[None] / self.autoencoder.scaling_factor
+      image = np.asarray(self.autoencoder.decode(latents)[0], np.float32)
+    picture = pictures.to_picture(image)
     return pictures.fit(picture, request.height, request.width)
 
 
@@ -565,84 +603,3 @@ def _each(name: str, values: Any, count: int) -> list[Any]:
 
 def _padded(sequence: np.ndarray, length: int) -> np.ndarray:
   return np.pad(sequence, ((0, length - len(sequence)), (0, 0)))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _sample(
-  params: Any,
-  batch: Batch,
-  table: SolverTable,
-  guidance: _Guidance | None,
-  *,
-  config: PixArtConfig,
-  compute: Compute,
-) -> Float32[Array, "b n c"]:
-  """From noise to latents of any grids, as padded sequences: solver and network in one.
-
-  Args:
-    batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
-      `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
-      caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
-  """
-  rows, length, _ = batch["noise"].shape
-  # Runs once a shape, when it is traced.
-  logging.info(
-    "Compiling the sampler: batch %d of %d tokens, %d steps, %s guidance.",
-    rows,
-    length,
-    len(table.timesteps),
-    "without" if guidance is None else "with",
-  )
-  names = ("coordinates", "grid", "image_size", "aspect_ratio")
-  images = {name: batch[name] for name in names}
-  embeddings, mask = batch["caption_embeddings"], batch["caption_mask"]
-  if guidance is not None:  # the unconditional half comes first
-    images = {name: jnp.concatenate([x, x]) for name, x in images.items()}
-    embeddings = jnp.concatenate([batch["negative_embeddings"], embeddings])
-    mask = jnp.concatenate([batch["negative_mask"], mask])
-  caption_kv = caption_keys_values(params, config, compute, embeddings, mask)
-  token_mask = tokens.token_mask(batch["grid"], length)
-  model = PixArt(config, compute)
-
-  def denoise(noisy_latents: Array, timestep: Array) -> Prediction:
-    if guidance is not None:
-      noisy_latents = jnp.concatenate([noisy_latents, noisy_latents])
-    output: Any = model.apply(
-      {"params": params},
-      noisy_latents,
-      images["coordinates"],
-      images["grid"],
-      jnp.full(len(noisy_latents), timestep),
-      None,
-      mask,
-      images["image_size"],
-      images["aspect_ratio"],
-      caption_kv,
-      # Tokens discarded at random: others in every step, the same in every picture.
-      rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
-      method="on_tokens",
-    )
-    noise, logits = split_prediction(output, config)
-    if guidance is None:
-      return Prediction(noise, logits)
-    unconditional, noise = jnp.split(noise, 2)
-    logits = None if logits is None else jnp.split(logits, 2)[1]
-    scale = scale_within(
-      timestep, guidance.scale, guidance.low, guidance.high, _SCHEDULE.num_timesteps
-    )
-    if table.spread is None:
-      guided = guide(unconditional, noise, scale)
-    else:  # as the reference's `forward_with_cfg`, which only this sampler calls
-      guided = guide_first_three(unconditional, noise, scale, config.in_channels)
-    return Prediction(rescale(guided, noise, guidance.rescale, token_mask), logits)
-
-  def fresh_noise(step: Array) -> Array:
-    # Of the image's seed and the step alone: the first noise is of the seed itself.
-    shape = batch["noise"].shape[1:]
-    return jax.vmap(
-      lambda seed: jax.random.normal(
-        jax.random.fold_in(jax.random.key(seed), step), shape
-      )
-    )(batch["seed"])
-
-  return solve(denoise, batch["noise"], table, fresh_noise)

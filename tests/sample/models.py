@@ -11,7 +11,7 @@ from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.models.pixels import PixelAutoencoder
-from pixsigma_jax.sample import pipeline as pipeline_module
+from pixsigma_jax.sample import program
 from pixsigma_jax.sample.pipeline import Pipeline
 
 FLOAT32 = Compute(dtype=jnp.float32)
@@ -116,10 +116,10 @@ def exact(clean):
 
 
 def use_exact(monkeypatch, clean):
-  """Puts `exact(clean)` in the pipeline's place of PixArt."""
-  monkeypatch.setattr(pipeline_module, "PixArt", exact(clean))
+  """Puts `exact(clean)` in PixArt's place in the sampler."""
+  monkeypatch.setattr(program, "PixArt", exact(clean))
   monkeypatch.setattr(
-    pipeline_module,
+    program,
     "caption_keys_values",
     lambda _params, _config, _compute, embeddings, _mask: embeddings,
   )

@@ -1,6 +1,7 @@
 """The command: files that say how they were made, and messages that say what to do."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -66,10 +67,14 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
     "--num_images_per_prompt=2",
     "--height=16",
     "--sampler=dpm++-reference",
+    "--guidance_passes=2",
   )
   paths = [out / f"0000{i}.png" for i in range(4)]
   assert done.code == 0
   assert done.out.splitlines() == [str(path) for path in paths]
+  parts = ("text encoder", "compilation", "transformer", "autoencoder")
+  seconds = ", ".join(rf"{part} \d+\.\d\d s" for part in parts)
+  assert re.search(f"Spent: {seconds}\\.\n", done.err)
   assert names(out) == [path.name for path in paths]
   with Image.open(paths[3]) as image:
     assert image.size == (8, 16)
@@ -82,12 +87,12 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
   assert settings["num_inference_steps"] == STEPS
   assert settings.pop("checkpoint") == str(workdir / "snapshots" / "12")  # the newest
   assert settings.pop("dtype") == "float32"
-  batch_size = settings.pop("batch_size")
+  how = {name: settings.pop(name) for name in ("batch_size", "guidance_passes")}
+  assert how["guidance_passes"] == 2
+  assert settings.pop("quantize") == "none"
   for name in ("step", "stage", "pixsigma_jax"):
     del settings[name]
-  pipeline = Pipeline.from_checkpoint(
-    workdir, compute=models.FLOAT32, batch_size=batch_size
-  )
+  pipeline = Pipeline.from_checkpoint(workdir, compute=models.FLOAT32, **how)
   (again,) = pipeline(**settings).images  # its keys are the arguments' own names
   with Image.open(paths[3]) as image:
     np.testing.assert_array_equal(image, again)

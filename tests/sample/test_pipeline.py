@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import pixsigma_jax
-from pixsigma_jax import checkpoint
+from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import dpm_solver_pp
 from pixsigma_jax.models.kv_compression import KVCompression
-from pixsigma_jax.models.pixart import PixArt
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.models.pixart import PixArt, abstract_params
+from pixsigma_jax.sample import pictures, program
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests.sample import models
 from tests.sample.models import ENCODER, SCALING_FACTOR
@@ -261,6 +261,93 @@ def test_without_guidance_there_is_no_unconditional_half(drawn_by, scale, rows):
     np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize("sampler", ["dpm++", "iddpm"])
+@pytest.mark.parametrize("size_conditions", [False, True])
+def test_guidance_in_two_passes_draws_what_it_draws_in_one(sampler, size_conditions):
+  config = models.nano(size_conditions=size_conditions)
+  arguments = {
+    "prompt": ["a red seven", "a blue two above it"],
+    "negative_prompt": ["", "grey"],
+    "guidance_rescale": 0.3,
+    "height": [8, 6],
+    "width": [8, 10],
+    "sampler": sampler,
+  }
+  one, two = (
+    latents_of(
+      models.pipeline(config, batch_size=2, guidance_passes=passes), **arguments
+    )
+    for passes in (1, 2)
+  )
+  for passes, (latents, output) in ((1, one), (2, two)):
+    assert [about["guidance_passes"] for about in output.settings] == [passes] * 2
+    assert not np.array_equal(*latents[:1], latents[1][:8, :8])
+  for ours, theirs in zip(two[0], one[0], strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+  ("asked", "batch_size", "rows"),
+  [
+    (None, 2, [4]),
+    (1, 2, [4]),
+    (2, 2, [2]),
+    (None, 129, [129]),  # 129 · 16 tokens are more than 2048
+    (1, 129, [258]),
+  ],
+)
+def test_a_pass_has_one_half_of_what_one_batch_has_and_size_decides(
+  drawn_by, asked, batch_size, rows
+):
+  seen = []
+
+  def clean(inputs):
+    seen.append(len(inputs["noisy"]))
+    return caption_mean(inputs)
+
+  fields = {"batch_size": batch_size, "guidance_passes": asked}
+  drawn_by(clean, "a seven", fields=fields)
+  assert seen == rows
+
+
+def test_the_devices_of_a_mesh_have_their_own_share_of_the_tokens():
+  mesh = sharding.make_mesh(data=4, fsdp=2, context=1)
+  assert program.passes_by_size(8, 1024, mesh) == 1
+  assert program.passes_by_size(8, 1024, None) == 2
+  assert program.passes_by_size(8, 4096, mesh) == 2
+
+
+def test_two_passes_need_hardly_more_than_half_the_memory():
+  config = models.nano(base_size=24)  # 576 tokens: their scores outweigh the rest
+
+  def temporary(passes):
+    rows, length, shape = 2, config.base_size**2, jax.ShapeDtypeStruct
+    captions = (rows, config.caption_length)
+    sizes = {"coordinates": (rows, length, 2), "grid": (rows, 2)}
+    batch = {
+      "noise": shape((rows, length, 12), jnp.float32),
+      "seed": shape((rows,), jnp.uint32),
+      **{name: shape(sides, jnp.int32) for name, sides in sizes.items()},
+      "image_size": shape((rows, 2), jnp.float32),
+      "aspect_ratio": shape((rows,), jnp.float32),
+    }
+    for half in ("caption", "negative"):
+      batch[f"{half}_embeddings"] = shape((*captions, ENCODER.width), jnp.float32)
+      batch[f"{half}_mask"] = shape(captions, jnp.bool_)
+    compiled = program.sample.lower(
+      abstract_params(config),
+      batch,
+      dpm_solver_pp(linear_schedule(), STEPS),
+      program.Guidance(4.5, 0.0, 1.0, 0.0),
+      config=config,
+      compute=models.FLOAT32,
+      passes=passes,
+    ).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert 0.45 < temporary(2) / temporary(1) < 0.6
+
+
 def test_the_network_is_told_size_and_aspect_ratio_in_pixels_height_first(drawn_by):
   def clean(inputs):
     height, width = jnp.unstack(inputs["image_size"], axis=-1)
@@ -299,6 +386,7 @@ def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(draw
     "negative_prompt": "c",
     "guidance_rescale": 0.0,
     "guidance_interval": [0.0, 1.0],
+    "step_caching": 0.0,
     "use_resolution_binning": True,
     "unconditional_mask": "caption",
     "caption_cleaning": "raw",
@@ -307,6 +395,7 @@ def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(draw
     "sampler": "dpm++",
     "dtype": "float32",
     "batch_size": 1,
+    "guidance_passes": 1,
     "pixsigma_jax": pixsigma_jax.__version__,
     "checkpoint": "runs/x",
     "step": 3,
@@ -346,6 +435,8 @@ def test_a_picture_that_is_not_finite_is_refused(drawn_by):
     ({"num_inference_steps": 0}, "at least 1 step, not num_steps=0"),
     ({"sampler": "euler"}, r"Unknown sampler 'euler'; choose one of dpm\+\+, dpm"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+    ({"step_caching": -0.1}, "step_caching=-0.1 must be a number, 0 or more"),
+    ({"step_caching": float("nan")}, "step_caching=nan must be a number"),
     ({"seed": -1}, "Picture 0 has seed -1: seeds must lie in 0"),
     ({"seed": 2**32}, "seeds must lie in 0 … 4294967295"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
@@ -391,6 +482,8 @@ def test_parts_that_were_not_trained_together_are_refused():
     models.pipeline(params={}, null_caption=np.zeros((7, 16), np.float32))
   with pytest.raises(ValueError, match="batch_size 0"):
     models.pipeline(params={}, batch_size=0)
+  with pytest.raises(ValueError, match="guidance_passes 3 must be 1, 2, or None"):
+    models.pipeline(params={}, guidance_passes=3)
 
 
 # ---------------------------------------------------------------------- from a snapshot
@@ -413,6 +506,27 @@ def test_a_snapshot_draws_what_the_model_in_memory_draws(real, tmp_path):
   assert theirs.settings[0]["step"] == 12
   assert theirs.settings[0]["stage"] == "test"
   assert theirs.settings[0]["checkpoint"] == str(tmp_path / "snapshots" / "12")
+
+
+def test_a_snapshot_in_8_bit_integers_draws_nearly_the_same_and_says_so(real, tmp_path):
+  pytest.importorskip("qwix")
+  checkpoint.save_snapshot(
+    tmp_path,
+    12,
+    params=real.params,
+    null_caption=real.null_caption,
+    metadata=models.metadata(real.config),
+  )
+  read = Pipeline.from_checkpoint(
+    tmp_path, compute=real.compute, batch_size=real.batch_size, quantize="int8"
+  ).replace(autoencoder=models.Tracing())
+  (ours,), output = latents_of(read, "a red one")
+  (theirs,), _ = latents_of(real, "a red one")
+  assert output.settings[0]["quantize"] == "int8"
+  error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+  assert 1e-4 < error < 0.05
+  with pytest.raises(ValueError, match="Unknown quantize 'int4'; choose one of none"):
+    Pipeline.from_checkpoint(tmp_path, quantize="int4")
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,7 @@ from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.convert import files
 from pixsigma_jax.diffusion import guidance
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import Pipeline, pictures
-from pixsigma_jax.sample import pipeline as pipeline_module
+from pixsigma_jax.sample import Pipeline, pictures, program
 from pixsigma_jax.sample.frozen import RememberedCaptions
 from tests import commands
 from tests.convert.published import write_t5, write_tokenizer
@@ -382,7 +381,7 @@ def test_only_iddpm_guides_three_channels_as_the_official_code(ours, monkeypatch
     called.append(arguments[-1])
     return guidance.guide_first_three(*arguments)
 
-  monkeypatch.setattr(pipeline_module, "guide_first_three", spied)
+  monkeypatch.setattr(program, "guide_first_three", spied)
   for sampler in ("dpm++", "iddpm"):  # in steps that no other test has compiled
     latents_of(ours, sampler=sampler, num_inference_steps=7)
   assert called == [ours.config.in_channels]
@@ -392,10 +391,10 @@ def test_noise_on_the_way_is_new_in_every_step_and_of_the_seed_alone(ours, monke
   unique = iter(range(31, 40))  # numbers of steps that no other test has compiled
 
   def fresh(step, seed, pipeline=ours):
-    def stand_in(_denoise, _noisy, _table, fresh_noise):
-      return fresh_noise(jnp.int32(step))
+    def stand_in(_denoise, _noisy, _table, fresh_noise, memory):
+      return fresh_noise(jnp.int32(step)), memory
 
-    monkeypatch.setattr(pipeline_module, "solve", stand_in)
+    monkeypatch.setattr(program, "solve_remembering", stand_in)
     return latents_of(
       pipeline, sampler="sa-solver", num_inference_steps=next(unique), seed=seed
     )
