@@ -17,6 +17,7 @@ from configs import stage_1k, stage_2k, stage_4k, stage_512
 from pixsigma_jax import command
 from pixsigma_jax.plan import roofline, topology
 from pixsigma_jax.plan.stage import Stage, stage_on
+from pixsigma_jax.plan.topology import Topology
 
 _TOPOLOGY = flags.DEFINE_string("topology", "a100:8", "As of `plan`.")
 
@@ -52,12 +53,9 @@ def compressed(config: Any, ratio: int, attention: str, machines: Any) -> Stage:
   return stage_on(config.to_dict(), machines)
 
 
-def main(_: list[str]) -> None:
-  """Prints a row a resolution and ratio."""
-  jax.config.update("jax_platforms", "cpu")
-  machines = topology.parse(_TOPOLOGY.value, 1)
-  print(f"Saved of a train step, {machines}; percent")
-  print("resolution | ratio | arithmetic | time, kernel | time, written out | paper")
+def savings(machines: Topology) -> dict[tuple[str, int], list[float]]:
+  """(resolution, ratio) → percent of arithmetic, and of time by each baseline."""
+  found = {}
   for name, get_config in CONFIGS.items():
     stages = {
       (ratio, attention): compressed(get_config(), ratio, attention, machines)
@@ -67,11 +65,22 @@ def main(_: list[str]) -> None:
     flops = {r: sum(roofline.needed(stages[r, "auto"]).values()) for r in (1, *RATIOS)}
     times = {key: roofline.step_time(stage).seconds for key, stage in stages.items()}
     for ratio in RATIOS:
-      saved = [1 - flops[ratio] / flops[1]]
-      saved += [1 - times[ratio, kind] / times[1, kind] for kind in BASELINES]
-      paper = PAPER.get((name, ratio))
-      cells = [f"{100 * share:.0f}" for share in saved] + [str(paper or "–")]
-      print(" | ".join([name, str(ratio), *cells]), flush=True)
+      left = [flops[ratio] / flops[1]]
+      left += [times[ratio, kind] / times[1, kind] for kind in BASELINES]
+      found[name, ratio] = [100 * (1 - share) for share in left]
+  return found
+
+
+def main(_: list[str]) -> None:
+  """Prints a row a resolution and ratio."""
+  jax.config.update("jax_platforms", "cpu")
+  machines = topology.parse(_TOPOLOGY.value, 1)
+  print(f"Saved of a train step, {machines}; percent")
+  print("resolution | ratio | arithmetic | time, kernel | time, written out | paper")
+  for (name, ratio), saved in savings(machines).items():
+    cells = [f"{percent:.0f}" for percent in saved]
+    paper = PAPER.get((name, ratio), "–")
+    print(" | ".join([name, str(ratio), *cells, str(paper)]))
 
 
 if __name__ == "__main__":
