@@ -61,16 +61,21 @@ def attend(
   block_q, block_k = block_size(n), block_size(key.shape[1])
   # The kernel does not scale. In the queries' own dtype: their rounding is relative.
   query = query * jnp.asarray(f**-0.5, query.dtype)
-  query = _with_feature(query, jnp.ones(query.shape[:2], query.dtype))
-  hidden = jnp.where(mask, 0.0, _HIDDEN).astype(key.dtype)
-  key = _with_feature(_fill(key, block_k), _fill(hidden, block_k, _HIDDEN))
+  query = _with_feature(query, jnp.ones((), query.dtype))
+  hidden = jnp.where(_fill(mask, block_k), 0.0, _HIDDEN).astype(key.dtype)
+  key = _with_feature(_fill(key, block_k), hidden[..., None, None])
   query = _fill(query, block_q)
-  fits = splash_backward.room(query.shape[1]) <= _CORE_MEMORY.get(device_kind, 0)
-  options = residual_name, fits, interpret
+  options = residual_name, in_one_kernel(n, device_kind), interpret
   out: Any = _attend(options, query, key, _fill(value, block_k))
   # With every key hidden, softmax would see them all alike.
   seen = mask.any(axis=-1).reshape(-1, 1, 1, 1)
   return jnp.where(seen, out[:, :n], 0).astype(value.dtype)
+
+
+def in_one_kernel(queries: int, device_kind: str) -> bool:
+  """Whether a core of the device has room for the backward pass of so many queries."""
+  length = _padded(queries, block_size(queries))
+  return splash_backward.room(length) <= _CORE_MEMORY.get(device_kind, 0)
 
 
 # The kernel's own derivative keeps its output as it is, [heads n f], whose last axis a
@@ -156,38 +161,27 @@ def block_size(length: int) -> int:
   return _padded(-(-length // blocks), _LANES)
 
 
-def block_sizes(query: int, in_memory: int, at_a_time: int) -> Any:
-  """Of all kernels: queries, keys that the forward one fetches, keys at a time."""
-  # Half a second that only TPUs have a use for.
-  from jax.experimental.pallas.ops.tpu import splash_attention
-
-  return splash_attention.BlockSizes(
-    block_q=query,
-    block_kv=in_memory,
-    block_kv_compute=at_a_time,
-    block_q_dq=query,
-    block_kv_dq=at_a_time,
-    block_q_dkv=query,
-    block_kv_dkv=at_a_time,
-    block_kv_dkv_compute=at_a_time,
-  )
+def fetched(keys: int) -> int:
+  """Keys that the forward pass fetches together: two blocks if there are two."""
+  block = block_size(keys)
+  return 2 * block if _padded(keys, block) % (2 * block) == 0 else block
 
 
 def _padded(length: int, block: int) -> int:
   return -(-length // block) * block
 
 
-def _fill(x: Array, block: int, value: float = 0.0) -> Array:
-  """Pads the second axis to whole blocks."""
+def _fill(x: Array, block: int) -> Array:
+  """Pads the second axis to whole blocks with zeros, or False."""
   padding = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, padding, constant_values=value)
+  return jnp.pad(x, padding)
 
 
-def _with_feature(
-  x: Float[Array, "b n k f"], feature: Float[Array, "b n"]
-) -> Float[Array, "b n k f1"]:
-  feature = jnp.broadcast_to(feature[..., None, None], (*x.shape[:3], 1))
-  return jnp.concatenate([x, feature], axis=-1)
+def _with_feature(x: Float[Array, "b n k f"], feature: Array) -> Float[Array, "..."]:
+  # Chosen by lane: joining an array of one lane to another costs a pass over both.
+  f = x.shape[-1]
+  wider = jnp.pad(x, [(0, 0)] * 3 + [(0, 1)])
+  return jnp.where(jnp.arange(f + 1) == f, feature, wider)
 
 
 def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -> Any:
@@ -199,15 +193,25 @@ def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -
 def _kernel(
   heads: int, queries: int, keys: int, interpret: bool, keep_sums: bool
 ) -> Any:
-  from jax.experimental.pallas.ops.tpu import splash_attention  # as above
+  # Half a second that only TPUs have a use for.
+  from jax.experimental.pallas.ops.tpu import splash_attention
 
-  block_q, compute = block_size(queries), block_size(keys)
-  in_memory = 2 * compute if keys % (2 * compute) == 0 else compute
+  block_q, block_k = block_size(queries), block_size(keys)
+  sizes = splash_attention.BlockSizes(
+    block_q=block_q,
+    block_kv=fetched(keys),
+    block_kv_compute=block_k,
+    block_q_dq=block_q,
+    block_kv_dq=block_k,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_k,
+    block_kv_dkv_compute=block_k,
+  )
   with jax.ensure_compile_time_eval():  # what is kept must not belong to one trace
     everything = splash_attention.FullMask((queries, keys))
     return splash_attention.make_splash_mha(
       splash_attention.MultiHeadMask([everything] * heads),
-      block_sizes=block_sizes(block_q, in_memory, compute),
+      block_sizes=sizes,
       head_shards=1,
       q_seq_shards=1,
       save_residuals=keep_sums,

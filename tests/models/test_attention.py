@@ -357,7 +357,10 @@ def real(monkeypatch):
 
 
 KERNELS = {
-  "TPU v4": ("splash_mha_fwd_residuals", *(f"splash_mha_{d}_no" for d in ("dq", "dkv"))),
+  "TPU v4": (
+    "splash_mha_fwd_residuals",
+    *(f"splash_mha_{d}_no" for d in ("dq", "dkv")),
+  ),
   "TPU v5 lite": ("splash_mha_fwd_residuals", "attention_backward"),
 }
 
