@@ -106,7 +106,7 @@ def _forward(options, query, key, value):
 def _backward(options, residuals, gradient):
   _, in_one_kernel, interpret = options
   query, key, value, out, logsumexp = residuals
-  operands = *(_folded(x) for x in (query, key, value)), _folded(gradient)
+  operands = _folded(query), _folded(key), _folded(value), _folded(gradient)
   if in_one_kernel:
     split = einops.rearrange(out, "b n (k f) -> b n k f", f=value.shape[-1])
     correction = jnp.einsum(

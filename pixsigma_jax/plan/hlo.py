@@ -56,11 +56,11 @@ def read(text: str) -> Static:
   collectives: dict[str, tuple[str, float]] = {}
   for name, times in _times(bodies, entry).items():
     for line in bodies[name]:
-      for found in _CYCLES.findall(line):
-        cycles += times * int(found)
       if 'custom_call_target="tpu_custom_call"' in line:
         kernels.append((line, times))
         continue
+      for found in _CYCLES.findall(line):
+        cycles += times * int(found)
       if match := _COLLECTIVE.search(line):
         shapes, kind, start = match.groups()
         size = times * (_largest(shapes) if start else _size(shapes))

@@ -38,8 +38,8 @@ class Step:
     row: what its beginning and its end take beside that, once for a row of steps.
   """
 
-  each: float
-  row: float
+  each: int
+  row: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ _SPLASH = re.compile(r"^%?splash_mha_(fwd|dq|dkv)_")
 _OURS = re.compile(rf"^%?\w*{splash_backward.NAME}_(\d+)_(\d+)")
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _SHAPE = re.compile(r"\w+\[([\d,]+)\]")
-_BLOCKS = re.compile(r'"xprof_metadata":"(.*?[^\\])"')
+_BLOCKS = re.compile(r'"xprof_metadata": ?"(.*?[^\\])"')
 # What JAX calls the sizes of a kernel's blocks.
 _FIELDS = {
   "fwd": ("block_q", "block_kv"),

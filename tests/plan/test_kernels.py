@@ -63,7 +63,7 @@ def test_blocks_that_were_not_measured_cost_as_their_area():
 
 
 def test_cores_share_heads_only_where_the_kernel_lets_them(monkeypatch):
-  steps = {name: {(1024, 1024): Step(1e6, 0)} for name in ("fwd", "dq", "dkv")}
+  steps = {name: {(1024, 1024): Step(10**6, 0)} for name in ("fwd", "dq", "dkv")}
   monkeypatch.setitem(kernels.STEPS, "TPU v4", steps)
   have = {
     name: kernels.cycles(
