@@ -22,6 +22,7 @@ from absl import flags
 from pixsigma_jax import command
 from pixsigma_jax.models import splash, splash_backward
 from pixsigma_jax.plan import topology
+from pixsigma_jax.plan.kernels import Step, scheduled
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Chips of a TPU slice.")
 
@@ -30,43 +31,10 @@ KEYS = (4096, 3072, 300)  # fetched by 2048, by 1024; and those of a caption
 _KERNEL = re.compile(
   rf"-(?:splash_mha_(fwd|dq|dkv)_\w+|\w*{splash_backward.NAME}_\w+)\.\d+-\d+-final_bundles"
 )
-_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s")
-_SKIP = re.compile(r"sbr\.rel \(%p\d+_p\d+\) target = \$region(\d+)")
-_TARGET = re.compile(r"Start/End empty region (\d+)|Start region (\d+)")
 
 
-def cycles(text: str) -> tuple[int, int]:
-  """Of one step of a kernel: what every one takes, and what only some do.
-
-  A branch that may skip instructions, and no other branch in them, is taken by most
-  steps; but for the largest, which is the work itself.
-  """
-  bundles = [line for line in text.splitlines() if _BUNDLE.match(line)]
-  branches = [
-    (number, found[1])
-    for number, line in enumerate(bundles)
-    if (found := _SKIP.search(line))
-  ]
-  skipped = []
-  for number, region in branches:
-    ends = (
-      end
-      for end in range(number + 1, len(bundles))
-      if any(region in found for found in _TARGET.findall(bundles[end]))
-    )
-    if (end := next(ends, None)) is not None:
-      skipped.append((number + 1, end))
-  inner = [
-    (start, end)
-    for start, end in skipped
-    if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in skipped)
-  ]
-  sizes = [end - start for start, end in inner if 2 * (end - start) < len(bundles)]
-  return len(bundles) - sum(sizes), sum(sizes)
-
-
-def steps(keys: int, device: Any, dump: pathlib.Path) -> dict[str, tuple[int, int]]:
-  """`cycles` of the kernels of attention to so many keys."""
+def steps(keys: int, device: Any, dump: pathlib.Path) -> dict[str, Step]:
+  """Of the kernels of attention to so many keys."""
   place = jax.sharding.SingleDeviceSharding(device)
 
   def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -81,7 +49,7 @@ def steps(keys: int, device: Any, dump: pathlib.Path) -> dict[str, tuple[int, in
   mask = array(1, keys, dtype=jnp.bool_)
   jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key, mask).compile()
   return {
-    found[1] or "backward": cycles(path.read_text())
+    found[1] or "backward": scheduled(path.read_text())
     for path in set(dump.iterdir()) - before
     if (found := _KERNEL.search(path.name))
   }
@@ -99,11 +67,11 @@ def main(_: list[str]) -> None:
   print(f"cycles of a step, {device.device_kind}, JAX {jax.__version__}")
   print("kernel | queries x keys | every step | a row beside")
   for keys in KEYS:
-    for kernel, (each, row) in sorted(steps(keys, device, dump).items()):
+    for kernel, step in sorted(steps(keys, device, dump).items()):
       block = splash.block_size(keys)
       at_once = splash.fetched(keys) if kernel == "fwd" else block
       size = f"{splash.block_size(LENGTH)} x {at_once}"
-      print(f"{kernel} | {size} | {each} | {row}", flush=True)
+      print(f"{kernel} | {size} | {step.each} | {step.row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -194,3 +194,38 @@ def total(
       return None
     taken[call.kernel] = taken.get(call.kernel, 0.0) + times * each
   return taken
+
+
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s")
+_SKIP = re.compile(r"sbr\.rel \(%p\d+_p\d+\) target = \$region(\d+)")
+_TARGET = re.compile(r"Start/End empty region (\d+)|Start region (\d+)")
+
+
+def scheduled(text: str) -> Step:
+  """One step of a kernel, out of the instructions that libtpu dumps of it.
+
+  A branch that may skip instructions, and no other branch in them, is taken by most
+  steps; but for the largest, which is the work itself.
+  """
+  bundles = [line for line in text.splitlines() if _BUNDLE.match(line)]
+  branches = [
+    (number, found[1])
+    for number, line in enumerate(bundles)
+    if (found := _SKIP.search(line))
+  ]
+  skipped = []
+  for number, region in branches:
+    ends = (
+      end
+      for end in range(number + 1, len(bundles))
+      if any(region in found for found in _TARGET.findall(bundles[end]))
+    )
+    if (end := next(ends, None)) is not None:
+      skipped.append((number + 1, end))
+  inner = [
+    (start, end)
+    for start, end in skipped
+    if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in skipped)
+  ]
+  sizes = [end - start for start, end in inner if 2 * (end - start) < len(bundles)]
+  return Step(len(bundles) - sum(sizes), sum(sizes))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import splash_cycles
 from pixsigma_jax.chips import CHIPS
 from pixsigma_jax.models import splash
 from pixsigma_jax.plan import hlo, kernels, topology
@@ -132,4 +131,4 @@ def test_what_only_some_steps_do_is_told_apart():
    0x7   : > { work }
    0x8   : > { work }
 """
-  assert splash_cycles.cycles(text) == (6, 2)
+  assert kernels.scheduled(text) == Step(6, 2)
