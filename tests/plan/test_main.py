@@ -42,7 +42,7 @@ def refused():
 
 
 def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
-  done = plan(*SMALL, "--topology=v5e:2x2", "--json")
+  done = plan(*SMALL, "--topology=v5e:2x2", "--json", "--config.compute.attention=auto")
   assert done.code == 0, done.err
   have = json.loads(done.out)
   assert set(have) == KEYS
