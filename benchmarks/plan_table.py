@@ -1,7 +1,7 @@
 """The paper's stages on TPUs and GPUs from one box to two pods: docs/plan.md's tables.
 
   python -m benchmarks.plan_table                      # the analytic model, a minute
-  python -m benchmarks.plan_table --compile=v5e:8x8    # and the compiler, an hour
+  python -m benchmarks.plan_table --compile=v5e:8x8    # by the compiler, an hour
 
 Each stage as its config has it; what does not divide over the machines says so.
 """
@@ -18,6 +18,7 @@ from pixsigma_jax.plan.plan import Plan, make_plan
 from pixsigma_jax.plan.stage import stage_on
 
 _COMPILE = flags.DEFINE_list("compile", [], "Topologies to compile for, and no others.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Of each topology to compile for.")
 _STAGES = flags.DEFINE_list("stages", ["1k", "2k", "4k"], "Of 1k, 2k and 4k.")
 
 CONFIGS = {"1k": stage_1k, "2k": stage_2k, "4k": stage_4k}
@@ -41,11 +42,15 @@ def row(plan: Plan, seconds: float) -> str:
     f"{plan.time.seconds:.3g}",
     f"{plan.time.ceiling:.0%}",
   ]
-  if plan.compilation and plan.compilation.refused is None:
-    sent = sum(plan.compilation.sent.values())
-    cells += [f"{plan.static_seconds or 0:.3g}", f"{sent / 1e9:.4g}", f"{seconds:.0f}"]
-  else:
+  if plan.compilation is None:
     cells += [f"{plan.mfu:.1%}", f"{plan.images_a_second:.3g}", f"${plan.dollars:,.0f}"]
+  elif plan.compilation.refused:
+    cells += ["", "", "", ""]
+  else:
+    sent = sum(plan.compilation.sent.values())
+    static = plan.static_seconds, plan.static_mfu
+    cells += [f"{static[0]:.3g}", f"{static[1]:.1%}"] if all(static) else ["", ""]
+    cells += [f"{sent / 1e9:.4g}", f"{seconds:.0f}"]
   cells = [stage.config["stage"], str(stage.topology), sizes, *cells]
   return f"| {' | '.join(cells)} |"
 
@@ -53,14 +58,14 @@ def row(plan: Plan, seconds: float) -> str:
 def main(_: list[str]) -> None:
   """Prints a row a stage and topology."""
   jax.config.update("jax_platforms", "cpu")
-  machines = [(name, 1) for name in _COMPILE.value] or MACHINES
-  last = (
-    "cycles, s | GB gathered or summed | compiled in, s"
-    if _COMPILE.value
-    else ("MFU | images a second | stage")
-  )
-  print(f"| stage | on | mesh | GiB a device | roofline, s | ceiling | {last} |")
-  print("|---|---|---|---|---|---|---|---|---|")
+  machines = [(name, _SLICES.value) for name in _COMPILE.value] or MACHINES
+  columns = ["stage", "on", "mesh", "GiB a device", "roofline, s", "ceiling"]
+  if _COMPILE.value:
+    columns += ["cycles, s", "static MFU", "GB gathered or summed", "compiled in, s"]
+  else:
+    columns += ["MFU", "images a second", "stage"]
+  print(f"| {' | '.join(columns)} |")
+  print("|---" * len(columns) + "|")
   for name in _STAGES.value:
     state = None
     for machine, slices in machines:

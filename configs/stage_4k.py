@@ -12,8 +12,9 @@
              times at 4096². Never compare the one to the other.
   :uhd_full  the same without compression, the paper's other time
 
-Hardware: 8 to 32 devices as in stage_256_vae; on more, several share the tokens of an
-image, as with 256: 4 x 8 x 8 of data, fsdp and context.
+Hardware: 8 to 32 devices as in stage_256_vae, with --config.accumulation=2 where 8 have
+80 GB each; on more, several share the tokens of an image, as with 256: 4 x 8 x 8 of
+data, fsdp and context.
 Hours on 8 H100 at 30 % of their peak: 4.7, $94 at $2.50 an H100-hour (`:full` 7.0,
 $140; `:uhd` 1.3, $27; `:uhd_full` 1.9, $38); computed, not measured, and about three
 times that where attention has no kernel (docs/stages.md). The paper: 12
@@ -48,6 +49,9 @@ def get_config(kind: str = "compressed"):
   config.init.transforms = ({"name": "interpolate_pe", "base_size": resolution // 16},)
   config.model.base_size = resolution // 16
   config.model.pe_interpolation = pe_interpolation
+  # Attention is most of the step: to run it again costs a fifth more, to keep what it
+  # returned 5 GiB of each of 64 chips.
+  config.compute.remat = "attention"
   if compressed:
     paper.compress(config, parent_compresses=True)
   config.ema.values = (0.99,)

@@ -64,10 +64,19 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   sizes = _covering({"data": data, "fsdp": fsdp, "context": context}, len(devices))
-  # Auto, because Linen layers under Explicit axes refuse FSDP-sharded parameters.
-  return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  arranged = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=_splits(devices)
   )
+  # Auto, because Linen layers under Explicit axes refuse FSDP-sharded parameters.
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _splits(devices: Sequence[Any]) -> bool:
+  """Whether an axis may take part of a side of the chips' grid, as (4, 8, 2) over 8x8.
+
+  `jax.make_mesh` lets it on v5e alone.
+  """
+  return devices[0].platform == "tpu"
 
 
 def _covering(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -252,8 +261,7 @@ def _over_slices(
     shape,
     (slices, 1, 1),
     devices=devices,
-    # As `jax.make_mesh` does: (4, 8, 2) over 8x8 chips splits a side of them in two.
-    allow_split_physical_axes=devices[0].platform == "tpu",
+    allow_split_physical_axes=_splits(devices),
   )
 
 

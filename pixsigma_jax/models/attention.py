@@ -65,6 +65,9 @@ def attend(
   if implementation == "auto":
     implementation = choose(query, key, mesh)
   one_device = IMPLEMENTATIONS[implementation]
+  if implementation == "splash":
+    kind = _device(mesh).device_kind
+    one_device = functools.partial(one_device, device_kind=kind)
   if mesh is None or mesh.size == 1:
     return one_device(query, key, value, mask)
 
@@ -97,9 +100,12 @@ def choose(
   """What `auto` stands for, by the mesh's devices or those that JAX computes on."""
   # Not by the platform that is lowered for: what would be chosen then is traced for
   # all, where cuDNN asks for a GPU, and under remat lowered for all.
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   n, m, width = query.shape[1], key.shape[1], query.shape[-1]
-  return _choose(device, jnp.dtype(query.dtype).name, n, m, width)
+  return _choose(_device(mesh), jnp.dtype(query.dtype).name, n, m, width)
+
+
+def _device(mesh: Mesh | None) -> Any:
+  return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 @functools.cache  # and so logged once

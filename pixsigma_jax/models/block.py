@@ -91,10 +91,11 @@ class CrossAttention(nn.Module):
   ) -> Float32[Array, "b n d"]:
     width = x.shape[-1]
     query = Linear(width, self.compute, name="query")(x)
-    if caption_kv is None:
+    if caption_kv is not None:
+      key, value = caption_kv
+    else:
       assert captions is not None, "either these or caption_kv"
-      caption_kv = Linear(width, self.compute, copies=2, name="kv")(captions)
-    key, value = caption_kv
+      key, value = Linear(width, self.compute, copies=2, name="kv")(captions)
     return _attend_heads(self, query, key, value, caption_mask, out_init=zeros_init)
 
 

@@ -6,6 +6,7 @@ convolution. Queries keep every token; keys and values become one token a window
 """
 
 import dataclasses
+import functools
 from typing import Literal, TypeAlias
 
 import einops
@@ -101,35 +102,37 @@ class KVCompressor(nn.Module):
     window, width = self.compression.window, key.shape[-1]
     r = window[0] * window[1]
     m = key.shape[1] // r  # a last incomplete chunk is trailing tokens or padding
-    windows = einops.rearrange(
-      jnp.stack([key, value])[:, :, : m * r], "s b (m r) d -> s b m r d", r=r
-    )
-
     operator = self.compression.operator
+
+    # A window's tokens side by side in a row: an axis of r would be padded to a tile.
+    def windows(x: Array) -> list[Array]:
+      side_by_side = einops.rearrange(x[:, : m * r], "b (m r) d -> b m (r d)", r=r)
+      return jnp.split(side_by_side, r, axis=-1)
+
     if operator == "discard":
-      merged = windows[:, :, :, 0].astype(jnp.float32)
-    elif operator == "random_discard":
+      return tuple(windows(x)[0].astype(jnp.float32) for x in (key, value))  # pyright: ignore
+    if operator == "random_discard":
       # One draw a window, the same for every image: an image's result does not depend
       # on its neighbours in the batch.
       assert discard_key is not None, "PixArt passes one for this operator"
-      pick = jax.random.randint(discard_key, (m,), 0, r)
-      merged = (
-        jnp.take_along_axis(windows, pick.reshape(1, 1, m, 1, 1), axis=3)
-        .squeeze(3)
-        .astype(jnp.float32)
+      pick = jax.random.randint(discard_key, (m,), 0, r) + r * jnp.arange(m)
+      return tuple(jnp.take(x, pick, axis=1).astype(jnp.float32) for x in (key, value))  # pyright: ignore
+    if operator == "average":
+      return tuple(
+        functools.reduce(jnp.add, (part.astype(jnp.float32) for part in windows(x))) / r
+        for x in (key, value)
+      )  # pyright: ignore
+    kernel = self.param("kernel", nn.initializers.constant(1 / r), (*window, width))
+    bias = self.param("bias", nn.initializers.zeros, (width,))
+    kernel = einops.rearrange(kernel, "p q d -> (p q) d").astype(self.compute.dtype)
+    norm = LayerNorm(name="norm") if self.compression.norm else lambda x: x
+
+    def merged(x: Array) -> Float32[Array, "b m d"]:
+      parts = windows(x.astype(self.compute.dtype))
+      total = sum(
+        part.astype(jnp.float32) * weight.astype(jnp.float32)
+        for part, weight in zip(parts, kernel[:, None, None], strict=True)
       )
-    elif operator == "average":
-      merged = windows.astype(jnp.float32).mean(axis=3)
-    else:
-      kernel = self.param("kernel", nn.initializers.constant(1 / r), (*window, width))
-      bias = self.param("bias", nn.initializers.zeros, (width,))
-      kernel = einops.rearrange(kernel, "p q d -> (p q) d").astype(self.compute.dtype)
-      merged = jnp.einsum(
-        "sbmrd,rd->sbmd",
-        windows.astype(self.compute.dtype),
-        kernel,
-        preferred_element_type=jnp.float32,
-      ) + bias.reshape(1, 1, 1, -1)
-      if self.compression.norm:
-        merged = LayerNorm(name="norm")(merged)
-    return merged[0], merged[1]
+      return norm(total + bias.reshape(1, 1, -1))
+
+    return merged(key), merged(value)

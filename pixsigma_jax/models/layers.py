@@ -6,13 +6,15 @@ precision changes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
@@ -73,7 +75,7 @@ class Compute:
       time of the backward pass on CPU. A merged axis cannot be sharded over both, so
       it is off where tokens are sharded.
     mesh: that parameters and batch lie on; attention needs it, see `attention.attend`,
-      and nothing else.
+      and matrices are gathered over it, see `whole`.
 
   Raises:
     ValueError: an unknown dtype, attention implementation or remat; or `offload` where
@@ -122,12 +124,41 @@ class Compute:
     )
     return out.reshape(*rows, -1)
 
+  def whole(self, kernel: Float[Array, "*l i o"]) -> Float[Array, "*l i o"]:
+    """A matrix in `dtype`, gathered on every device of the mesh's `fsdp`.
+
+    And its gradient scattered to where its parts lie. Left to itself, XLA multiplies by
+    a shard at a time, in twice the cycles, or gathers activations in its place.
+    """
+    kernel = kernel.astype(self.dtype)
+    shards = 1 if self.mesh is None else self.mesh.shape.get(_FSDP, 1)
+    if shards == 1 or kernel.shape[-2] % shards:
+      return kernel
+    return _gathered(self.mesh, kernel)
+
+
+_FSDP = "fsdp"  # the axis that splits matrices by their inputs, see `sharding.RULES`
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(mesh: Mesh, kernel: Array) -> Array:
+  return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P()))
+
+
+def _scattered(mesh: Mesh, _: None, gradient: Array) -> tuple[Array]:
+  place = NamedSharding(mesh, P(*[None] * (gradient.ndim - 2), _FSDP, None))
+  return (jax.lax.with_sharding_constraint(gradient, place),)
+
+
+_gathered.defvjp(lambda mesh, kernel: (_gathered(mesh, kernel), None), _scattered)
+
 
 class Linear(nn.Module):
   """x · kernel + bias. `copies` > 1 stacks that many maps of one input in one leaf.
 
   A stacked kernel `[copies, in, out]` is the reference's fused matrix: one unit for
   initialisation and for factored optimizer statistics, whose parts lie contiguously.
+  What such maps return is not stacked: a tuple of `copies` arrays.
   """
 
   features: int
@@ -137,16 +168,20 @@ class Linear(nn.Module):
   bias_init: Initializer = zeros_init
 
   @nn.compact
-  def __call__(self, x: Float[Array, "*b i"]) -> Float32[Array, "..."]:
+  def __call__(self, x: Float[Array, "*b i"]) -> Any:
     fan_in, stack = x.shape[-1], (self.copies,) if self.copies > 1 else ()
     init = self.kernel_init or xavier_uniform(fan_in, self.copies * self.features)
     kernel = self.param("kernel", init, (*stack, fan_in, self.features))
     bias = self.param("bias", self.bias_init, (*stack, self.features))
-    if not stack:
+    kernel = self.compute.whole(kernel)
+
+    def one(kernel: Array, bias: Array) -> Float32[Array, "..."]:
       out = self.compute.matmul(x, kernel)
       return out + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-    parts = [self.compute.matmul(x, kernel[i]) for i in range(self.copies)]
-    return jnp.stack(parts) + jnp.expand_dims(bias, range(1, x.ndim))
+
+    if not stack:
+      return one(kernel, bias)
+    return tuple(one(kernel[i], bias[i]) for i in range(self.copies))
 
 
 def layer_norm(x: Float[Array, "*b d"], epsilon: float) -> Float32[Array, "*b d"]:

@@ -436,7 +436,7 @@ def caption_keys_values(
   linear = Linear(config.width, compute, copies=2)
 
   def one_layer(kv: Any) -> Array:
-    return linear.apply({"params": kv}, captions).astype(compute.dtype)  # pyright: ignore
+    return jnp.stack(linear.apply({"params": kv}, captions)).astype(compute.dtype)  # pyright: ignore
 
   names = [segment_name(layers) for layers, _ in config.segments()]
   return {

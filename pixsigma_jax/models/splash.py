@@ -7,20 +7,12 @@ more, always 1, and keys one that is 0 where they may be seen and hugely negativ
 not. That is free, where segment ids cost a fourteenth of the forward pass on v5e and an
 eighth on v6e, and rows of one batch may fold into the heads, whatever their masks.
 
-Cycles of one step of the kernel's grid, head width 72, as libtpu 0.0.51 schedules it
-(`python -m benchmarks.splash_cycles`; queries x keys, and how many keys at a time):
-
-                                    v5e                 v6e
-                             fwd    dq   dkv     fwd    dq   dkv
-   512 x  512,  512         1976  1764  2371    1327  1198  1501
-  1024 x 1024, 1024         5885  6136  8313    3767  3647  4749
-  1024 x 2048, 1024         9895  6136  8313    6214  3647  4749
-  the same, segment ids    10625  6153  8315    7029  3925  5005
-
-Four steps of the first row are one of the second, and two of the second one of the
-third. Two thousand keys at a time do not fit into the backward pass beside the rest of
-a training step. The backward pass that makes dq beside dk and dv is not used: it writes
-one dq for each block of keys, 6.5 GB at 4096 pixels, and takes as long.
+What a step of each kernel's grid costs is measured by `benchmarks/splash_cycles.py` and
+stands in `pixsigma_jax/plan/kernels.py`, by chip and blocks: blocks of 1024 are best on
+all, with two thousand keys fetched at once in the forward pass. The backward pass is a
+kernel of our own, `models/splash_backward.py`, where a core's memory holds the dq of a
+head, and JAX's two kernels elsewhere. JAX's one kernel is not used: it writes one dq
+for each block of keys, 6.5 GB at 4096 pixels.
 """
 
 import functools
@@ -32,9 +24,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from pixsigma_jax.models import splash_backward
+
 _LANES = 128  # blocks are multiples of it
 _BLOCK = 1024  # queries, and keys at a time, at most: the best on v5e and v6e alike
 _HIDDEN = -1e9  # added to scores of keys that are not to be seen
+
+# What a kernel may have of a core's own memory, by kind of device; others have too
+# little for the backward pass in one kernel.
+_CORE_MEMORY = {
+  "TPU v5 lite": 96 * 2**20,
+  "TPU v5": 60 * 2**20,
+  "TPU v6 lite": 96 * 2**20,
+}
 
 
 def attend(
@@ -44,6 +46,7 @@ def attend(
   mask: Bool[Array, "b m"],
   *,
   residual_name: str,
+  device_kind: str,
   interpret: bool = False,
 ) -> Float[Array, "b n k f"]:
   """See `models/attention.py: attend`.
@@ -51,39 +54,46 @@ def attend(
   Args:
     residual_name: under which remat policies find what the backward pass needs of the
       forward pass: the output and the logarithm of each query's sum.
+    device_kind: what it is to run on.
     interpret: runs the kernel step by step in XLA, on any platform; for tests.
   """
   f, n = query.shape[-1], query.shape[1]
   block_q, block_k = block_size(n), block_size(key.shape[1])
   # The kernel does not scale. In the queries' own dtype: their rounding is relative.
   query = query * jnp.asarray(f**-0.5, query.dtype)
-  query = _with_feature(query, jnp.ones(query.shape[:2], query.dtype))
-  hidden = jnp.where(mask, 0.0, _HIDDEN).astype(key.dtype)
-  key = _with_feature(_fill(key, block_k), _fill(hidden, block_k, _HIDDEN))
-  out: Any = _attend(
-    residual_name, interpret, _fill(query, block_q), key, _fill(value, block_k)
-  )
+  query = _with_feature(query, jnp.ones((), query.dtype))
+  hidden = jnp.where(_fill(mask, block_k), 0.0, _HIDDEN).astype(key.dtype)
+  key = _with_feature(_fill(key, block_k), hidden[..., None, None])
+  query = _fill(query, block_q)
+  options = residual_name, in_one_kernel(n, device_kind), interpret
+  out: Any = _attend(options, query, key, _fill(value, block_k))
   # With every key hidden, softmax would see them all alike.
   seen = mask.any(axis=-1).reshape(-1, 1, 1, 1)
   return jnp.where(seen, out[:, :n], 0).astype(value.dtype)
 
 
+def in_one_kernel(queries: int, device_kind: str) -> bool:
+  """Whether a core of the device has room for the backward pass of so many queries."""
+  length = _padded(queries, block_size(queries))
+  return splash_backward.room(length) <= _CORE_MEMORY.get(device_kind, 0)
+
+
 # The kernel's own derivative keeps its output as it is, [heads n f], whose last axis a
 # TPU stores 128 wide: 1.8 times the bytes. This one keeps it with the heads joined.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-  residual_name: str,
-  interpret: bool,
+  options: tuple[str, bool, bool],
   query: Float[Array, "b n k f1"],
   key: Float[Array, "b m k f1"],
   value: Float[Array, "b m k f"],
 ) -> Float[Array, "b n k f"]:
-  del residual_name
+  _, _, interpret = options
   kernel = _kernel_for(query, key, interpret, keep_sums=False)
   return _unfolded(kernel(_folded(query), _folded(key), _folded(value)), len(query))
 
 
-def _forward(residual_name, interpret, query, key, value):
+def _forward(options, query, key, value):
+  residual_name, _, interpret = options
   kernel = _kernel_for(query, key, interpret, keep_sums=True)
   out, (logsumexp,) = kernel(_folded(query), _folded(key), _folded(value))
   out = einops.rearrange(out, "(b k) n f -> b n (k f)", b=len(query))
@@ -93,23 +103,45 @@ def _forward(residual_name, interpret, query, key, value):
   return einops.rearrange(out, "b n (k f) -> b n k f", f=value.shape[-1]), residuals
 
 
-def _backward(residual_name, interpret, residuals, gradient):
+def _backward(options, residuals, gradient):
+  _, in_one_kernel, interpret = options
+  query, key, value, out, logsumexp = residuals
+  operands = _folded(query), _folded(key), _folded(value), _folded(gradient)
+  if in_one_kernel:
+    split = einops.rearrange(out, "b n (k f) -> b n k f", f=value.shape[-1])
+    correction = jnp.einsum(
+      "bnkf,bnkf->bkn", split, gradient, preferred_element_type=jnp.float32
+    )
+    gradients = splash_backward.gradients(
+      *operands,
+      logsumexp,
+      einops.rearrange(correction, "b k n -> (b k) n"),
+      block_q=block_size(query.shape[1]),
+      block_k=block_size(key.shape[1]),
+      interpret=interpret,
+    )
+  else:
+    gradients = _in_two_kernels(query, key, operands, out, logsumexp, interpret)
+  return tuple(_unfolded(x, len(query)) for x in gradients)
+
+
+def _in_two_kernels(query, key, operands, out, logsumexp, interpret):
+  """By JAX's kernels, for a core that has no room for ours."""
   # Not public, and the only way to run the backward pass with residuals of one's own.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-  del residual_name
-  query, key, value, out, logsumexp = residuals
-  out = einops.rearrange(out, "b n (k f) -> (b k) n f", f=value.shape[-1])
+  *inputs, gradient = operands
+  out = einops.rearrange(out, "b n (k f) -> (b k) n f", f=gradient.shape[-1])
   kernel = _kernel_for(query, key, interpret, keep_sums=False)
   gradients = splash_attention_kernel._splash_attention_bwd(
     **kernel.kwargs,
     res=(
-      *(_folded(query), _folded(key), _folded(value), None, None, out, logsumexp),
+      *(*inputs, None, None, out, logsumexp),
       *(kernel.dq_mask_info, kernel.dkv_mask_info),
     ),
-    do=_folded(gradient),
+    do=gradient,
   )
-  return tuple(_unfolded(x, len(query)) for x in gradients[3:6])
+  return gradients[3:6]
 
 
 _attend.defvjp(_forward, _backward)
@@ -129,38 +161,27 @@ def block_size(length: int) -> int:
   return _padded(-(-length // blocks), _LANES)
 
 
-def block_sizes(query: int, in_memory: int, at_a_time: int) -> Any:
-  """Of all kernels: queries, keys that the forward one fetches, keys at a time."""
-  # Half a second that only TPUs have a use for.
-  from jax.experimental.pallas.ops.tpu import splash_attention
-
-  return splash_attention.BlockSizes(
-    block_q=query,
-    block_kv=in_memory,
-    block_kv_compute=at_a_time,
-    block_q_dq=query,
-    block_kv_dq=at_a_time,
-    block_q_dkv=query,
-    block_kv_dkv=at_a_time,
-    block_kv_dkv_compute=at_a_time,
-  )
+def fetched(keys: int) -> int:
+  """Keys that the forward pass fetches together: two blocks if there are two."""
+  block = block_size(keys)
+  return 2 * block if _padded(keys, block) % (2 * block) == 0 else block
 
 
 def _padded(length: int, block: int) -> int:
   return -(-length // block) * block
 
 
-def _fill(x: Array, block: int, value: float = 0.0) -> Array:
-  """Pads the second axis to whole blocks."""
+def _fill(x: Array, block: int) -> Array:
+  """Pads the second axis to whole blocks with zeros, or False."""
   padding = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, padding, constant_values=value)
+  return jnp.pad(x, padding)
 
 
-def _with_feature(
-  x: Float[Array, "b n k f"], feature: Float[Array, "b n"]
-) -> Float[Array, "b n k f1"]:
-  feature = jnp.broadcast_to(feature[..., None, None], (*x.shape[:3], 1))
-  return jnp.concatenate([x, feature], axis=-1)
+def _with_feature(x: Float[Array, "b n k f"], feature: Array) -> Float[Array, "..."]:
+  # Chosen by lane: joining an array of one lane to another costs a pass over both.
+  f = x.shape[-1]
+  wider = jnp.pad(x, [(0, 0)] * 3 + [(0, 1)])
+  return jnp.where(jnp.arange(f + 1) == f, feature, wider)
 
 
 def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -> Any:
@@ -172,15 +193,25 @@ def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -
 def _kernel(
   heads: int, queries: int, keys: int, interpret: bool, keep_sums: bool
 ) -> Any:
-  from jax.experimental.pallas.ops.tpu import splash_attention  # as above
+  # Half a second that only TPUs have a use for.
+  from jax.experimental.pallas.ops.tpu import splash_attention
 
-  block_q, compute = block_size(queries), block_size(keys)
-  in_memory = 2 * compute if keys % (2 * compute) == 0 else compute
+  block_q, block_k = block_size(queries), block_size(keys)
+  sizes = splash_attention.BlockSizes(
+    block_q=block_q,
+    block_kv=fetched(keys),
+    block_kv_compute=block_k,
+    block_q_dq=block_q,
+    block_kv_dq=block_k,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_k,
+    block_kv_dkv_compute=block_k,
+  )
   with jax.ensure_compile_time_eval():  # what is kept must not belong to one trace
     everything = splash_attention.FullMask((queries, keys))
     return splash_attention.make_splash_mha(
       splash_attention.MultiHeadMask([everything] * heads),
-      block_sizes=block_sizes(block_q, in_memory, compute),
+      block_sizes=sizes,
       head_shards=1,
       q_seq_shards=1,
       save_residuals=keep_sums,

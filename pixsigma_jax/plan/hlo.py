@@ -2,8 +2,8 @@
 
 XLA's `cost_analysis` counts the body of a loop once. Here every instruction counts as
 often as it runs: a loop's condition compares its counter with a constant. Read are the
-cycles that XLA:TPU estimates for what it makes itself (Pallas kernels it does not
-estimate; they are counted by the model of `roofline.py`), and what is sent.
+cycles that XLA:TPU estimates for what it makes itself, which Pallas kernels it calls
+(those it does not estimate: see `kernels.py`), and what is sent.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ class Static:
   Attributes:
     cycles: estimated by the compiler, of all that it estimates.
     sent: bytes of the results of collectives, by their kind.
-    kernels: Pallas kernels, of which nothing is known here, by how often they run.
+    kernels: instructions that call Pallas kernels, and how often each runs.
   """
 
   cycles: float
   sent: Mapping[str, float]
-  kernels: int
+  kernels: tuple[tuple[str, float], ...] = ()
 
 
 def read(text: str) -> Static:
@@ -52,13 +52,15 @@ def read(text: str) -> Static:
     ValueError: a loop in it has no constant number of turns.
   """
   bodies, entry = _computations(text)
-  cycles, kernels = 0.0, 0
+  cycles, kernels = 0.0, []
   collectives: dict[str, tuple[str, float]] = {}
   for name, times in _times(bodies, entry).items():
     for line in bodies[name]:
+      if 'custom_call_target="tpu_custom_call"' in line:
+        kernels.append((line, times))
+        continue
       for found in _CYCLES.findall(line):
         cycles += times * int(found)
-      kernels += int(times) * ('custom_call_target="tpu_custom_call"' in line)
       if match := _COLLECTIVE.search(line):
         shapes, kind, start = match.groups()
         size = times * (_largest(shapes) if start else _size(shapes))
@@ -70,7 +72,7 @@ def read(text: str) -> Static:
   sent: dict[str, float] = {}
   for kind, size in collectives.values():
     sent[kind] = sent.get(kind, 0.0) + size
-  return Static(cycles, dict(sorted(sent.items())), kernels)
+  return Static(cycles, dict(sorted(sent.items())), tuple(kernels))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -81,8 +83,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     if match := _COMPUTATION.match(line):
       current = bodies.setdefault(match[2], [])
       entry = match[2] if match[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":
       current = None
+    elif current and not line.startswith(" "):
+      current[-1] += line  # a kernel's own words about itself may go over several
     elif current is not None:
       current.append(line.strip())
   return bodies, entry

@@ -176,7 +176,11 @@ def of_compiled(stage: Stage, compiled: Any) -> Memory:
   # Arguments, padded to the chip's tiles, that are not donated to results stay.
   arguments = stats.argument_size_in_bytes
   results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-  temporary = arguments - sum(parts.values()) + results + stats.temp_size_in_bytes
+  total = arguments + results + stats.temp_size_in_bytes
+  # Of what is temporary libtpu 0.0.42 gives a sum with gaps between, beyond what it
+  # itself allows; the highest that is in use at once it gives as well.
+  total = min(total, stats.peak_memory_in_bytes or total)
+  temporary = max(total - sum(parts.values()), 0)
   grads = min(grads, temporary)
   return Memory(
     **parts,

@@ -7,21 +7,11 @@ from typing import Any
 import jax
 
 from pixsigma_jax.models.flops import TRAINING
-from pixsigma_jax.plan import hlo, memory, roofline
+from pixsigma_jax.plan import hlo, kernels, memory, roofline
 from pixsigma_jax.plan.compilation import compile_step
 from pixsigma_jax.plan.host import Host, host_input
 from pixsigma_jax.plan.memory import DoesNotFitError, Memory
 from pixsigma_jax.plan.stage import Stage
-
-# Cycles a second, by which the compiler's estimate becomes a time: those at which the
-# matrix units of a chip, each its width squared of products a cycle, reach its peak.
-_CLOCKS = {
-  "TPU v3": 0.94e9,
-  "TPU v4": 1.05e9,
-  "TPU v5 lite": 1.50e9,
-  "TPU v5": 1.75e9,
-  "TPU v6 lite": 1.75e9,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +20,16 @@ class Compilation:
 
   Attributes:
     seconds: that it took.
-    cycles: of one step on one device, estimated by it; None where it estimates none.
+    cycles: of one step on one device: those that it estimates, and its kernels'; None
+      where one of these is not known.
+    kernels: those of Pallas kernels, by name.
     sent: bytes of what collectives leave on a device in a step, by kind.
     refused: its message if the step does not fit into memory; None if it does.
   """
 
   seconds: float = 0.0
   cycles: float | None = None
+  kernels: Mapping[str, float] = dataclasses.field(default_factory=dict)
   sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
   refused: str | None = None
 
@@ -59,8 +52,8 @@ class Plan:
 
   @property
   def static_seconds(self) -> float | None:
-    """Of a step by the compiler's estimate; without what waits for other devices."""
-    clock = _CLOCKS.get(self.stage.topology.kind)
+    """Of a step by its cycles; without what waits for memory or other devices."""
+    clock = kernels.CLOCKS.get(self.stage.topology.kind)
     cycles = self.compilation and self.compilation.cycles
     return cycles / clock if cycles and clock else None
 
@@ -81,8 +74,16 @@ class Plan:
   @property
   def mfu(self) -> float:
     """What the model needs, over what all devices could do meanwhile."""
+    return self._mfu(self.seconds)
+
+  @property
+  def static_mfu(self) -> float | None:
+    """What the model needs, over what all devices could do in `static_seconds`."""
+    return self._mfu(self.static_seconds) if self.static_seconds else None
+
+  def _mfu(self, seconds: float) -> float:
     topology = self.stage.topology
-    return self.time.needed / (self.seconds * topology.count * topology.chip.flops)
+    return self.time.needed / (seconds * topology.count * topology.chip.flops)
 
   @property
   def host(self) -> Host:
@@ -123,18 +124,22 @@ def make_plan(stage: Stage, *, compiles: bool) -> Plan:
         needs = dataclasses.replace(needs, temporary=temporary)
     else:
       needs = memory.of_compiled(stage, compiled)
-      compilation = _read(compiled, seconds)
+      compilation = _read(stage, compiled, seconds)
   return Plan(stage, needs, step, compilation)
 
 
-def _read(compiled: Any, seconds: float) -> Compilation:
+def _read(stage: Stage, compiled: Any, seconds: float) -> Compilation:
   try:
     static = hlo.read(compiled.as_text())
   except (jax.errors.JaxRuntimeError, ValueError):
     # libtpu cannot always write what it has compiled.
     return Compilation(seconds)
-  # What it does not estimate are Pallas kernels: a sum without them says nothing.
-  return Compilation(seconds, None if static.kernels else static.cycles, static.sent)
+  topology = stage.topology
+  taken = kernels.total(static.kernels, topology.kind, topology.chip)
+  if taken is None:  # a sum without them says nothing
+    return Compilation(seconds, sent=static.sent)
+  cycles = static.cycles + sum(taken.values())
+  return Compilation(seconds, cycles, taken, static.sent)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -168,6 +173,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     },
     "roofline": dataclasses.asdict(plan.time),
     "static_seconds": plan.static_seconds,
+    "static_mfu": plan.static_mfu,
     "step_seconds": plan.seconds,
     "mfu": plan.mfu,
     "images_a_second": plan.images_a_second,

@@ -115,8 +115,13 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"By the compiler ({compilation.seconds:.0f} s of compiling):"
     if compilation.cycles:
       yield f"  {'cycles, by its estimate':<32}{compilation.cycles:10.3g}"
-    if plan.static_seconds:
-      yield f"  {'which take':<32}{plan.static_seconds:10.4f} s"
+      for name, cycles in compilation.kernels.items():
+        yield f"  {f'of them attention, {name}':<32}{cycles:10.3g}"
+    if plan.static_seconds and plan.static_mfu:
+      yield (
+        f"  {'which take':<32}{plan.static_seconds:10.4f} s: static MFU "
+        f"{plan.static_mfu:.1%}, of at most {time.ceiling:.0%}"
+      )
     for kind, size in compilation.sent.items():
       yield f"  {kind:<32}{size / 1e9:10.2f} GB a device, half or more of it received"
   yield ""

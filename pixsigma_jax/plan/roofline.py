@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from pixsigma_jax import tree
 from pixsigma_jax.chips import Chip
+from pixsigma_jax.models import splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import memory
@@ -44,7 +45,8 @@ class Attention:
 ATTENTIONS: dict[str, Attention] = {
   "xla": Attention(2.0, 16.0, 26.0, False),
   "chunked": Attention(3.5, 16.0, 42.0, True),
-  "splash": Attention(3.5, 0.0, 0.0, True),
+  "splash": Attention(2.5, 0.0, 0.0, True),
+  "splash in two kernels": Attention(3.5, 0.0, 0.0, True),
   "cudnn": Attention(2.5, 0.0, 0.0, True),
 }
 
@@ -158,6 +160,9 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   rows = stage.rows * accumulation / stage.sizes["context"]
   tokens = float(stage.rows * accumulation * stage.length)
   kind = ATTENTIONS[stage.attention]
+  if stage.attention == "splash":
+    fits = splash.in_one_kernel(stage.length, stage.topology.kind)
+    kind = ATTENTIONS["splash" if fits else "splash in two kernels"]
   again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
 
   flops = {

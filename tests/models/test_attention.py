@@ -12,7 +12,8 @@ from jax.experimental import topologies
 from pixsigma_jax import sharding
 from pixsigma_jax.models import attention, splash
 
-IMPLEMENTATIONS = ["xla", "chunked", "splash"]
+# The second to last where a core holds the dq of a head, the last where it does not.
+IMPLEMENTATIONS = ["xla", "chunked", "splash", "splash on v4"]
 
 
 def exact(query, key, value, mask):
@@ -49,6 +50,9 @@ def interpreted(monkeypatch):
   monkeypatch.setattr(splash, "_BLOCK", 128)
   kernel = functools.partial(attention.IMPLEMENTATIONS["splash"], interpret=True)
   monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash", kernel)
+  monkeypatch.setitem(splash._CORE_MEMORY, "cpu", 2**30)
+  on_v4 = functools.partial(kernel, device_kind="TPU v4")
+  monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash on v4", on_v4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -61,7 +65,7 @@ def test_is_the_softmax_of_the_definition_at_odd_lengths(
   implementation, dtype, tolerance
 ):
   # The kernel has blocks of 128, and takes keys by two blocks where it can.
-  n, m = {"splash": (131, 389)}.get(implementation, (17, 29))
+  n, m = (131, 389) if "splash" in implementation else (17, 29)
   query, key, value = draw((2, n, 2, 12), (2, m, 2, 12), dtype)
   mask = np.arange(m) < np.array([m, 5])[:, None]
   mask[1, 7] = True  # not only beginnings of the keys
@@ -93,6 +97,27 @@ def test_its_gradient_is_that_of_finite_differences(implementation):
     np.testing.assert_allclose(
       np.sum(np.asarray(ours[i]) * direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("lengths", [(300, 389), (100, 700), (700, 100)])
+@pytest.mark.parametrize("implementation", ["splash", "splash on v4"])
+def test_its_gradient_over_several_blocks_is_that_of_the_reference(
+  implementation, lengths
+):
+  n, m = lengths
+  query, key, value = draw((2, n, 2, 12), (2, m, 2, 12), jnp.float32)
+  weight = jax.random.normal(jax.random.key(1), query.shape)
+  mask = jnp.arange(m)[None] < jnp.array([[m], [m // 3]])
+
+  def gradients(implementation):
+    def loss(*arrays):
+      return (attention.attend(*arrays, mask, implementation) * weight).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
+
+  for ours, theirs in zip(gradients(implementation), gradients("xla"), strict=True):
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -309,10 +334,10 @@ REAL = [
 ]
 
 
-def lowered(n, m, sharding=None):
+def lowered(n, m, kind, sharding=None):
   def loss(query, key, value, mask):
-    out = attention.attend(query, key, value, mask, "splash")
-    return out.astype(jnp.float32).sum()
+    options = {"residual_name": attention.OUTPUT, "device_kind": kind}
+    return splash.attend(query, key, value, mask, **options).astype(jnp.float32).sum()
 
   def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -331,11 +356,22 @@ def real(monkeypatch):
     yield
 
 
+KERNELS = {
+  "TPU v4": (
+    "splash_mha_fwd_residuals",
+    *(f"splash_mha_{d}_no" for d in ("dq", "dkv")),
+  ),
+  "TPU v5 lite": ("splash_mha_fwd_residuals", "attention_backward"),
+}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize(("n", "m"), REAL)
-def test_the_kernel_lowers_at_the_sizes_of_the_stages(real, n, m):
-  text = lowered(n, m).as_text()
-  for part in ("fwd_residuals", "dq_no_residuals", "dkv_no_residuals"):
-    assert text.count(f'kernel_name = "splash_mha_{part}"') == 1
+def test_the_kernels_lower_at_the_sizes_of_the_stages(real, n, m, kind):
+  text = lowered(n, m, kind).as_text()
+  assert text.count("kernel_name") == len(KERNELS[kind])
+  for name in KERNELS[kind]:
+    assert text.count(f'kernel_name = "{name}') == 1
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 300, 1000, 1024, 1025, 4160, 65536])
@@ -348,10 +384,13 @@ def test_blocks_cover_a_length_with_little_to_spare(real, length):
   assert blocks * block - length < 128 * blocks
 
 
-def test_the_kernel_compiles_for_a_tpu(real, libtpu, monkeypatch):
+@pytest.mark.parametrize(
+  ("topology", "kind"), [("v5e:2x2", "TPU v5 lite"), ("v4:2x2x1", "TPU v4")]
+)
+def test_the_kernels_compile_for_a_tpu(real, libtpu, monkeypatch, topology, kind):
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  chip = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+  chip = topologies.get_topology_desc(topology, "tpu").devices[0]
   place = jax.sharding.SingleDeviceSharding(chip)
-  memory = lowered(4096, 1024, place).compile().memory_analysis()
+  memory = lowered(4096, 1024, kind, place).compile().memory_analysis()
   scores = 4096 * 1024 * 16 * 4
   assert memory.temp_size_in_bytes < scores / 2

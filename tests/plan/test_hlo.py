@@ -51,7 +51,7 @@ def test_what_is_gathered_counts_with_its_size(mesh):
 
   static = hlo.read(compiled(mesh, whole, (4 * SIDE, SIDE)))
   assert static.sent == {"all-gather": 4 * SIDE * SIDE * 4}
-  assert static.kernels == 0
+  assert static.kernels == ()
 
 
 def test_a_gradient_is_summed_once(mesh):
@@ -103,4 +103,22 @@ ENTRY %main (x: bf16[8,32]) -> bf16[64,32] {{
   ROOT %b = bf16[64,32] fusion(%x), calls=%two, {cycles}
 }}
 """
-  assert hlo.read(text) == hlo.Static(12.0, {"all-gather": 64 * 32 * 2.0}, 1)
+  static = hlo.read(text)
+  assert (static.cycles, static.sent) == (12.0, {"all-gather": 64 * 32 * 2.0})
+  ((kernel, times),) = static.kernels
+  assert kernel.startswith("%k = bf16[64,32] custom-call(%a)")
+  assert times == 1
+
+
+def test_what_follows_a_kernel_counts_though_its_words_go_over_lines():
+  text = """
+ENTRY %main (x: bf16[8,32]) -> bf16[8,32] {
+  %k = bf16[8,32] custom-call(%x), custom_call_target="tpu_custom_call", told={{
+"words":"of the kernel"
+}}, backend_config={"estimated_cycles":"1000"}
+  ROOT %b = bf16[8,32] fusion(%k), backend_config={"estimated_cycles":"12"}
+}
+"""
+  static = hlo.read(text)
+  assert static.cycles == 12  # what the compiler says of a kernel it does not know
+  assert static.kernels[0][0].endswith('"1000"}')

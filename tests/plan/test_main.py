@@ -22,8 +22,8 @@ SMALL = (
 KEYS = {
   *("stage", "topology", "slices", "chips", "devices", "device_kind", "mesh"),
   *("batch_size", "tokens", "attention", "remat", "fits", "compiled", "memory"),
-  *("flops", "roofline", "static_seconds", "step_seconds", "mfu", "images_a_second"),
-  *("host", "total_steps", "days", "dollars_a_chip_hour", "dollars"),
+  *("flops", "roofline", "static_seconds", "static_mfu", "step_seconds", "mfu"),
+  *("images_a_second", "host", "total_steps", "days", "dollars_a_chip_hour", "dollars"),
 }
 
 
@@ -42,7 +42,7 @@ def refused():
 
 
 def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
-  done = plan(*SMALL, "--topology=v5e:2x2", "--json")
+  done = plan(*SMALL, "--topology=v5e:2x2", "--json", "--config.compute.attention=auto")
   assert done.code == 0, done.err
   have = json.loads(done.out)
   assert set(have) == KEYS
@@ -61,6 +61,14 @@ def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
   assert have["step_seconds"] >= max(
     have["roofline"]["seconds"], have["static_seconds"], sent / 2 / 45e9
   )
+  # Attention's kernels, forward and backward, among the cycles.
+  kernels = have["compiled"]["kernels"]
+  assert set(kernels) == {"fwd", "backward"}
+  assert 0 < sum(kernels.values()) < have["compiled"]["cycles"]
+  seconds = have["compiled"]["cycles"] / 1.5e9
+  assert have["static_seconds"] == pytest.approx(seconds)
+  needed = have["flops"]["step"] / (4 * 197e12)
+  assert have["static_mfu"] == pytest.approx(needed / seconds)
   steps = have["total_steps"] * have["step_seconds"]
   assert have["days"] == pytest.approx(steps / 86_400)
   assert have["dollars"] == pytest.approx(steps / 3600 * 4 * 1.2)

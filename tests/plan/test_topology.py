@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from pixsigma_jax import sharding
 from pixsigma_jax.plan import topology
 
 TPUS = [
@@ -26,6 +27,13 @@ def test_slices_multiply_devices_and_libtpu_tells_them_apart(libtpu):
   two = topology.parse("v5e:2x4", slices=2)
   assert (two.count, two.chips, str(two)) == (16, 16, "2 slices of v5e:2x4")
   assert {device.slice_index for device in topology.devices(two)} == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["v5e:8x8", "v6e:8x8", "v4:4x4x4", "v5p:4x4x4"])
+def test_a_mesh_may_split_a_side_of_the_chips(name, libtpu):
+  devices = topology.devices(topology.parse(name))
+  mesh = sharding.make_mesh(data=4, fsdp=8, context=2, devices=devices)
+  assert set(mesh.devices.flat) == set(devices)
 
 
 def test_a_chip_of_two_devices_is_paid_for_once():

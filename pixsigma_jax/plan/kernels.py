@@ -1,0 +1,231 @@
+"""Cycles of attention's kernels on TPU, which XLA:TPU runs and does not estimate.
+
+A kernel does the same for each block of queries and each of keys: a step of its grid.
+What a step costs is counted in the instructions that libtpu schedules for it, a bundle
+a cycle (`python -m benchmarks.splash_cycles`), and is never less than its matrix
+products take of the matrix units. No chip was there: waiting for memory is not in it.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+
+from pixsigma_jax.chips import Chip
+from pixsigma_jax.models import splash_backward
+
+# Cycles a second: those at which the matrix units of a chip, each its width squared of
+# products a cycle, reach its peak.
+CLOCKS = {
+  "TPU v3": 0.94e9,
+  "TPU v4": 1.05e9,
+  "TPU v5 lite": 1.50e9,
+  "TPU v5": 1.75e9,
+  "TPU v6 lite": 1.75e9,
+}
+
+# Cores of a device that share the heads of a kernel which lets them.
+_CORES = {"TPU v4": 2, "TPU v5": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Of a kernel's grid, in cycles of one core.
+
+  Attributes:
+    each: what every step takes.
+    row: what its beginning and its end take beside that, once for a row of steps.
+  """
+
+  each: int
+  row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+  """What all steps of a kernel share.
+
+  Attributes:
+    products: of matrices, in a step.
+    divides: whether the cores of a device share its heads.
+  """
+
+  products: int
+  divides: bool
+
+
+# JAX lets the cores share the heads of the forward pass alone.
+_KERNELS = {
+  "fwd": _Kernel(2, True),
+  "dq": _Kernel(3, False),
+  "dkv": _Kernel(4, False),
+  "backward": _Kernel(5, True),
+}
+
+# Kind of device → kernel → (queries, keys) of a block → its step. Head width 72 and the
+# feature that hides keys; the forward pass takes the keys of a block by 1024.
+STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
+  "TPU v4": {
+    "fwd": {
+      (1024, 2048): Step(12255, 2001),
+      (1024, 1024): Step(6385, 2001),
+      (1024, 384): Step(4450, 0),
+    },
+    "dq": {(1024, 1024): Step(7139, 389), (1024, 384): Step(3387, 0)},
+    "dkv": {(1024, 1024): Step(8857, 773), (1024, 384): Step(3710, 293)},
+  },
+  "TPU v5 lite": {
+    "fwd": {
+      (1024, 2048): Step(8446, 1393),
+      (1024, 1024): Step(4652, 1393),
+      (1024, 384): Step(3891, 0),
+    },
+    "backward": {(1024, 1024): Step(8868, 792), (1024, 384): Step(3946, 204)},
+  },
+  "TPU v5": {
+    "fwd": {
+      (1024, 2048): Step(8755, 1400),
+      (1024, 1024): Step(4943, 1400),
+      (1024, 384): Step(3651, 0),
+    },
+    "backward": {(1024, 1024): Step(9187, 792), (1024, 384): Step(3969, 204)},
+  },
+  "TPU v6 lite": {
+    "fwd": {
+      (1024, 2048): Step(5468, 709),
+      (1024, 1024): Step(3015, 709),
+      (1024, 384): Step(2006, 0),
+    },
+    "backward": {(1024, 1024): Step(5299, 408), (1024, 384): Step(2234, 108)},
+  },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """A kernel as a compiled program calls it.
+
+  Attributes:
+    kernel: a name of `STEPS`.
+    heads: of the whole batch.
+    blocks: of queries and of keys.
+    block: queries and keys of one.
+    width: of a head.
+  """
+
+  kernel: str
+  heads: int
+  blocks: tuple[int, int]
+  block: tuple[int, int]
+  width: int
+
+
+_SPLASH = re.compile(r"^%?splash_mha_(fwd|dq|dkv)_")
+_OURS = re.compile(rf"^%?\w*{splash_backward.NAME}_(\d+)_(\d+)")
+_OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
+_SHAPE = re.compile(r"\w+\[([\d,]+)\]")
+_BLOCKS = re.compile(r'"xprof_metadata": ?"(.*?[^\\])"')
+# What JAX calls the sizes of a kernel's blocks.
+_FIELDS = {
+  "fwd": ("block_q", "block_kv"),
+  "dq": ("block_q_dq", "block_kv_dq"),
+  "dkv": ("block_q_dkv", "block_kv_dkv"),
+}
+
+
+def call_of(line: str) -> Call | None:
+  """The kernel that an instruction of a compiled program calls; None if unknown.
+
+  Shapes of its operands and sizes of its blocks stand in the instruction's text: JAX's
+  as JSON beside it, ours in its name.
+  """
+  line = line.removeprefix("ROOT ")
+  operands = _OPERANDS.search(line)
+  if not operands:
+    return None
+  shapes = [tuple(map(int, sides.split(","))) for sides in _SHAPE.findall(operands[1])]
+  if match := _OURS.match(line):
+    kernel, block = "backward", (int(match[1]), int(match[2]))
+    queries, keys, values = shapes[:3]
+  elif (match := _SPLASH.match(line)) and (told := _BLOCKS.search(line)):
+    kernel = match[1]
+    sizes = json.loads(told[1].replace('\\"', '"'))
+    block = sizes[_FIELDS[kernel][0]], sizes[_FIELDS[kernel][1]]
+    # First come tables of which blocks are masked.
+    queries, keys, values = [shape for shape in shapes if len(shape) == 3][2:5]
+  else:
+    return None
+  blocks = queries[1] // block[0], keys[1] // block[1]
+  return Call(kernel, queries[0], blocks, block, values[2])
+
+
+def cycles(call: Call, kind: str, chip: Chip) -> float | None:
+  """That a call takes of a device; None if the table does not have it.
+
+  Blocks that are not in the table cost as much as the nearest that are, by their area.
+  """
+  known, clock = STEPS.get(kind, {}).get(call.kernel), CLOCKS.get(kind)
+  if not known or not clock:
+    return None
+  about, cores = _KERNELS[call.kernel], _CORES.get(kind, 1)
+  area = math.prod(call.block)
+  nearest = min(known, key=lambda block: abs(math.log(math.prod(block) / area)))
+  share = area / math.prod(nearest)
+  width = -(-call.width // chip.matrix_unit) * chip.matrix_unit
+  products_a_cycle = chip.flops / 2 / clock / cores
+  floor = about.products * area * width / products_a_cycle
+  each = max(known[nearest].each * share, floor)
+  queries, keys = call.blocks
+  rows = {"fwd": queries, "dq": queries, "dkv": keys}.get(call.kernel, max(call.blocks))
+  a_head = queries * keys * each + rows * known[nearest].row * share
+  return call.heads * a_head / (cores if about.divides else 1)
+
+
+def total(
+  lines: Sequence[tuple[str, float]], kind: str, chip: Chip
+) -> dict[str, float] | None:
+  """Cycles by kernel of calls and how often each runs; None if one is not known."""
+  taken: dict[str, float] = {}
+  for line, times in lines:
+    call = call_of(line)
+    each = call and cycles(call, kind, chip)
+    if call is None or each is None:
+      return None
+    taken[call.kernel] = taken.get(call.kernel, 0.0) + times * each
+  return taken
+
+
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s")
+_SKIP = re.compile(r"sbr\.rel \(%p\d+_p\d+\) target = \$region(\d+)")
+_TARGET = re.compile(r"Start/End empty region (\d+)|Start region (\d+)")
+
+
+def scheduled(text: str) -> Step:
+  """One step of a kernel, out of the instructions that libtpu dumps of it.
+
+  A branch that may skip instructions, and no other branch in them, is taken by most
+  steps; but for the largest, which is the work itself.
+  """
+  bundles = [line for line in text.splitlines() if _BUNDLE.match(line)]
+  branches = [
+    (number, found[1])
+    for number, line in enumerate(bundles)
+    if (found := _SKIP.search(line))
+  ]
+  skipped = []
+  for number, region in branches:
+    ends = (
+      end
+      for end in range(number + 1, len(bundles))
+      if any(region in found for found in _TARGET.findall(bundles[end]))
+    )
+    if (end := next(ends, None)) is not None:
+      skipped.append((number + 1, end))
+  inner = [
+    (start, end)
+    for start, end in skipped
+    if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in skipped)
+  ]
+  sizes = [end - start for start, end in inner if 2 * (end - start) < len(bundles)]
+  return Step(len(bundles) - sum(sizes), sum(sizes))

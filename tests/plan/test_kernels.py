@@ -1,0 +1,134 @@
+"""Cycles of attention's kernels, counted by hand from blocks, heads and turns."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pixsigma_jax.chips import CHIPS
+from pixsigma_jax.models import splash
+from pixsigma_jax.plan import hlo, kernels, topology
+from pixsigma_jax.plan.kernels import Call, Step
+
+V5E = "TPU v5 lite"
+
+
+def of_jax(kernel, queries, keys, values, **sizes):
+  """How a compiled program calls a kernel of JAX's."""
+  told = json.dumps({"xprof_metadata": json.dumps(sizes)})
+  shapes = [f"bf16[{','.join(map(str, x))}]{{2,1,0}}" for x in (queries, keys, values)]
+  tables = "s8[1,4,2]{2,1,0}, s8[1,4,2]{2,1,0}"
+  return (
+    f"%splash_mha_{kernel}_no_residuals.3 = (f32[8]{{0}}) custom-call(%a, %b), "
+    'custom_call_target="tpu_custom_call", operand_layout_constraints={'
+    f"{tables}, {', '.join(shapes)}}}, frontend_attributes={{kernel_metadata={told}}}"
+  )
+
+
+def test_a_call_says_what_it_computes():
+  line = of_jax(
+    *("fwd", (32, 4096, 73), (32, 8192, 73), (32, 8192, 72)),
+    **{"block_q": 1024, "block_kv": 2048, "block_q_dq": 512, "block_kv_dq": 256},
+  )
+  assert kernels.call_of(line) == Call("fwd", 32, (4, 4), (1024, 2048), 72)
+  line = line.replace("mha_fwd", "mha_dq")
+  assert kernels.call_of(line) == Call("dq", 32, (8, 32), (512, 256), 72)
+  assert kernels.call_of(line.replace("mha_dq", "mqa_dq")) is None
+
+
+@pytest.mark.parametrize("kind", kernels.STEPS)
+def test_no_step_is_faster_than_the_matrix_units(kind):
+  chip = CHIPS[kind]
+  call = Call("backward", 16, (8, 8), (1024, 1024), 72)
+  if "backward" not in kernels.STEPS[kind]:
+    call = Call("fwd", 16, (8, 8), (1024, 1024), 72)
+  have = kernels.cycles(call, kind, chip)
+  products = {"backward": 5, "fwd": 2}[call.kernel]
+  width = chip.matrix_unit  # of which 72 take all
+  peak = 2 * products * 16 * (8 * 1024) ** 2 * width / chip.flops
+  assert have / kernels.CLOCKS[kind] >= peak * (1 - 1e-9)
+  # Nor so slow that the table must be another chip's.
+  assert have / kernels.CLOCKS[kind] < 2.2 * peak
+
+
+def test_blocks_that_were_not_measured_cost_as_their_area():
+  chip = CHIPS[V5E]
+  square, flat = (
+    kernels.cycles(Call("fwd", 16, (4, 4), block, 72), V5E, chip)
+    for block in ((1024, 1024), (1024, 896))
+  )
+  assert flat == pytest.approx(square * 7 / 8, rel=1e-6)
+
+
+def test_cores_share_heads_only_where_the_kernel_lets_them(monkeypatch):
+  steps = {name: {(1024, 1024): Step(10**6, 0)} for name in ("fwd", "dq", "dkv")}
+  monkeypatch.setitem(kernels.STEPS, "TPU v4", steps)
+  have = {
+    name: kernels.cycles(
+      Call(name, 16, (2, 3), (1024, 1024), 72), "TPU v4", CHIPS["TPU v4"]
+    )
+    for name in steps
+  }
+  assert have == {"fwd": 48e6, "dq": 96e6, "dkv": 96e6}
+
+
+def test_an_unknown_chip_or_kernel_has_no_figure():
+  call = Call("fwd", 16, (4, 4), (1024, 1024), 72)
+  assert kernels.cycles(call, "TPU v3", CHIPS["TPU v3"]) is None
+  line = "%mine = f32[8] custom-call(%a), operand_layout_constraints={f32[8]{0}}"
+  assert kernels.total([(line, 1.0)], V5E, CHIPS[V5E]) is None
+  assert kernels.total([], V5E, CHIPS[V5E]) == {}
+
+
+@pytest.fixture(scope="module")
+def looped(libtpu):
+  """Attention and its gradient three times over, compiled for a v5e."""
+  device = topology.devices(topology.parse("v5e:1x1"))[0]
+  place = jax.sharding.SingleDeviceSharding(device)
+
+  def loss(query, key, mask):
+    options = {"residual_name": "kept", "device_kind": device.device_kind}
+    return splash.attend(query, key, key, mask, **options).astype(jnp.float32).sum()
+
+  def several(query, key, mask):
+    def turn(_, query):
+      gradient, _ = jax.grad(loss, (0, 1))(query, key, mask)
+      return gradient
+
+    return jax.lax.fori_loop(0, 3, turn, query)
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  arrays = array(1, 3000, 2, 72), array(1, 2048, 2, 72), array(1, 2048, dtype=bool)
+  with jax.default_matmul_precision(None):
+    return jax.jit(several).lower(*arrays).compile().as_text()
+
+
+def test_a_compiled_program_counts_steps_heads_and_turns(looped, monkeypatch):
+  static = hlo.read(looped)
+  have = kernels.total(static.kernels, V5E, CHIPS[V5E])
+  assert set(have) == {"fwd", "backward"}
+  # Three blocks of queries; two of keys, fetched together in the forward pass.
+  steps = kernels.STEPS[V5E]
+  fwd, backward = steps["fwd"][1024, 2048], steps["backward"][1024, 1024]
+  assert have["fwd"] == 3 * 2 * (3 * 1 * fwd.each + 3 * fwd.row)
+  # Its five products take longer than its instructions.
+  assert backward.each < 5 * 2048
+  products = 5 * 1024 * 1024 * 128 / (197e12 / 2 / 1.5e9)
+  assert have["backward"] == pytest.approx(3 * 2 * (6 * products + 3 * backward.row))
+
+
+def test_what_only_some_steps_do_is_told_apart():
+  text = """
+   0x1   :  { loop }
+   0x2 LB: > { %9 = sbr.rel (%p1_p0) target = $region8 } /* Start region 7 */
+   0x3   : > { zero }
+   0x4   : > { zero } /* End region 7 */
+   0x5 PF: > { work } /* Start/End empty region 8 */
+   0x6   : > { work }
+   0x7   : > { work }
+   0x8   : > { work }
+"""
+  assert kernels.scheduled(text) == Step(6, 2)
