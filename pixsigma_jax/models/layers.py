@@ -124,12 +124,15 @@ class Compute:
     )
     return out.reshape(*rows, -1)
 
-  def whole(self, kernel: Float[Array, "*l i o"]) -> Float[Array, "*l i o"]:
-    """A matrix in `dtype`, gathered on every device of the mesh's `fsdp`.
+  def whole(self, kernel: Any) -> Any:
+    """A matrix `[… i o]` in `dtype`, gathered on every device of the mesh's `fsdp`.
 
     And its gradient scattered to where its parts lie. Left to itself, XLA multiplies by
-    a shard at a time, in twice the cycles, or gathers activations in its place.
+    a shard at a time, in twice the cycles, or gathers activations in its place. One
+    that is `quantize`d stays as it is.
     """
+    if int8.is_quantized(kernel):
+      return kernel
     kernel = kernel.astype(self.dtype)
     shards = 1 if self.mesh is None else self.mesh.shape.get(_FSDP, 1)
     if shards == 1 or kernel.shape[-2] % shards:
@@ -175,7 +178,7 @@ class Linear(nn.Module):
     bias = self.param("bias", self.bias_init, (*stack, self.features))
     kernel = self.compute.whole(kernel)
 
-    def one(kernel: Array, bias: Array) -> Float32[Array, "..."]:
+    def one(kernel: Any, bias: Array) -> Float32[Array, "..."]:
       out = self.compute.matmul(x, kernel)
       return out + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import peers
-from benchmarks.peers import SETS, Case
+from benchmarks.peer_cases import SETS, Case
 
 # A small one of every kind, and what is special about any.
 CASES = [

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import (
 )
 from torch.nn import functional
 
-from benchmarks.peers import GUIDANCE, STEPS, T5_LAYERS, Case
+from benchmarks.peer_cases import GUIDANCE, STEPS, T5_LAYERS, Case
 from pixsigma_jax.convert.pixart import diffusers_config
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.peers import GUIDANCE, STEPS, T5_LAYERS, Case
+from benchmarks.peer_cases import GUIDANCE, STEPS, T5_LAYERS, Case
 from pixsigma_jax.models import t5, vae
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params
