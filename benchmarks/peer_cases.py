@@ -1,11 +1,15 @@
-"""What `benchmarks.peers` compares."""
+"""What `benchmarks.peers` compares, and one side's turn at it."""
 
 import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
 
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig
 
+SIDES = ("ours", "torch", "torch.compile")
 STEPS, GUIDANCE = 20, 4.5
 T5_LAYERS = 2
 
@@ -68,3 +72,43 @@ SETS: dict[str, tuple[Case, ...]] = {
     ),
   ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """What a side has measured: seconds of its runs, its device, its bytes at most."""
+
+  seconds: list[float]
+  device: str
+  memory: int
+
+
+def take_turn(
+  side: str, case: Case, dtype: str, *, machine: str, runs: int, threads: int
+) -> Turn:
+  """Times a side in this process.
+
+  Args:
+    machine: cpu or gpu.
+    runs: that are timed.
+    threads: of torch on a CPU; XLA takes all cores that it may use.
+  """
+  if side == "ours":
+    from benchmarks import peer_ours as module
+
+    run = module.prepare(case, dtype)
+  else:
+    from benchmarks import peer_torch as module
+
+    run = module.prepare(
+      case, dtype, machine=machine, compiled=side == "torch.compile", threads=threads
+    )
+  run()  # compiles
+  seconds = [_seconds(run) for _ in range(runs)]
+  return Turn(seconds, *module.device(machine))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+  began = time.perf_counter()
+  run()
+  return time.perf_counter() - began

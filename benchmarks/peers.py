@@ -23,17 +23,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 
-from benchmarks.peer_cases import SETS, Case
+from benchmarks.peer_cases import SETS, SIDES, Case, Turn, take_turn
 from pixsigma_jax import command
 from pixsigma_jax.chips import find_chip
 
-SIDES = ("ours", "torch", "torch.compile")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -46,15 +42,6 @@ _THREADS = flags.DEFINE_integer(
   "threads", 2, "Of torch on a CPU; of this package, by taskset."
 )
 _TURN = flags.DEFINE_string("turn", None, "Run a turn in this process: a JSON object.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-  """What a side has measured: seconds of its runs, its device, its bytes at most."""
-
-  seconds: list[float]
-  device: str
-  memory: int
 
 
 def main(_: list[str]) -> None:
@@ -82,31 +69,6 @@ def main(_: list[str]) -> None:
       print(_row(case, dtype, turns), flush=True)
 
 
-def take_turn(
-  side: str, case: Case, dtype: str, *, machine: str, runs: int, threads: int
-) -> Turn:
-  """Times a side in this process.
-
-  Args:
-    machine: cpu or gpu.
-    runs: that are timed.
-    threads: of torch on a CPU; XLA takes all cores that it may use.
-  """
-  if side == "ours":
-    from benchmarks import peer_ours as module
-
-    run = module.prepare(case, dtype)
-  else:
-    from benchmarks import peer_torch as module
-
-    run = module.prepare(
-      case, dtype, machine=machine, compiled=side == "torch.compile", threads=threads
-    )
-  run()  # compiles
-  seconds = [_seconds(run) for _ in range(runs)]
-  return Turn(seconds, *module.device(machine))
-
-
 def _turn_elsewhere(side: str, case: Case, dtype: str) -> list[Turn]:
   """A turn in a process of its own; none, with a line why, where it cannot run."""
   turn = {"side": side, "case": dataclasses.asdict(case), "dtype": dtype}
@@ -124,12 +86,6 @@ def _turn_elsewhere(side: str, case: Case, dtype: str) -> list[Turn]:
     print(f"{side}, {case.name}, {dtype}: {last}", file=sys.stderr, flush=True)
     return []
   return [Turn(**json.loads(done.stdout.splitlines()[-1]))]
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-  began = time.perf_counter()
-  run()
-  return time.perf_counter() - began
 
 
 def _row(case: Case, dtype: str, turns: dict[str, list[Turn]]) -> str:

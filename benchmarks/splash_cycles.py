@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
   for keys in KEYS:
     for kernel, step in sorted(steps(keys, device, dump).items()):
       block = splash.block_size(keys)
-      at_once = splash.fetched(keys) if kernel == "fwd" else block
+      at_once = splash.fetched(keys, itemsize=2) if kernel == "fwd" else block
       size = f"{splash.block_size(LENGTH)} x {at_once}"
       print(f"{kernel} | {size} | {step.each} | {step.row}", flush=True)
 

@@ -161,10 +161,13 @@ def block_size(length: int) -> int:
   return _padded(-(-length // blocks), _LANES)
 
 
-def fetched(keys: int) -> int:
-  """Keys that the forward pass fetches together: two blocks if there are two."""
+def fetched(keys: int, itemsize: int) -> int:
+  """Keys that the forward pass fetches together: two blocks if there are two.
+
+  Of numbers of four bytes a kernel has no room for more than one.
+  """
   block = block_size(keys)
-  return 2 * block if _padded(keys, block) % (2 * block) == 0 else block
+  return 2 * block if itemsize == 2 and not _padded(keys, block) % (2 * block) else block
 
 
 def _padded(length: int, block: int) -> int:
@@ -186,12 +189,13 @@ def _with_feature(x: Float[Array, "b n k f"], feature: Array) -> Float[Array, ".
 
 def _kernel_for(query: Array, key: Array, interpret: bool, *, keep_sums: bool) -> Any:
   b, n, k, _ = query.shape
-  return _kernel(b * k, n, key.shape[1], interpret, keep_sums)
+  itemsize = jnp.dtype(key.dtype).itemsize
+  return _kernel(b * k, n, key.shape[1], itemsize, interpret, keep_sums)
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel(
-  heads: int, queries: int, keys: int, interpret: bool, keep_sums: bool
+  heads: int, queries: int, keys: int, itemsize: int, interpret: bool, keep_sums: bool
 ) -> Any:
   # Half a second that only TPUs have a use for.
   from jax.experimental.pallas.ops.tpu import splash_attention
@@ -199,7 +203,7 @@ def _kernel(
   block_q, block_k = block_size(queries), block_size(keys)
   sizes = splash_attention.BlockSizes(
     block_q=block_q,
-    block_kv=fetched(keys),
+    block_kv=fetched(keys, itemsize),
     block_kv_compute=block_k,
     block_q_dq=block_q,
     block_kv_dq=block_k,

@@ -3,9 +3,11 @@
 python -m pixsigma_jax.plan --config=FILE --topology=v5e:8x8 [--config.field=value]
 
 Compiles the train step ahead of time, which takes minutes; exit code 1 if it does not
-fit. With --nocompile, and for GPUs, the analytic model alone: docs/plan.md.
+fit. With --nocompile, and for GPUs, the analytic model alone: docs/plan.md. With
+--sample a picture drawn by the stage's model, in place of a step.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -13,10 +15,12 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from pixsigma_jax.plan import report, search, topology
+from pixsigma_jax.plan import report, sampling, search, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.plan import as_dict, make_plan
 from pixsigma_jax.plan.stage import stage_on
+from pixsigma_jax.train import agreement
+from pixsigma_jax.train.config import model_config
 from pixsigma_jax.train.config_flag import run_with_config
 
 config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
@@ -35,6 +39,7 @@ _SEARCH = flags.DEFINE_integer(
 _PRICE = flags.DEFINE_float(
   "price", None, "Dollars an hour of a chip, in place of the list's.", lower_bound=0.0
 )
+_SAMPLE = flags.DEFINE_bool("sample", False, "Plan a picture on one device, no step.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, sizes in bytes.")
 
 
@@ -44,6 +49,9 @@ def main(config: dict[str, Any]) -> None:
   # Whatever accelerator is here is not asked: all is for machines that are elsewhere.
   jax.config.update("jax_platforms", "cpu")
   machines = topology.parse(_TOPOLOGY.value, _SLICES.value, _PRICE.value)
+  if _SAMPLE.value:
+    _plan_sampling(config, machines)
+    return
   compiles = _COMPILE.value and machines.platform == "tpu"
   if _COMPILE.value and not compiles:
     logging.info(
@@ -63,6 +71,21 @@ def main(config: dict[str, Any]) -> None:
     print(report.text(plans[0]))
   if not any(plan.fits for plan in plans):
     raise DoesNotFitError(report.does_not_fit(plans[0]))
+
+
+def _plan_sampling(config: dict[str, Any], machines: topology.Topology) -> None:
+  if _SEARCH.value or not _COMPILE.value:
+    raise ValueError(
+      "--sample says what a compiler makes of the sampler: it goes neither with "
+      "--search nor with --nocompile."
+    )
+  agreement.check_config(config)
+  model, dtype = model_config(config["model"]), config["compute"]["dtype"]
+  found = sampling.plan_sampling(model, machines, dtype=dtype)
+  if _JSON.value:
+    print(json.dumps(dataclasses.asdict(found), indent=2))
+  else:
+    print(sampling.text(found, machines, config["stage"]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 import pytest
 
-from benchmarks import peers
-from benchmarks.peer_cases import SETS, Case
+from benchmarks.peer_cases import SETS, Case, take_turn
 
 # A small one of every kind, and what is special about any.
 CASES = [
@@ -25,7 +24,7 @@ def test_no_case_is_of_another_kind():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind)
 @pytest.mark.parametrize("side", ["ours", "torch"])
 def test_it_runs(side, case):
-  turn = peers.take_turn(side, case, "float32", machine="cpu", runs=1, threads=2)
+  turn = take_turn(side, case, "float32", machine="cpu", runs=1, threads=2)
   assert len(turn.seconds) == 1
   assert min(turn.seconds) > 0
   assert turn.device == "cpu"

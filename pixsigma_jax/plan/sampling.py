@@ -1,0 +1,185 @@
+"""What drawing a picture with a stage's model takes of one chip, by its compiler."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pixsigma_jax import sharding, tree
+from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.models.flops import forward_flops
+from pixsigma_jax.models.layers import Compute
+from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+from pixsigma_jax.plan import hlo, kernels, memory, roofline
+from pixsigma_jax.plan import topology as topologies
+from pixsigma_jax.plan.memory import DoesNotFitError
+from pixsigma_jax.plan.topology import Topology
+from pixsigma_jax.sample import program
+
+# The pipeline's defaults.
+STEPS, GUIDANCE, SAMPLER = 20, 4.5, "dpm++"
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """One square picture, guided, from noise to latents, on one device.
+
+  Attributes:
+    tokens: of the picture, at the resolution that the model is trained at.
+    passes: in which the halves of guidance are taken.
+    parameters: bytes, in float32 as a snapshot has them.
+    total: bytes in use at once at most, parameters among them.
+    available: bytes that a program may have.
+    flops: that the network needs.
+    seconds: by the cycles of the compiled program; None where some are not known.
+    mfu: `flops` over what the device could do meanwhile, or None.
+    ceiling: the share of its peak that padding to the matrix unit leaves.
+    compiled_in: seconds.
+  """
+
+  tokens: int
+  passes: int
+  parameters: int
+  total: int
+  available: int
+  flops: float
+  seconds: float | None
+  mfu: float | None
+  ceiling: float
+  compiled_in: float
+
+
+def plan_sampling(
+  model: PixArtConfig, machines: Topology, *, dtype: str, passes: int | None = None
+) -> Sampling:
+  """Compiles the sampler's program for the first device of `machines`.
+
+  Args:
+    dtype: of matrix products.
+    passes: see `Sampling`; None as `Pipeline` chooses.
+
+  Raises:
+    ValueError: libtpu is missing, or does not know the topology, or it is of GPUs.
+    DoesNotFitError: it does not fit into the device's memory.
+  """
+  if machines.platform != "tpu":
+    raise ValueError(
+      f"Nothing is compiled for GPUs yet, and what a picture takes of {machines} only "
+      "a compiler knows: plan it on a TPU, such as --topology=v5e:1x1."
+    )
+  passes = passes or program.passes_by_size(1, model.base_size**2, None)
+  lowered = _lower(model, machines, dtype, passes)
+  logging.info("Compiling the sampler for one %s: a minute or more.", machines.kind)
+  began = time.perf_counter()
+  chip = machines.chip
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if not memory.is_too_large(str(error)):
+      raise
+    raise DoesNotFitError(
+      f"Does not fit: a device has {chip.usable / _GIB:.2f} GiB, and a picture of "
+      f"{model.base_size} x {model.base_size} tokens takes more, with guidance in "
+      f"{passes} pass(es): {error}"
+    ) from error
+  compiled_in = time.perf_counter() - began
+  grid = (model.base_size, model.base_size)
+  forward = sum(forward_flops(model, grid, model.caption_length).values())
+  flops = 2 * STEPS * forward  # two: with the prompt, and without
+  seconds = _seconds(compiled, machines)
+  stats: Any = compiled.memory_analysis()
+  return Sampling(
+    tokens=model.base_size**2,
+    passes=passes,
+    parameters=4 * tree.size(abstract_params(model)),
+    total=stats.peak_memory_in_bytes,
+    available=chip.usable,
+    flops=flops,
+    seconds=seconds,
+    mfu=seconds and flops / seconds / chip.flops,
+    ceiling=roofline.ceiling(model, chip.matrix_unit),
+    compiled_in=compiled_in,
+  )
+
+
+def _lower(model: PixArtConfig, machines: Topology, dtype: str, passes: int) -> Any:
+  devices = topologies.devices(machines)[:1]
+  mesh = sharding.make_mesh(data=1, fsdp=1, context=1, devices=devices)
+  place = NamedSharding(mesh, P())
+
+  def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  n, t, e = model.base_size**2, model.caption_length, model.caption_width
+  batch = {
+    "noise": array(1, n, model.patch_size**2 * model.in_channels),
+    "seed": array(1, dtype=jnp.uint32),
+    "coordinates": array(1, n, 2, dtype=jnp.int32),
+    "grid": array(1, 2, dtype=jnp.int32),
+    "image_size": array(1, 2),
+    "aspect_ratio": array(1),
+  }
+  for half in ("caption", "negative"):
+    batch[f"{half}_embeddings"] = array(1, t, e)
+    batch[f"{half}_mask"] = array(1, t, dtype=jnp.bool_)
+  params = jax.tree.map(
+    lambda leaf: array(*leaf.shape, dtype=leaf.dtype), abstract_params(model)
+  )
+  return program.sample.lower(
+    params,
+    batch,
+    SAMPLERS[SAMPLER](program.SCHEDULE, STEPS),
+    program.Guidance(*map(jnp.float32, (GUIDANCE, 0.0, 1.0, 0.0))),
+    config=model,
+    compute=Compute(dtype=jnp.dtype(dtype), attention="auto", mesh=mesh),
+    passes=passes,
+  )
+
+
+def _seconds(compiled: Any, machines: Topology) -> float | None:
+  try:
+    static = hlo.read(compiled.as_text())
+  except (jax.errors.JaxRuntimeError, ValueError):
+    return None  # libtpu cannot always write what it has compiled
+  taken = kernels.total(static.kernels, machines.kind, machines.chip)
+  clock = kernels.CLOCKS.get(machines.kind)
+  if taken is None or clock is None:
+    return None
+  return (static.cycles + sum(taken.values())) / clock
+
+
+def text(sampling: Sampling, machines: Topology, name: str) -> str:
+  """For a person.
+
+  Args:
+    name: of the stage.
+  """
+  free = (sampling.available - sampling.total) / _GIB
+  passes = ("one batch", "two passes")[sampling.passes - 1]
+  lines = [
+    f"A picture by {name} on one {machines.kind}: {sampling.tokens:,} tokens, {STEPS} "
+    f"steps of {SAMPLER}, guidance in {passes}",
+    "",
+    "Memory of the device, GiB (by the compiler, at most at once)",
+    f"  {'parameters':<24}{sampling.parameters / _GIB:9.3f}",
+    f"  {'everything else':<24}{(sampling.total - sampling.parameters) / _GIB:9.3f}",
+    f"  {'total':<24}{sampling.total / _GIB:9.3f} of "
+    f"{sampling.available / _GIB:.2f}: {free:.2f} free",
+    "",
+    f"Arithmetic: {sampling.flops / 1e12:,.1f} TFLOP",
+  ]
+  if sampling.seconds is None:
+    lines += ["Time: not known, some kernels' cycles are in no table"]
+  else:
+    lines += [
+      f"Time by cycles: {sampling.seconds:.3g} s, static MFU {sampling.mfu:.1%} of "
+      f"{sampling.ceiling:.0%} that padding to the matrix unit leaves"
+    ]
+  lines += ["Text encoder and autoencoder are not in it (docs/autoencoder.md)."]
+  return "\n".join(lines)
