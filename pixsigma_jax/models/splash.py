@@ -167,7 +167,8 @@ def fetched(keys: int, itemsize: int) -> int:
   Of numbers of four bytes a kernel has no room for more than one.
   """
   block = block_size(keys)
-  return 2 * block if itemsize == 2 and not _padded(keys, block) % (2 * block) else block
+  whole = _padded(keys, block) % (2 * block) == 0
+  return 2 * block if whole and itemsize == 2 else block
 
 
 def _padded(length: int, block: int) -> int:
