@@ -96,7 +96,7 @@ def take_turn(
   if side == "ours":
     from benchmarks import peer_ours as module
 
-    run = module.prepare(case, dtype)
+    run = module.prepare(case, dtype, machine=machine)
   else:
     from benchmarks import peer_torch as module
 

@@ -16,8 +16,20 @@ from pixsigma_jax.sample import Pipeline
 from pixsigma_jax.sample.frozen import RememberedCaptions
 
 
-def prepare(case: Case, dtype: str) -> Callable[[], Any]:
-  """What runs a case once, and waits for it."""
+def prepare(case: Case, dtype: str, *, machine: str) -> Callable[[], Any]:
+  """What runs a case once, and waits for it.
+
+  Args:
+    machine: cpu or gpu.
+
+  Raises:
+    ValueError: JAX computes on another.
+  """
+  if jax.default_backend() != machine:
+    raise ValueError(
+      f"JAX computes on {jax.default_backend()}, not on {machine}: for a GPU "
+      'pip install -e ".[gpu]", for a CPU set JAX_PLATFORMS=cpu.'
+    )
   kinds = {
     "forward": _forward,
     "train": _train,

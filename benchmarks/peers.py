@@ -32,15 +32,12 @@ from pixsigma_jax.chips import find_chip
 
 DTYPES = ("float32", "bfloat16")
 
-
 _SET = flags.DEFINE_enum("set", "cpu", list(SETS), "Which cases.")
 _ONLY = flags.DEFINE_list("only", [], "Names of some of them, such as 'train 512'.")
 _DTYPES = flags.DEFINE_list("dtypes", [], "All on a CPU, bfloat16 on a GPU.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns of each side.")
 _RUNS = flags.DEFINE_integer("runs", 4, "Timed runs in a turn.")
-_THREADS = flags.DEFINE_integer(
-  "threads", 2, "Of torch on a CPU; of this package, by taskset."
-)
+_THREADS = flags.DEFINE_integer("threads", 2, "Of torch on a CPU.")
 _TURN = flags.DEFINE_string("turn", None, "Run a turn in this process: a JSON object.")
 
 
@@ -58,10 +55,14 @@ def main(_: list[str]) -> None:
     )
     print(json.dumps(dataclasses.asdict(measured)))
     return
-  cases = [c for c in SETS[_SET.value] if not _ONLY.value or c.name in _ONLY.value]
+  cases = {case.name: case for case in SETS[_SET.value]}
+  chosen = _ONLY.value or list(cases)
   dtypes = _DTYPES.value or (DTYPES if _SET.value == "cpu" else DTYPES[1:])
+  for flag, given, known in (("only", chosen, cases), ("dtypes", dtypes, DTYPES)):
+    if unknown := [name for name in given if name not in known]:
+      raise ValueError(f"--{flag}: no {', '.join(unknown)} in {', '.join(known)}.")
   print("case | dtype | " + " | ".join(SIDES) + " | ours / best | MFU | GB")
-  for case in cases:
+  for case in (cases[name] for name in chosen):
     for dtype in dtypes:
       turns: dict[str, list[Turn]] = {side: [] for side in SIDES}
       for side in SIDES * _ROUNDS.value:
@@ -71,6 +72,8 @@ def main(_: list[str]) -> None:
 
 def _turn_elsewhere(side: str, case: Case, dtype: str) -> list[Turn]:
   """A turn in a process of its own; none, with a line why, where it cannot run."""
+  what = f"{side}, {case.name}, {dtype}"
+  print(f"{what}: compiling and running …", file=sys.stderr, flush=True)
   turn = {"side": side, "case": dataclasses.asdict(case), "dtype": dtype}
   done = subprocess.run(
     [
@@ -83,7 +86,7 @@ def _turn_elsewhere(side: str, case: Case, dtype: str) -> list[Turn]:
   )
   if done.returncode:
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    print(f"{side}, {case.name}, {dtype}: {last}", file=sys.stderr, flush=True)
+    print(f"{what}: {last}", file=sys.stderr, flush=True)
     return []
   return [Turn(**json.loads(done.stdout.splitlines()[-1]))]
 

@@ -1,5 +1,8 @@
 """The comparison with torch: every case runs on both sides, small and on a CPU."""
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks.peer_cases import SETS, Case, take_turn
@@ -28,3 +31,18 @@ def test_it_runs(side, case):
   assert len(turn.seconds) == 1
   assert min(turn.seconds) > 0
   assert turn.device == "cpu"
+
+
+def test_jax_without_the_gpu_is_not_timed_in_its_place():
+  with pytest.raises(ValueError, match=r"computes on cpu, not on gpu.*\[gpu\]"):
+    take_turn("ours", CASES[0], "bfloat16", machine="gpu", runs=1, threads=2)
+
+
+def test_a_case_that_does_not_exist_is_named():
+  done = subprocess.run(
+    [sys.executable, "-m", "benchmarks.peers", "--set=gpu", "--only=sample 8192"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert "no sample 8192 in sample 512, sample 1024" in done.stderr
