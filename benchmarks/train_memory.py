@@ -1,10 +1,11 @@
 """What a training step of a stage takes of each chip's memory, without a chip.
 
   python -m benchmarks.train_memory --stages=stage_1k,stage_4k --remats=block,attention
+  python -m benchmarks.train_memory --nocompile
 
 Compiles the stages' real step ahead of time, as `python -m pixsigma_jax.plan` does, for
 each policy of rematerialisation, and prints the compiler's own account of one chip's
-memory, a row a stage and policy. Minutes each.
+memory, a row a stage and policy. Minutes each; or `plan`'s estimate of it, in seconds.
 """
 
 import importlib
@@ -19,8 +20,11 @@ from pixsigma_jax.plan.stage import stage_on
 
 GIB = 2**30
 
-_STAGES = flags.DEFINE_list("stages", ["stage_1k", "stage_2k", "stage_4k"], "Configs.")
-_REMATS = flags.DEFINE_list("remats", ["block", "attention"], "Policies.")
+STAGES = ("stage_256_vae", "stage_512", "stage_1k", "stage_2k", "stage_4k")
+
+_STAGES = flags.DEFINE_list("stages", list(STAGES), "Configs.")
+_REMATS = flags.DEFINE_list("remats", ["none", "block", "attention"], "Policies.")
+_COMPILE = flags.DEFINE_bool("compile", True, "Without, plan's estimate.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:8x8", "Chips of a TPU slice.")
 
 
@@ -30,11 +34,13 @@ def main(_: list[str]) -> None:
   machines = topology.parse(_TOPOLOGY.value, 1)
   print("stage | batch | mesh | attention | remat | state and batch | temporary | sum")
   for name in _STAGES.value:
+    state = None
     for remat in _REMATS.value:
       config = importlib.import_module(f"configs.{name}").get_config()
       config.compute.remat = remat
-      stage = stage_on(config.to_dict(), machines)
-      plan = make_plan(stage, compiles=True)
+      stage = stage_on(config.to_dict(), machines, state)
+      state = stage.state
+      plan = make_plan(stage, compiles=_COMPILE.value)
       temporary = plan.memory.gradients + plan.memory.temporary
       cells = [
         name,
