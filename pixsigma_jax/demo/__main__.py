@@ -5,13 +5,12 @@
 It needs the extra `demo`. Only this machine can see it, unless --host says otherwise.
 """
 
-import jax.numpy as jnp
 from absl import flags
 
 from pixsigma_jax import command
 from pixsigma_jax.models import attention
-from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample.pipeline import Pipeline
+from pixsigma_jax.sample.program import compute_here
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
@@ -55,7 +54,7 @@ def main(_: list[str]) -> None:
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
     frozen=_FROZEN.value,
-    compute=Compute(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value),
+    compute=compute_here(_DTYPE.value, _ATTENTION.value),
     batch_size=_BATCH_SIZE.value,
   )
   server = page.serve(pipeline, _HOST.value, _PORT.value)

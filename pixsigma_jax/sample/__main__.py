@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags, logging
 from jax.sharding import Mesh
 
@@ -28,6 +27,7 @@ from pixsigma_jax.sample.pipeline import (
   Output,
   Pipeline,
 )
+from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.sample.timing import Timing
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -142,7 +142,7 @@ def main(_: list[str]) -> None:
 
   command.keep_compiled()
   prompts, settings = _settings(requests)
-  compute = Compute(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value)
+  compute = compute_here(_DTYPE.value, _ATTENTION.value)
   mesh, timing = _mesh(), Timing()
   texts = prompts + settings["negative_prompt"]
   pipeline = Pipeline.from_checkpoint(

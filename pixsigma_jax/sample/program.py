@@ -54,6 +54,12 @@ class Guidance(NamedTuple):
   rescale: Any
 
 
+def compute_here(dtype: str, attention: str) -> Compute:
+  """How a network is computed on the devices that JAX has, layers apart on a CPU."""
+  on_cpu = jax.default_backend() == "cpu"
+  return Compute(dtype=jnp.dtype(dtype), attention=attention, unroll=on_cpu)
+
+
 def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
   """In how many passes the halves of guidance are best taken: 1 or 2.
 

@@ -24,6 +24,7 @@ from pixsigma_jax.models.pixart import (
   PixArtConfig,
   abstract_params,
   caption_keys_values,
+  in_layers,
   init_params,
   segment_name,
   split_prediction,
@@ -100,6 +101,29 @@ def test_norms_have_the_references_two_epsilons():
   np.testing.assert_allclose(in_blocks, flat / np.sqrt(1e-6 + 1e-6), rtol=1e-5)
   learned, _ = LayerNorm().init_with_output(jax.random.key(0), flat)
   np.testing.assert_allclose(learned, flat / np.sqrt(1e-6 + 1e-5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ms_kv2", "ms_qknorm"])
+def test_layers_lie_in_a_stack_or_apart(name):
+  """Segments with compression and without; keys and values of captions as well."""
+  config, arrays = reference.load(name)
+  params = reference.params_from(arrays, "w.", config)
+  model = PixArt(config, dataclasses.replace(FLOAT32, unroll=True))
+  apart = in_layers(params)
+  segments = [segment_name(layers) for layers, _ in config.segments()]
+  lengths = [len(layers) for layers, _ in config.segments()]
+  assert [len(apart[segment]) for segment in segments] == lengths
+  assert all(apart[part] is params[part] for part in set(params) - set(segments))
+  ours = model.apply({"params": apart}, **inputs(arrays))
+  np.testing.assert_allclose(
+    ours, model.apply({"params": params}, **inputs(arrays)), rtol=0, atol=1e-6
+  )
+  captions = [inputs(arrays)[f"caption_{what}"] for what in ("embeddings", "mask")]
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6),
+    caption_keys_values(apart, config, model.compute, *captions),
+    caption_keys_values(params, config, model.compute, *captions),
+  )
 
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
