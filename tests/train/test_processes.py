@@ -214,6 +214,9 @@ def test_one_is_killed_the_other_ends_and_the_restarted_job_is_the_same_job(
 
   with Job(2, _flags(stage, torn, mesh=FSDP), tmp_path / "killed") as job:
     job.wait_for_step(3)
+    while not runs.steps(torn):  # it is written in the background
+      assert job.processes[0].poll() is None
+      time.sleep(0.1)
     job.processes[1].kill()
     killed = time.monotonic()
     assert job.processes[0].wait(SECONDS) == 1
