@@ -68,9 +68,10 @@ class Compute:
     remat: what the backward pass recomputes: nothing; the whole of each block; each
       block but for what its attentions returned; the same, with that and the blocks'
       inputs in the host's memory meanwhile.
-    unroll: write the layers out one by one instead of scanning over them. The program
-      grows with the depth, but on CPU a scan's stacked residuals cost more than half
-      of a training step.
+    unroll: for CPUs: write the layers out one by one instead of scanning over them. The
+      program grows with the depth, but on CPU a scan's stacked residuals cost more than
+      half of a training step. And multiply by all matrices of one input in a batch: on
+      CPU each would be copied out of their stack.
     merge_rows: matrix products merge batch and tokens in one axis, which halves the
       time of the backward pass on CPU. A merged axis cannot be sharded over both, so
       it is off where tokens are sharded.
@@ -178,13 +179,16 @@ class Linear(nn.Module):
     bias = self.param("bias", self.bias_init, (*stack, self.features))
     kernel = self.compute.whole(kernel)
 
-    def one(kernel: Any, bias: Array) -> Float32[Array, "..."]:
+    def one(x: Array, kernel: Any, bias: Array) -> Float32[Array, "..."]:
       out = self.compute.matmul(x, kernel)
       return out + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
     if not stack:
-      return one(kernel, bias)
-    return tuple(one(kernel[i], bias[i]) for i in range(self.copies))
+      return one(x, kernel, bias)
+    if self.compute.unroll:
+      inputs = jnp.broadcast_to(x, (*stack, *x.shape))
+      return tuple(jnp.unstack(jax.vmap(one)(inputs, kernel, bias)))
+    return tuple(one(x, kernel[i], bias[i]) for i in range(self.copies))
 
 
 def layer_norm(x: Float[Array, "*b d"], epsilon: float) -> Float32[Array, "*b d"]:
