@@ -12,8 +12,9 @@ from jax.experimental import topologies
 from pixsigma_jax import sharding
 from pixsigma_jax.models import attention, splash
 
-# The second to last where a core holds the dq of a head, the last where it does not.
-IMPLEMENTATIONS = ["xla", "chunked", "splash", "splash on v4"]
+# Chunked as on CPUs and as elsewhere; splash where a core holds the dq of a head, and
+# where it does not.
+IMPLEMENTATIONS = ["xla", "chunked", "chunked on GPU", "splash", "splash on v4"]
 
 
 def exact(query, key, value, mask):
@@ -42,6 +43,9 @@ def jitted(implementation):
 def small_chunks(monkeypatch):
   monkeypatch.setattr(attention, "_QUERY_CHUNK", 8)
   monkeypatch.setattr(attention, "_KEY_CHUNK", 8)
+  monkeypatch.setattr(attention, "_FEW_SCORES", 64)
+  on_gpu = attention.IMPLEMENTATIONS["chunked"]  # what `attend` does not say is a CPU
+  monkeypatch.setitem(attention.IMPLEMENTATIONS, "chunked on GPU", on_gpu)
 
 
 @pytest.fixture(autouse=True)
