@@ -20,7 +20,7 @@ import jax
 
 from configs import stage_1k, stage_4k
 from pixsigma_jax.plan import hlo, memory, roofline, topology
-from pixsigma_jax.plan.compilation import compile_step
+from pixsigma_jax.plan.compilation import compile_lowered, lower_train_step
 from pixsigma_jax.plan.stage import stage_on
 
 KEPT = pathlib.Path(__file__).parents[1] / "tests" / "plan" / "kept.json"
@@ -62,7 +62,7 @@ def miniature(name: str) -> Mapping[str, Any]:
 def compiled(name: str) -> dict[str, float]:
   """Of a stage's miniature, compiled for eight chips."""
   stage = stage_on(miniature(name), topology.parse(SMALL))
-  program, _ = compile_step(stage)
+  program, _ = compile_lowered(lower_train_step(stage), stage.topology)
   held, static = memory.of_compiled(stage, program), hlo.read(program.as_text())
   return {
     "temporary bytes": float(held.temporary + held.gradients),

@@ -1,24 +1,52 @@
-"""The train step as `train` runs it, compiled for machines that are elsewhere."""
+"""A program compiled for machines that are elsewhere, and what its text says of it."""
 
+import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import logging
 
 from pixsigma_jax import sharding
+from pixsigma_jax.plan import hlo, kernels
 from pixsigma_jax.plan import topology as topologies
 from pixsigma_jax.plan.memory import DoesNotFitError, is_too_large
 from pixsigma_jax.plan.stage import SCALING_FACTOR, Stage
+from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.train.program import lower_step, make_program
 
 
-def compile_step(stage: Stage) -> tuple[Any, float]:
-  """The compiled train step, and the seconds that it took.
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+  """What the compiler has made of a program.
+
+  Attributes:
+    seconds: that it took.
+    cycles: of one run on one device: those that it estimates, and its kernels'; None
+      where one of these is not known.
+    kernels: those of Pallas kernels, by name.
+    sent: bytes of what collectives leave on a device in a run, by kind.
+    refused: its message if the program does not fit into memory; None if it does.
+  """
+
+  seconds: float = 0.0
+  cycles: float | None = None
+  kernels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  refused: str | None = None
+
+  def static_seconds(self, machines: Topology) -> float | None:
+    """Of a run by its cycles; without what waits for memory or other devices."""
+    clock = kernels.CLOCKS.get(machines.kind)
+    return self.cycles / clock if self.cycles and clock else None
+
+
+def lower_train_step(stage: Stage) -> Any:
+  """The train step as `train` runs it, lowered for the stage's machines.
 
   Raises:
     ValueError: libtpu is missing, or does not know the topology.
-    DoesNotFitError: the compiler has found no way to fit it into a device's memory.
   """
   devices = topologies.devices(stage.topology)
   mesh = sharding.make_mesh_of_slices(
@@ -30,10 +58,18 @@ def compile_step(stage: Stage) -> tuple[Any, float]:
   )
   program = make_program(stage.config, mesh=mesh, scaling_factor=SCALING_FACTOR)
   places = program.ema.places(sharding.shardings(stage.state, mesh))
-  logging.info("Compiling the train step for %s: minutes.", stage.topology)
+  return lower_step(program, stage.state, stage.batch, places, mesh)
+
+
+def compile_lowered(lowered: Any, machines: Topology) -> tuple[Any, Compilation]:
+  """The compiled program, and what it does.
+
+  Raises:
+    DoesNotFitError: the compiler has found no way to fit it into a device's memory.
+  """
+  logging.info("Compiling for %s: minutes.", machines)
   began = time.perf_counter()
   try:
-    lowered = lower_step(program, stage.state, stage.batch, places, mesh)
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     message = str(error)
@@ -42,4 +78,17 @@ def compile_step(stage: Stage) -> tuple[Any, float]:
     raise DoesNotFitError(message) from error
   seconds = time.perf_counter() - began
   logging.info("Compiled in %.0f s.", seconds)
-  return compiled, seconds
+  return compiled, _read(compiled, machines, seconds)
+
+
+def _read(compiled: Any, machines: Topology, seconds: float) -> Compilation:
+  try:
+    static = hlo.read(compiled.as_text())
+  except (jax.errors.JaxRuntimeError, ValueError):
+    # libtpu cannot always write what it has compiled.
+    return Compilation(seconds)
+  taken = kernels.total(static.kernels, machines.kind, machines.chip)
+  if taken is None:  # a sum without them says nothing
+    return Compilation(seconds, sent=static.sent)
+  cycles = static.cycles + sum(taken.values())
+  return Compilation(seconds, cycles, taken, static.sent)

@@ -169,23 +169,28 @@ def _block_parameters(model: PixArtConfig) -> int:
   return round((8 + 2 * model.mlp_ratio) * model.width**2)
 
 
-def of_compiled(stage: Stage, compiled: Any) -> Memory:
-  """What the compiler says, split by what `fixed` knows."""
+def in_use(compiled: Any) -> int:
+  """Bytes of a device at a compiled program's highest, without its code."""
   stats = compiled.memory_analysis()
-  parts, grads = fixed(stage), gradients(stage)
+  # Its own sum of what is temporary misleads both ways: libtpu 0.0.42 counts gaps of a
+  # train step, beyond what it itself allows, and a tenth of what a sampler's loop uses.
+  if stats.peak_memory_in_bytes:
+    return stats.peak_memory_in_bytes
   # Arguments, padded to the chip's tiles, that are not donated to results stay.
   arguments = stats.argument_size_in_bytes
   results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-  total = arguments + results + stats.temp_size_in_bytes
-  # Of what is temporary libtpu 0.0.42 gives a sum with gaps between, beyond what it
-  # itself allows; the highest that is in use at once it gives as well.
-  total = min(total, stats.peak_memory_in_bytes or total)
-  temporary = max(total - sum(parts.values()), 0)
+  return arguments + results + stats.temp_size_in_bytes
+
+
+def of_compiled(stage: Stage, compiled: Any) -> Memory:
+  """What the compiler says, split by what `fixed` knows."""
+  parts, grads = fixed(stage), gradients(stage)
+  temporary = max(in_use(compiled) - sum(parts.values()), 0)
   grads = min(grads, temporary)
   return Memory(
     **parts,
     gradients=grads,
     temporary=temporary - grads,
-    code=stats.generated_code_size_in_bytes,
+    code=compiled.memory_analysis().generated_code_size_in_bytes,
     compiled=True,
   )

@@ -1,37 +1,18 @@
 """A stage's plan: whether it fits, how long it takes, what it costs."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from pixsigma_jax.models.flops import TRAINING
-from pixsigma_jax.plan import hlo, kernels, memory, roofline
-from pixsigma_jax.plan.compilation import compile_step
+from pixsigma_jax.plan import memory, roofline
+from pixsigma_jax.plan.compilation import (
+  Compilation,
+  compile_lowered,
+  lower_train_step,
+)
 from pixsigma_jax.plan.host import Host, host_input
 from pixsigma_jax.plan.memory import DoesNotFitError, Memory
 from pixsigma_jax.plan.stage import Stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-  """What the compiler has made of a stage.
-
-  Attributes:
-    seconds: that it took.
-    cycles: of one step on one device: those that it estimates, and its kernels'; None
-      where one of these is not known.
-    kernels: those of Pallas kernels, by name.
-    sent: bytes of what collectives leave on a device in a step, by kind.
-    refused: its message if the step does not fit into memory; None if it does.
-  """
-
-  seconds: float = 0.0
-  cycles: float | None = None
-  kernels: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  refused: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +34,9 @@ class Plan:
   @property
   def static_seconds(self) -> float | None:
     """Of a step by its cycles; without what waits for memory or other devices."""
-    clock = kernels.CLOCKS.get(self.stage.topology.kind)
-    cycles = self.compilation and self.compilation.cycles
-    return cycles / clock if cycles and clock else None
+    if self.compilation is None:
+      return None
+    return self.compilation.static_seconds(self.stage.topology)
 
   @property
   def seconds(self) -> float:
@@ -116,7 +97,8 @@ def make_plan(stage: Stage, *, compiles: bool) -> Plan:
   needs = memory.estimate(stage)
   if compiles:
     try:
-      compiled, seconds = compile_step(stage)
+      lowered = lower_train_step(stage)
+      compiled, compilation = compile_lowered(lowered, stage.topology)
     except DoesNotFitError as error:
       compilation = Compilation(refused=str(error))
       if (wanted := memory.wanted(str(error))) is not None:
@@ -124,22 +106,7 @@ def make_plan(stage: Stage, *, compiles: bool) -> Plan:
         needs = dataclasses.replace(needs, temporary=temporary)
     else:
       needs = memory.of_compiled(stage, compiled)
-      compilation = _read(stage, compiled, seconds)
   return Plan(stage, needs, step, compilation)
-
-
-def _read(stage: Stage, compiled: Any, seconds: float) -> Compilation:
-  try:
-    static = hlo.read(compiled.as_text())
-  except (jax.errors.JaxRuntimeError, ValueError):
-    # libtpu cannot always write what it has compiled.
-    return Compilation(seconds)
-  topology = stage.topology
-  taken = kernels.total(static.kernels, topology.kind, topology.chip)
-  if taken is None:  # a sum without them says nothing
-    return Compilation(seconds, sent=static.sent)
-  cycles = static.cycles + sum(taken.values())
-  return Compilation(seconds, cycles, taken, static.sent)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -167,7 +134,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
       "available": topology.chip.usable,
     },
     "flops": {
-      "forward_by_part": roofline.needed(stage),
+      "forward_by_part": roofline.needed(stage.model),
       "step": plan.time.needed,
       "training_over_forward": TRAINING,
     },

@@ -89,7 +89,7 @@ def _parts_that_fit(plan: Plan) -> int:
 
 
 def _arithmetic(plan: Plan) -> Iterator[str]:
-  parts = roofline.needed(plan.stage)
+  parts = roofline.needed(plan.stage.model)
   total = sum(parts.values())
   yield "Arithmetic of an image, forward, TFLOP"
   for name, flops in parts.items():

@@ -101,9 +101,8 @@ class Time:
   ceiling: float
 
 
-def needed(stage: Stage) -> dict[str, float]:
-  """Operations of one image's forward pass by part, see `models/flops.py`."""
-  model = stage.model
+def needed(model: PixArtConfig) -> dict[str, float]:
+  """Operations of a square image's forward pass by part, see `models/flops.py`."""
   return forward_flops(model, (model.base_size, model.base_size), model.caption_length)
 
 
@@ -114,7 +113,7 @@ def padding(unit: int, *sides: int) -> float:
 
 def ceiling(model: PixArtConfig, unit: int) -> float:
   """The share of the peak that is left of a step if every matrix side is padded."""
-  parts = forward_flops(model, (model.base_size, model.base_size), model.caption_length)
+  parts = needed(model)
   padded = sum(flops * _padding_of(name, model, unit) for name, flops in parts.items())
   return sum(parts.values()) / padded
 
@@ -141,7 +140,7 @@ def step_time(stage: Stage) -> Time:
   hidden = sum(t.seconds for t in transfers.values() if t.overlaps)
   exposed = sum(t.seconds for t in transfers.values() if not t.overlaps)
   seconds = max(computing, hidden) + exposed
-  total = TRAINING * sum(needed(stage).values()) * stage.config["batch_size"]
+  total = TRAINING * sum(needed(stage.model).values()) * stage.config["batch_size"]
   return Time(
     parts=parts,
     transfers=transfers,
@@ -167,7 +166,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
 
   flops = {
     name: rows * count * _padding_of(name, model, chip.matrix_unit)
-    for name, count in needed(stage).items()
+    for name, count in needed(model).items()
   }
   # Padding to the longest sequence is computed as well.
   longer = stage.tokens / model.base_size**2

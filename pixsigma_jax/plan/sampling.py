@@ -1,22 +1,20 @@
 """What drawing a picture with a stage's model takes of one chip, by its compiler."""
 
 import dataclasses
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import sharding, tree
 from pixsigma_jax.diffusion.solvers import SAMPLERS
-from pixsigma_jax.models.flops import forward_flops
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
-from pixsigma_jax.plan import hlo, kernels, memory, roofline
+from pixsigma_jax.plan import memory, roofline
 from pixsigma_jax.plan import topology as topologies
+from pixsigma_jax.plan.compilation import compile_lowered
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.sample import program
@@ -75,36 +73,29 @@ def plan_sampling(
     )
   passes = passes or program.passes_by_size(1, model.base_size**2, None)
   lowered = _lower(model, machines, dtype, passes)
-  logging.info("Compiling the sampler for one %s: a minute or more.", machines.kind)
-  began = time.perf_counter()
   chip = machines.chip
   try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if not memory.is_too_large(str(error)):
-      raise
+    compiled, compilation = compile_lowered(lowered, machines)
+  except DoesNotFitError as error:
     raise DoesNotFitError(
       f"Does not fit: a device has {chip.usable / _GIB:.2f} GiB, and a picture of "
       f"{model.base_size} x {model.base_size} tokens takes more, with guidance in "
       f"{passes} pass(es): {error}"
     ) from error
-  compiled_in = time.perf_counter() - began
-  grid = (model.base_size, model.base_size)
-  forward = sum(forward_flops(model, grid, model.caption_length).values())
-  flops = 2 * STEPS * forward  # two: with the prompt, and without
-  seconds = _seconds(compiled, machines)
-  stats: Any = compiled.memory_analysis()
+  # Two passes a step: with the prompt, and without.
+  flops = 2 * STEPS * sum(roofline.needed(model).values())
+  seconds = compilation.static_seconds(machines)
   return Sampling(
     tokens=model.base_size**2,
     passes=passes,
     parameters=4 * tree.size(abstract_params(model)),
-    total=stats.peak_memory_in_bytes,
+    total=memory.in_use(compiled),
     available=chip.usable,
     flops=flops,
     seconds=seconds,
     mfu=seconds and flops / seconds / chip.flops,
     ceiling=roofline.ceiling(model, chip.matrix_unit),
-    compiled_in=compiled_in,
+    compiled_in=compilation.seconds,
   )
 
 
@@ -140,18 +131,6 @@ def _lower(model: PixArtConfig, machines: Topology, dtype: str, passes: int) -> 
     compute=Compute(dtype=jnp.dtype(dtype), attention="auto", mesh=mesh),
     passes=passes,
   )
-
-
-def _seconds(compiled: Any, machines: Topology) -> float | None:
-  try:
-    static = hlo.read(compiled.as_text())
-  except (jax.errors.JaxRuntimeError, ValueError):
-    return None  # libtpu cannot always write what it has compiled
-  taken = kernels.total(static.kernels, machines.kind, machines.chip)
-  clock = kernels.CLOCKS.get(machines.kind)
-  if taken is None or clock is None:
-    return None
-  return (static.cycles + sum(taken.values())) / clock
 
 
 def text(sampling: Sampling, machines: Topology, name: str) -> str:

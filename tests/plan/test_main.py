@@ -123,10 +123,11 @@ def test_what_does_not_fit_ends_with_one_error_that_says_why(plan):
 
 
 def test_a_refusal_of_the_compiler_is_a_plan_that_does_not_fit(monkeypatch, refused):
-  def compile_step(stage):
+  def compile_lowered(lowered, machines):
     raise memory.DoesNotFitError(refused)
 
-  monkeypatch.setattr(plans, "compile_step", compile_step)
+  monkeypatch.setattr(plans, "lower_train_step", lambda stage: None)
+  monkeypatch.setattr(plans, "compile_lowered", compile_lowered)
   planned = plans.make_plan(stage("stage_1k", "v5e:2x4"), compiles=True)
   assert not planned.fits
   assert planned.compilation.refused == refused
