@@ -11,7 +11,7 @@ import time
 import jax
 from absl import flags
 
-from configs import stage_1k, stage_2k, stage_4k
+from benchmarks.stages import CONFIGS, chosen
 from pixsigma_jax import command
 from pixsigma_jax.plan import topology
 from pixsigma_jax.plan.plan import Plan, make_plan
@@ -19,9 +19,8 @@ from pixsigma_jax.plan.stage import stage_on
 
 _COMPILE = flags.DEFINE_list("compile", [], "Topologies to compile for, and no others.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Of each topology to compile for.")
-_STAGES = flags.DEFINE_list("stages", ["1k", "2k", "4k"], "Of 1k, 2k and 4k.")
+_STAGES = flags.DEFINE_list("stages", ["1k", "2k", "4k"], f"Of {', '.join(CONFIGS)}.")
 
-CONFIGS = {"1k": stage_1k, "2k": stage_2k, "4k": stage_4k}
 MACHINES = (
   *(("v4:2x2x1", 1), ("v4:2x4x4", 1), ("v4:4x8x8", 1)),
   *(("v5e:2x2", 1), ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5e:16x16", 2)),
@@ -58,6 +57,7 @@ def row(plan: Plan, seconds: float) -> str:
 def main(_: list[str]) -> None:
   """Prints a row a stage and topology."""
   jax.config.update("jax_platforms", "cpu")
+  configs = chosen(_STAGES.value)
   machines = [(name, _SLICES.value) for name in _COMPILE.value] or MACHINES
   columns = ["stage", "on", "mesh", "GiB a device", "roofline, s", "ceiling"]
   if _COMPILE.value:
@@ -66,14 +66,13 @@ def main(_: list[str]) -> None:
     columns += ["MFU", "images a second", "stage"]
   print(f"| {' | '.join(columns)} |")
   print("|---" * len(columns) + "|")
-  for name in _STAGES.value:
+  for config in configs.values():
     state = None
     for machine, slices in machines:
-      config = CONFIGS[name].get_config().to_dict()
       try:
-        stage = stage_on(config, topology.parse(machine, slices), state)
+        stage = stage_on(config.to_dict(), topology.parse(machine, slices), state)
       except ValueError as error:
-        print(f"| {config['stage']} | {slices} × {machine} | {error} | | | | | | |")
+        print(f"| {config.stage} | {slices} × {machine} | {error} | | | | | | |")
         continue
       state, began = stage.state, time.perf_counter()
       plan = make_plan(stage, compiles=bool(_COMPILE.value))

@@ -10,7 +10,7 @@ that the pipeline would choose. A minute a row.
 import jax
 from absl import flags
 
-from configs import stage_1k, stage_2k, stage_4k
+from benchmarks.stages import CONFIGS, chosen
 from pixsigma_jax import command
 from pixsigma_jax.plan import topology
 from pixsigma_jax.plan.memory import DoesNotFitError
@@ -18,20 +18,19 @@ from pixsigma_jax.plan.sampling import plan_sampling
 from pixsigma_jax.train.config import model_config
 
 _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:1x1"], "Chips; one of them draws.")
-_STAGES = flags.DEFINE_list("stages", ["1k", "2k", "4k"], "Of 1k, 2k and 4k.")
+_STAGES = flags.DEFINE_list("stages", ["1k", "2k", "4k"], f"Of {', '.join(CONFIGS)}.")
 
-CONFIGS = {"1k": stage_1k, "2k": stage_2k, "4k": stage_4k}
 _GIB = 2**30
 
 
 def main(_: list[str]) -> None:
   """Prints a row a program."""
   jax.config.update("jax_platforms", "cpu")
+  configs = chosen(_STAGES.value)
   print("stage | on | passes | GiB | cycles, s | static MFU | ceiling | compiled in, s")
   for name in _TOPOLOGIES.value:
     machines = topology.parse(name, 1)
-    for stage in _STAGES.value:
-      config = CONFIGS[stage].get_config().to_dict()
+    for config in configs.values():
       model = model_config(config["model"])
       for passes in (1, 2):
         cells = [config["stage"], machines.kind, str(passes)]

@@ -15,8 +15,7 @@ import jax
 import matplotlib.pyplot as plt
 from absl import flags
 
-from benchmarks.compression_saving import compressed
-from configs import stage_1k, stage_2k, stage_4k, stage_256_vae, stage_512
+from benchmarks.stages import CONFIGS, compressed
 from pixsigma_jax import command
 from pixsigma_jax.plan import topology
 from pixsigma_jax.plan.roofline import step_time
@@ -24,15 +23,7 @@ from pixsigma_jax.plan.stage import Stage, stage_on
 
 _OUTPUT = flags.DEFINE_string("output", None, "Picture to write.", required=True)
 
-BY_TOKENS = {
-  256: stage_256_vae.get_config,
-  512: stage_512.get_config,
-  1024: stage_1k.get_config,
-  2048: stage_2k.get_config,
-  2880: lambda: stage_4k.get_config("uhd"),
-  4096: stage_4k.get_config,
-}
-BY_CHIPS = {"stage_1k": stage_1k.get_config, "stage_4k": stage_4k.get_config}
+BY_CHIPS = ("1k", "4k")
 SLICES = (("2x2", 1), ("4x4", 1), ("8x8", 1), ("16x16", 1), ("16x16", 2), ("16x16", 4))
 
 
@@ -72,25 +63,25 @@ def point(stage: Stage) -> Point:
 def by_tokens() -> dict[int, dict[int, Point]]:
   """Ratio of compression → pixels a side → point."""
   machines = topology.parse("v5e:8x8", 1)
-  return {
-    ratio: {
-      pixels: point(compressed(get_config(), ratio, "auto", machines))
-      for pixels, get_config in BY_TOKENS.items()
-    }
-    for ratio in (1, 4)
-  }
+  points: dict[int, dict[int, Point]] = {}
+  for ratio in (1, 4):
+    for get_config in CONFIGS.values():
+      stage = compressed(get_config(), ratio, "auto", machines)
+      pixels = 16 * stage.model.base_size
+      points.setdefault(ratio, {})[pixels] = point(stage)
+  return points
 
 
 def by_chips() -> dict[str, dict[int, Point]]:
   """Stage → chips → point, where its batch can be laid over them."""
   points: dict[str, dict[int, Point]] = {}
-  for name, get_config in BY_CHIPS.items():
-    config, state = get_config().to_dict(), None
+  for name in BY_CHIPS:
+    config, state = CONFIGS[name]().to_dict(), None
     for shape, slices in SLICES:
       machines = topology.parse(f"v5e:{shape}", slices)
       stage = stage_on(config, machines, state)
       state = stage.state
-      points.setdefault(name, {})[machines.chips] = point(stage)
+      points.setdefault(config["stage"], {})[machines.chips] = point(stage)
   return points
 
 

@@ -11,11 +11,11 @@ import pytest
 
 # Percent of a training step, PixArt-Σ's Tables 3c and 3d. Its 512 is left out: there
 # its seconds have two digits.
-PAPER = {("1K", "2"): 18, ("1K", "4"): 27, ("1K", "9"): 35, ("2K", "4"): 34}
-PAPER |= {("UHD, 2880²", "4"): 35}
+PAPER = {("1k", "2"): 18, ("1k", "4"): 27, ("1k", "9"): 35, ("2k", "4"): 34}
+PAPER |= {("uhd", "4"): 35}
 # Counted by hand: XL/2, 300 caption tokens, half of the layers compressed.
-COUNTED = {("1K", "2"): 8, ("1K", "4"): 12, ("1K", "9"): 15, ("2K", "4"): 25}
-COUNTED |= {("4096²", "2"): 22, ("4096²", "4"): 33, ("4096²", "9"): 39}
+COUNTED = {("1k", "2"): 8, ("1k", "4"): 12, ("1k", "9"): 15, ("2k", "4"): 25}
+COUNTED |= {("4k", "2"): 22, ("4k", "4"): 33, ("4k", "9"): 39}
 
 
 def rows(name, *arguments):
