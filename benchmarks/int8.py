@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from pixsigma_jax.data.digits import CELLS
-from pixsigma_jax.evaluate.digits import evaluation_prompts, prompt_accuracy
+from benchmarks.digit_pictures import draw, percent_apart, percent_right, prompts_of
 from pixsigma_jax.models import int8
 from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params
-from pixsigma_jax.sample import Pipeline, pictures
+from pixsigma_jax.sample import Pipeline
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Of digits.")
 _VARIANT = flags.DEFINE_string("variant", "XL/2", "Of random weights.")
@@ -70,33 +69,24 @@ def _network(config: PixArtConfig) -> None:
   exact, ours = trace(params), trace(int8.quantize(params))
   for place, (a, b) in enumerate(zip(ours, exact, strict=True)):
     name = f"block {place}" if place < config.depth else "output"
-    print(f"{name:9}{100 * _relative(a - b, b):6.2f}%")
+    print(f"{name:9}{100 * np.linalg.norm(a - b) / np.linalg.norm(b):6.2f}%")
 
 
 def _pictures(checkpoint: str) -> None:
-  prompts = [p for p in evaluation_prompts(0, _PER_TASK.value) if p.task == "single"]
+  prompts = prompts_of("single", _PER_TASK.value)
   print(f"{len(prompts)} pictures, 20 steps\nquantize  difference  right")
   exact = np.zeros(0)
   for quantize in ("none", "int8"):
     pipeline = Pipeline.from_checkpoint(
       checkpoint, compute=Compute(dtype=jnp.float32), batch_size=25, quantize=quantize
     )
-    rows, columns = (cells * pipeline.resolution for cells in CELLS["single"])
-    images = [
-      pictures.from_picture(image)
-      for image in pipeline(
-        [p.prompt for p in prompts], height=rows, width=columns
-      ).images
-    ]
-    if quantize == "none":
-      exact = np.stack(images)
-    error = _relative(np.stack(images) - exact, exact - exact.mean())
-    right = np.mean(prompt_accuracy(images, [p.scene for p in prompts]))
-    print(f"{quantize:9}{100 * error:10.1f}%{100 * right:6.1f}%", flush=True)
-
-
-def _relative(difference: np.ndarray, whole: np.ndarray) -> float:
-  return float(np.linalg.norm(difference) / np.linalg.norm(whole))
+    images, _ = draw(pipeline, prompts)
+    exact = images if quantize == "none" else exact
+    print(
+      f"{quantize:9}{percent_apart(images, exact):10.1f}%"
+      f"{percent_right(images, prompts):6.1f}%",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from pixsigma_jax.data.digits import CELLS
-from pixsigma_jax.evaluate.digits import evaluation_prompts, prompt_accuracy
+from benchmarks.digit_pictures import draw, percent_apart, percent_right, prompts_of
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import Pipeline, pictures
+from pixsigma_jax.sample import Pipeline
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Of digits.", required=True)
 _THRESHOLDS = flags.DEFINE_list(
@@ -32,30 +31,24 @@ def main(_: list[str]) -> None:
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value, compute=Compute(dtype=jnp.float32), batch_size=25
   )
-  prompts = [p for p in evaluation_prompts(0, _PER_TASK.value) if p.task == _TASK.value]
-  rows, columns = CELLS[prompts[0].task]
+  prompts = prompts_of(_TASK.value, _PER_TASK.value)
   depth, exact = pipeline.config.depth, np.zeros(0)
   print(f"{len(prompts)} pictures, {_STEPS.value} steps of {_SAMPLER.value}")
   print("threshold  steps  blocks  difference  right")
   for threshold in map(float, _THRESHOLDS.value):
-    output = pipeline(
-      [p.prompt for p in prompts],
-      height=rows * pipeline.resolution,
-      width=columns * pipeline.resolution,
+    images, settings = draw(
+      pipeline,
+      prompts,
       num_inference_steps=_STEPS.value,
       sampler=_SAMPLER.value,
       step_caching=threshold,
     )
-    images = [pictures.from_picture(image) for image in output.images]
-    if not threshold:
-      exact = np.stack(images)
-    steps = np.mean([s.get("computed_steps", _STEPS.value) for s in output.settings])
+    exact = exact if threshold else images
+    steps = np.mean([s.get("computed_steps", _STEPS.value) for s in settings])
     blocks = (steps * (depth - 1) / _STEPS.value + 1) / depth
-    error = np.sqrt(np.mean((np.stack(images) - exact) ** 2)) / exact.std()
-    right = np.mean(prompt_accuracy(images, [p.scene for p in prompts]))
     print(
-      f"{threshold:9}{steps:7.1f}{100 * blocks:7.0f}%{100 * error:11.1f}%"
-      f"{100 * right:6.1f}%",
+      f"{threshold:9}{steps:7.1f}{100 * blocks:7.0f}%"
+      f"{percent_apart(images, exact):11.1f}%{percent_right(images, prompts):6.1f}%",
       flush=True,
     )
 

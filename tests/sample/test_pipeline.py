@@ -489,7 +489,9 @@ def test_parts_that_were_not_trained_together_are_refused():
 # ---------------------------------------------------------------------- from a snapshot
 
 
-def test_a_snapshot_draws_what_the_model_in_memory_draws(real, tmp_path):
+@pytest.fixture
+def saved(real, tmp_path):
+  """A directory with the real model's snapshot of step 12."""
   checkpoint.save_snapshot(
     tmp_path,
     12,
@@ -497,28 +499,25 @@ def test_a_snapshot_draws_what_the_model_in_memory_draws(real, tmp_path):
     null_caption=real.null_caption,
     metadata=models.metadata(real.config),
   )
+  return tmp_path
+
+
+def test_a_snapshot_draws_what_the_model_in_memory_draws(real, saved):
   read = Pipeline.from_checkpoint(
-    tmp_path, compute=real.compute, batch_size=real.batch_size
+    saved, compute=real.compute, batch_size=real.batch_size
   )
   ours = real("a red one", num_inference_steps=STEPS)
   theirs = read("a red one", num_inference_steps=STEPS)
   np.testing.assert_array_equal(ours.images[0], theirs.images[0])
   assert theirs.settings[0]["step"] == 12
   assert theirs.settings[0]["stage"] == "test"
-  assert theirs.settings[0]["checkpoint"] == str(tmp_path / "snapshots" / "12")
+  assert theirs.settings[0]["checkpoint"] == str(saved / "snapshots" / "12")
 
 
-def test_a_snapshot_in_8_bit_integers_draws_nearly_the_same_and_says_so(real, tmp_path):
+def test_a_snapshot_in_8_bit_integers_draws_nearly_the_same_and_says_so(real, saved):
   pytest.importorskip("qwix")
-  checkpoint.save_snapshot(
-    tmp_path,
-    12,
-    params=real.params,
-    null_caption=real.null_caption,
-    metadata=models.metadata(real.config),
-  )
   read = Pipeline.from_checkpoint(
-    tmp_path, compute=real.compute, batch_size=real.batch_size, quantize="int8"
+    saved, compute=real.compute, batch_size=real.batch_size, quantize="int8"
   ).replace(autoencoder=models.Tracing())
   (ours,), output = latents_of(read, "a red one")
   (theirs,), _ = latents_of(real, "a red one")
@@ -526,7 +525,7 @@ def test_a_snapshot_in_8_bit_integers_draws_nearly_the_same_and_says_so(real, tm
   error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
   assert 1e-4 < error < 0.05
   with pytest.raises(ValueError, match="Unknown quantize 'int4'; choose one of none"):
-    Pipeline.from_checkpoint(tmp_path, quantize="int4")
+    Pipeline.from_checkpoint(saved, quantize="int4")
 
 
 @pytest.mark.parametrize(
