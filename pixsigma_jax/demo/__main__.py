@@ -26,9 +26,9 @@ _DTYPE = flags.DEFINE_enum(
 )
 _ATTENTION = flags.DEFINE_enum(
   "attention",
-  "xla",
+  "auto",
   list(attention.CHOICES),
-  "Chunked takes less memory, for 2K and above; auto takes an accelerator's kernel.",
+  "Its implementation; auto takes what suits the devices and the picture's size.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."

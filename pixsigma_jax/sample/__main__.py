@@ -117,9 +117,9 @@ _QUANTIZE = flags.DEFINE_enum(
 )
 _ATTENTION = flags.DEFINE_enum(
   "attention",
-  "xla",
+  "auto",
   list(attention.CHOICES),
-  "Chunked takes less memory, for 2K and above; auto takes an accelerator's kernel.",
+  "Its implementation; auto takes what suits the devices and the picture's size.",
 )
 _FORMAT = flags.DEFINE_enum(
   "format", "png", list(pictures.FORMATS), "Of the pictures' files."
