@@ -39,6 +39,13 @@ def libtpu():
   return have
 
 
+@pytest.fixture(scope="session")
+def cuda_plugin():
+  """Whether JAX's CUDA plugin is here, which compiles for GPUs without one."""
+  for module in ("jax_plugins.xla_cuda13", "nvidia.cu13", "nvidia.cudnn"):
+    pytest.importorskip(module, reason="JAX's CUDA plugin is not installed")
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)

@@ -3,8 +3,9 @@
 python -m pixsigma_jax.plan --config=FILE --topology=v5e:8x8 [--config.field=value]
 
 Compiles the train step ahead of time, which takes minutes; exit code 1 if it does not
-fit. With --nocompile, and for GPUs, the analytic model alone: docs/plan.md. With
---sample a picture drawn by the stage's model, in place of a step.
+fit. With --nocompile, and for GPUs where JAX's CUDA plugin is not installed, the
+analytic model alone: docs/plan.md. With --sample a picture drawn by the stage's model,
+in place of a step.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from pixsigma_jax.plan import report, sampling, search, topology
+from pixsigma_jax.plan import gpus, report, sampling, search, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.plan import as_dict, make_plan
 from pixsigma_jax.plan.stage import stage_on
@@ -31,7 +32,7 @@ _SLICES = flags.DEFINE_integer(
   "slices", 1, "Slices, or boxes, of that topology.", lower_bound=1
 )
 _COMPILE = flags.DEFINE_bool(
-  "compile", True, "Compile the step for a TPU; without, the analytic model in seconds."
+  "compile", True, "Compile the step; without, the analytic model in seconds."
 )
 _SEARCH = flags.DEFINE_integer(
   "search", 0, "Rank meshes and remat, show so many of the best.", lower_bound=0
@@ -52,12 +53,13 @@ def main(config: dict[str, Any]) -> None:
   if _SAMPLE.value:
     _plan_sampling(config, machines)
     return
-  compiles = _COMPILE.value and machines.platform == "tpu"
-  if _COMPILE.value and not compiles:
+  compiles = _COMPILE.value
+  if compiles and machines.platform == "gpu" and not gpus.can_compile():
     logging.info(
-      "Nothing is compiled for GPUs yet: this is the analytic model, and memory is an "
-      "estimate. `train` on such a machine compiles before its first step."
+      "Nothing is compiled: this is the analytic model, and memory is an estimate. To "
+      "compile for GPUs, which needs none: pip install pixsigma_jax[gpu]."
     )
+    compiles = False
   if _SEARCH.value:
     plans = search.search(config, machines, compiles=compiles, count=_SEARCH.value)
   else:

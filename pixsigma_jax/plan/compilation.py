@@ -24,7 +24,7 @@ class Compilation:
   Attributes:
     seconds: that it took.
     cycles: of one run on one device: those that it estimates, and its kernels'; None
-      where one of these is not known.
+      where one of these is not known, as of a GPU's.
     kernels: those of Pallas kernels, by name.
     sent: bytes of what collectives leave on a device in a run, by kind.
     refused: its message if the program does not fit into memory; None if it does.
@@ -46,7 +46,7 @@ def lower_train_step(stage: Stage) -> Any:
   """The train step as `train` runs it, lowered for the stage's machines.
 
   Raises:
-    ValueError: libtpu is missing, or does not know the topology.
+    ValueError: see `topology.devices`.
   """
   devices = topologies.devices(stage.topology)
   mesh = sharding.make_mesh_of_slices(
@@ -91,4 +91,4 @@ def _read(compiled: Any, machines: Topology, seconds: float) -> Compilation:
   if taken is None:  # a sum without them says nothing
     return Compilation(seconds, sent=static.sent)
   cycles = static.cycles + sum(taken.values())
-  return Compilation(seconds, cycles, taken, static.sent)
+  return Compilation(seconds, cycles or None, taken, static.sent)

@@ -1,9 +1,10 @@
 """What a compiled program does, read out of the compiler's own text of it.
 
 XLA's `cost_analysis` counts the body of a loop once. Here every instruction counts as
-often as it runs: a loop's condition compares its counter with a constant. Read are the
-cycles that XLA:TPU estimates for what it makes itself, which Pallas kernels it calls
-(those it does not estimate: see `kernels.py`), and what is sent.
+often as it runs: a loop says how often it turns, or its condition compares its counter
+with a constant. Read are the cycles that XLA:TPU estimates for what it makes itself,
+which Pallas kernels it calls (those it does not estimate: see `kernels.py`), and what
+is sent.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # GPU's compiler
 _CALLS = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -100,7 +102,9 @@ def _times(bodies: Mapping[str, list[str]], entry: str) -> dict[str, float]:
     times[name] = times.get(name, 0.0) + count
     for line in bodies[name]:
       if match := _WHILE.search(line):
-        run(match[2], count * _turns(match[1], bodies))
+        known = _KNOWN_TURNS.search(line)
+        turns = int(known[1]) if known else _turns(match[1], bodies)
+        run(match[2], count * turns)
         continue
       called = _CALLS.findall(line)
       if match := _BRANCHES.search(line):

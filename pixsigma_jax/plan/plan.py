@@ -27,9 +27,9 @@ class Plan:
   @property
   def fits(self) -> bool:
     """Whether a device's memory is large enough."""
-    if self.compilation is not None:
+    if self.compilation is not None and self.stage.topology.platform == "tpu":
       return self.compilation.refused is None
-    return self.memory.total <= self.stage.topology.chip.usable
+    return self.memory.total <= self.stage.topology.chip.usable  # nobody else refuses
 
   @property
   def static_seconds(self) -> float | None:
@@ -91,7 +91,7 @@ def make_plan(stage: Stage, *, compiles: bool) -> Plan:
   """Plans a stage, with the compiler's help or by the analytic model alone.
 
   Raises:
-    ValueError: it is to be compiled, and libtpu is missing.
+    ValueError: it is to be compiled, and there is no compiler for the machines.
   """
   step, compilation = roofline.step_time(stage), None
   needs = memory.estimate(stage)

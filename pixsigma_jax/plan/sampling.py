@@ -63,19 +63,17 @@ def plan_sampling(
     passes: see `Sampling`; None as `Pipeline` chooses.
 
   Raises:
-    ValueError: libtpu is missing, or does not know the topology, or it is of GPUs.
+    ValueError: see `topology.devices`.
     DoesNotFitError: it does not fit into the device's memory.
   """
-  if machines.platform != "tpu":
-    raise ValueError(
-      f"Nothing is compiled for GPUs yet, and what a picture takes of {machines} only "
-      "a compiler knows: plan it on a TPU, such as --topology=v5e:1x1."
-    )
   passes = passes or program.passes_by_size(1, model.base_size**2, None)
   lowered = _lower(model, machines, dtype, passes)
   chip = machines.chip
   try:
     compiled, compilation = compile_lowered(lowered, machines)
+    total = memory.in_use(compiled)
+    if machines.platform == "gpu" and total > chip.usable:
+      raise DoesNotFitError(f"{total / _GIB:.2f} GiB are in use at once")
   except DoesNotFitError as error:
     raise DoesNotFitError(
       f"Does not fit: a device has {chip.usable / _GIB:.2f} GiB, and a picture of "
@@ -89,7 +87,7 @@ def plan_sampling(
     tokens=model.base_size**2,
     passes=passes,
     parameters=4 * tree.size(abstract_params(model)),
-    total=memory.in_use(compiled),
+    total=total,
     available=chip.usable,
     flops=flops,
     seconds=seconds,

@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from pixsigma_jax.chips import CHIPS, Chip
+from pixsigma_jax.plan import gpus
 
 GPUS_A_BOX = 8
 
@@ -138,11 +139,22 @@ def parse(name: str, slices: int = 1, price: float | None = None) -> Topology:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-  """A TPU topology's devices, as the installed libtpu describes them.
+  """A topology's devices, as the installed compiler for them describes them.
 
   Raises:
-    ValueError: libtpu is not installed, or does not know the topology.
+    ValueError: there is no such compiler, libtpu or JAX's CUDA plugin, or it does not
+      know the topology.
   """
+  if topology.platform == "gpu":
+    if not gpus.can_compile():
+      raise ValueError(
+        "Compiling for a GPU needs JAX's CUDA plugin, which runs on any machine with "
+        "Linux: `pip install pixsigma_jax[gpu]`. Or give --nocompile for the analytic "
+        "model."
+      )
+    return gpus.devices(
+      topology.kind, boxes=topology.slices, per_box=topology.per_slice
+    )
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
       "Compiling for a TPU needs libtpu, which runs on any machine: "

@@ -45,6 +45,24 @@ def test_a_loop_counts_as_often_as_it_turns(mesh):
   assert many.sent == {kind: 3 * size for kind, size in few.sent.items()}
 
 
+def test_a_loop_of_a_gpu_counts_as_often_as_it_turns(cuda_plugin):
+  devices = topology.devices(topology.parse("h200:4"))
+
+  def gathered(x, rows):  # a layer of `rows` at a time, on all devices
+    return jax.lax.scan(lambda x, row: (jnp.tanh(x @ row), None), x, rows)[0]
+
+  mesh = Mesh(np.array(devices), ("x",))
+  x, rows = (
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, place))
+    for shape, place in (
+      ((64 * SIDE, SIDE), P("x")),
+      ((TURNS, SIDE, SIDE), P(None, "x")),
+    )
+  )
+  static = hlo.read(jax.jit(gathered).lower(x, rows).compile().as_text())
+  assert static.sent == {"all-gather": TURNS * SIDE * SIDE * 4}
+
+
 def test_what_is_gathered_counts_with_its_size(mesh):
   def whole(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pixsigma_jax.plan import memory, report, topology
+from pixsigma_jax.plan import gpus, memory, report, topology
 from pixsigma_jax.plan import plan as plans
 from pixsigma_jax.plan.stage import stage_on
 from tests import commands
@@ -83,11 +83,43 @@ def test_without_compiling_it_says_so(plan):
     assert line in done.out
 
 
-def test_gpus_have_the_analytic_model_and_are_told_what_it_is(plan, caplog):
+def test_a_miniature_is_compiled_for_gpus(plan, cuda_plugin):
+  done = plan(
+    *(*SMALL, "--topology=h200:4", "--json", "--config.compute.attention=auto"),
+    "--config.compute.dtype=bfloat16",
+  )
+  assert done.code == 0, done.err
+  have = json.loads(done.out)
+  assert (have["devices"], have["attention"]) == (4, "cudnn")
+  held = have["memory"]
+  assert held["compiled"] is True
+  assert 2**18 < held["temporary"] < 2**26
+  sent = sum(have["compiled"]["sent"].values())
+  assert held["gradients"] <= sent < 1.5 * held["gradients"]
+  assert have["static_mfu"] is None  # no cycles of a GPU's
+
+
+def test_what_is_compiled_for_gpus_and_too_large_does_not_fit(plan, cuda_plugin):
+  done = plan(
+    *("--config=configs/quickstart/low.py", "--topology=a100:1", "--json"),
+    *("--config.batch_size=16384", "--config.model.variant=Mini/2"),
+    "--config.model.base_size=32",
+  )
+  assert done.code == 1
+  have = json.loads(done.out)
+  assert have["memory"]["compiled"] is True
+  assert have["memory"]["total"] > have["memory"]["available"]
+  assert "Does not fit: a device has 72.00 GiB" in done.err
+
+
+def test_gpus_have_the_analytic_model_and_are_told_what_it_is(
+  plan, caplog, monkeypatch
+):
+  monkeypatch.setattr(gpus, "can_compile", lambda: False)
   boxes = ("--topology=h200:8", "--slices=2", "--config.batch_size=16")
   done = plan(*SMALL, *boxes, "--price=10")
   assert done.code == 0, done.err
-  assert "Nothing is compiled for GPUs yet" in caplog.text
+  assert "Nothing is compiled: this is the analytic model" in caplog.text
   assert "on 2 slices of h200:8: 16 devices (NVIDIA H200)" in done.out
   assert "at $10.00 a chip-hour" in done.out
 

@@ -9,7 +9,7 @@ import pytest
 from pixsigma_jax import tree
 from pixsigma_jax.models.flops import forward_flops
 from pixsigma_jax.models.pixart import abstract_params
-from pixsigma_jax.plan import sampling, topology
+from pixsigma_jax.plan import gpus, memory, sampling, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.train.config import model_config
 from tests import commands
@@ -82,7 +82,22 @@ def test_only_a_compiler_knows(plan, flag):
   assert flag.partition("=")[0] in done.err
 
 
-def test_a_gpu_is_told_that_nothing_is_compiled_for_it(plan):
+def test_a_picture_on_a_gpu_needs_its_compiler(plan, monkeypatch):
+  monkeypatch.setattr(gpus, "can_compile", lambda: False)
   done = plan("--topology=h200:8")
   assert done.code == 1
-  assert "--topology=v5e:1x1" in done.err
+  assert "pip install pixsigma_jax[gpu]" in done.err
+
+
+def test_a_picture_is_planned_for_a_gpu(plan, cuda_plugin):
+  done = plan("--topology=h200:1", "--json")
+  assert done.code == 0, done.err
+  have = json.loads(done.out)
+  assert have["parameters"] < have["total"] < have["parameters"] + 2**28
+  assert have["seconds"] is None
+
+
+def test_a_picture_too_large_for_a_gpu_is_refused(larger, cuda_plugin, monkeypatch):
+  monkeypatch.setattr(memory, "in_use", lambda compiled: 80 * 2**30)
+  with pytest.raises(DoesNotFitError, match=r"72.00 GiB, .* 80.00 GiB are in use"):
+    sampling.plan_sampling(larger, topology.parse("a100:1", 1), dtype="float32")

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from pixsigma_jax import sharding
-from pixsigma_jax.plan import topology
+from pixsigma_jax.plan import gpus, topology
 
 TPUS = [
   f"{name}:{shape}"
@@ -70,6 +70,23 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"pip install pixsigma_jax\[plan\]"):
     topology.devices(topology.parse("v5e:2x2"))
+
+
+def test_without_the_cuda_plugin_it_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(gpus, "can_compile", lambda: False)
+  with pytest.raises(ValueError, match=r"pip install pixsigma_jax\[gpu\]"):
+    topology.devices(topology.parse("h200:8"))
+
+
+@pytest.mark.parametrize("name", ["a100:8", "h100:8", "h200:8"])
+def test_gpus_are_described_as_they_are(name, cuda_plugin):
+  machines = topology.parse(name, slices=2)
+  described = topology.devices(machines)
+  assert len(described) == 16
+  assert {device.platform for device in described} == {"gpu"}
+  assert {device.device_kind for device in described} == {machines.kind}
+  capability = "8.0" if name == "a100:8" else "9.0"  # of Ampere and of Hopper
+  assert described[0].compute_capability == capability
 
 
 def test_asking_libtpu_leaves_the_environment_as_it_was(libtpu):
