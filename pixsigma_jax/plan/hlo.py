@@ -8,6 +8,7 @@ is sent.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def read(text: str) -> Static:
         cycles += times * int(found)
       if match := _COLLECTIVE.search(line):
         shapes, kind, start = match.groups()
-        size = times * (_largest(shapes) if start else _size(shapes))
+        size = times * (_started(shapes) if start else _size(shapes))
         # XLA writes one collective into each fusion that overlaps with it.
         channel = _CHANNEL.search(line)
         key = channel[1] if channel else f"{name}: {line}"
@@ -140,6 +141,12 @@ def _size(shapes: str) -> float:
   return float(sum(_sizes(shapes)))
 
 
-def _largest(shapes: str) -> float:
-  # What starts a collective returns its operand as well as its result.
-  return float(max(_sizes(shapes), default=0.0))
+def _started(shapes: str) -> float:
+  # What starts a collective returns its operand as well as its result, and what starts
+  # several at once all operands, in a tuple of their own, before all results.
+  sizes = _sizes(shapes)
+  if not shapes.startswith("(("):
+    return float(max(sizes, default=0.0))
+  depths = list(itertools.accumulate((c == "(") - (c == ")") for c in shapes))
+  operands = len(_sizes(shapes[: depths.index(1, 2)]))
+  return float(sum(map(max, sizes[:operands], sizes[operands:])))

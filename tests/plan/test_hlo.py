@@ -81,6 +81,28 @@ def test_a_gradient_is_summed_once(mesh):
   assert static.sent == {"all-reduce": SIDE * SIDE * 4}
 
 
+@pytest.mark.parametrize(
+  ("shapes", "size"),
+  [
+    ("(f32[4]{0}, f32[16]{0})", 64),  # an operand and what it becomes
+    ("(bf16[8,4]{1,0:T(8,128)}, bf16[8,2]{1,0:T(8,128)}, u32[], u32[])", 64),
+    ("((f32[4]{0}, s8[2,3]{1,0}), (f32[16]{0}, s8[8,3]{1,0}))", 64 + 24),
+    ("((f32[48,48]{1,0}, f32[16]{0}), (f32[12,48]{1,0}, f32[4]{0}))", 48 * 48 * 4 + 64),
+    ("((f32[48]{0}), f32[12]{0})", 4 * 48),
+    ("((bf16[8,4]{1,0:T(8,128)(2,1)}), bf16[32,4]{1,0:T(8,128)(2,1)})", 256),
+  ],
+)
+def test_several_collectives_that_start_at_once_count_each(shapes, size):
+  text = f"""
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %p = f32[4] parameter(0)
+  %start = {shapes} all-gather-start(%p), channel_id=1
+  ROOT %done = f32[4] all-gather-done(%start)
+}}
+"""
+  assert hlo.read(text).sent == {"all-gather": size}
+
+
 def test_a_loop_without_a_constant_is_refused():
   text = """
 %condition (p: (s32[], s32[])) -> pred[] {
