@@ -16,7 +16,7 @@ def get_config(positions: str = "interpolated"):
   transform = {"interpolated": "interpolate_pe", "extended": "extend_pe"}[positions]
   config = base.get_config()
   config.stage = f"quickstart/high_{positions}"
-  config.total_steps = {"interpolated": 800, "extended": 200}[positions]
+  config.total_steps = {"interpolated": 2500, "extended": 200}[positions]
   config.batch_size = 16
   config.data.path = "runs/quickstart/data/16px"
   config.init.parent = "runs/quickstart/low"
@@ -25,8 +25,8 @@ def get_config(positions: str = "interpolated"):
   config.model.pe_interpolation = 2.0 if positions == "interpolated" else 1.0
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 20
-  config.ema.values = (0.98,)
-  config.checkpoint.every = 100
+  config.ema.values = (0.99,)
+  config.checkpoint.every = 200
   config.checkpoint.snapshot_every = 200
   config.log.sample_every = 0
   return config
