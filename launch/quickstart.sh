@@ -44,7 +44,7 @@ train compressed.py:random compressed_random
 # Step 0 of a stage is its parent after the transform, before any training.
 checkpoints=$runs/low
 for snapshot in high/{0,200,2500} high_extended/{0,200} \
-  compressed/{0,300} compressed_random/{0,300}; do
+  compressed/{0,100} compressed_random/{0,100}; do
   checkpoints+=,$runs/${snapshot/\//\/snapshots\/}
 done
 run evaluate --checkpoints="$checkpoints" --task=digits --per_task=25 \

@@ -30,7 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
           "ratio": 1,
           "layers": (),
           "operator": "conv",
-          "norm": True,
+          # The official code's norm would set a trained model's keys and values to
+          # another scale: from the average 22 % of pairs are left then, else 96 %.
+          "norm": False,
         },
       },
       "compute": {
@@ -57,8 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
         "min_snr_gamma": None,
         "snr_shift": 1.0,
       },
-      # AdamW follows two pairs in a hundred after 2000 steps of this, Muon all but a few
-      # after 5000, and the latter fits ten minutes.
+      # After 4000 steps of this loss AdamW follows one prompt in five, Muon nine in ten.
       "optimizer": {
         "name": "muon",
         "learning_rate": 6e-3,

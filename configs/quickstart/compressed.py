@@ -14,7 +14,7 @@ def get_config(initialization: str = "average"):
   """The high model, compressed 2×2 in layers 2 and 3 of 4."""
   config = high.get_config()
   config.stage = f"quickstart/compressed_{initialization}"
-  config.total_steps = 300
+  config.total_steps = 100
   config.init.parent = "runs/quickstart/high"
   config.model.kv_compression.ratio = 4
   config.model.kv_compression.layers = (2, 3)
@@ -25,6 +25,6 @@ def get_config(initialization: str = "average"):
       "initialization": initialization,
     },
   )
-  config.optimizer.learning_rate = 1.5e-3
+  config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 10
   return config

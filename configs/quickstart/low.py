@@ -13,6 +13,6 @@ def get_config():
   """The weak model: fresh parameters, 8×8, 8×16 and 16×8 pixels, 16 to 32 tokens."""
   config = base.get_config()
   config.stage = "quickstart/low"
-  config.total_steps = 6000
+  config.total_steps = 5500
   config.data.path = "runs/quickstart/data/8px"
   return config

@@ -56,7 +56,7 @@ def test_each_stage_finds_its_data_and_its_parent(script):
     "compressed.py": compressed.get_config(),
     "compressed.py:random": compressed.get_config("random"),
   }
-  there = set()
+  there, snapshots = set(), set()
   for command, *arguments in script:
     if command == "prepare":
       there.update(given(arguments, "output"))
@@ -66,10 +66,13 @@ def test_each_stage_finds_its_data_and_its_parent(script):
       assert config.data.path in there
       assert config.init.parent in {*there, ""}
       there.add(workdir)
+      every = config.checkpoint.snapshot_every or config.total_steps
+      first = 0 if config.init.parent else every  # a parent after its transform
+      steps = {*range(first, config.total_steps, every), config.total_steps}
+      snapshots.update(f"{workdir}/snapshots/{step}" for step in steps)
     if command in ("evaluate", "sample"):
       paths = given(arguments, "checkpoints" if command == "evaluate" else "checkpoint")
-      runs = {re.sub(r"/snapshots/\d+$", "", path) for path in paths[0].split(",")}
-      assert runs <= there
+      assert {*paths[0].split(",")} <= there | snapshots
   assert not configs
 
 
