@@ -146,14 +146,14 @@ def compress(config: ml_collections.ConfigDict, *, parent_compresses: bool) -> N
     )
 
 
-_OF_CAME = ("b1", "b2", "b3", "eps", "clip_threshold", "momentum_dtype")
+# Fields of any optimizer; the others are its own.
+_SHARED = (
+  *("learning_rate", "scale_rule", "schedule", "warmup_steps"),
+  *("weight_decay", "clip_norm", "groups"),
+)
 
 
 def use_optimizer(config: ml_collections.ConfigDict, *, name: str, **fields) -> None:
-  """Puts another optimizer, with the fields that are its own, in the place of CAME."""
-  shared = {
-    field: value
-    for field, value in config.optimizer.to_dict().items()
-    if field not in _OF_CAME
-  }
+  """Puts another optimizer, with the fields that are its own, in the config's place."""
+  shared = {field: config.optimizer[field] for field in _SHARED}
   config.optimizer = ml_collections.ConfigDict({**shared, "name": name, **fields})

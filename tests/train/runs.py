@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
+from configs import paper
 from configs.quickstart import low as low_stage
 from pixsigma_jax.data import order
 from pixsigma_jax.data.records import Dataset, Features, Record
@@ -132,9 +133,14 @@ def shrink(config, data, parent="", changes=()):
 
 
 def low(data, **changes):
-  """The run of most tests; `checkpoint__every=1` sets `config.checkpoint.every`."""
+  """The run of most tests; `checkpoint__every=1` sets `config.checkpoint.every`.
+
+  By AdamW, which compiles in less time than the stage's Muon.
+  """
   changes = {name.replace("__", "."): value for name, value in changes.items()}
-  return shrink(low_stage.get_config(), data, changes=LOW | changes)
+  config = low_stage.get_config()
+  paper.use_optimizer(config, name="adamw", b1=0.9, b2=0.99, eps=1e-8)
+  return shrink(config, data, changes=LOW | changes)
 
 
 @functools.cache

@@ -244,7 +244,12 @@ def test_the_chain_hands_parameters_and_history_from_stage_to_stage(
   _assert_same_trees(starts[0].params, first.params)
   assert starts[0].config == second.config
   _, transformed = add_kv_compression(
-    second.config, second.params, ratio=4, layers=(1,), initialization="average"
+    second.config,
+    second.params,
+    ratio=4,
+    layers=(1,),
+    norm=False,
+    initialization="average",
   )
   _assert_same_trees(starts[1].params, transformed)
   assert starts[1].config == third.config
