@@ -155,5 +155,6 @@ _SHARED = (
 
 def use_optimizer(config: ml_collections.ConfigDict, *, name: str, **fields) -> None:
   """Puts another optimizer, with the fields that are its own, in the config's place."""
-  shared = {field: config.optimizer[field] for field in _SHARED}
+  optimizer = config.optimizer.to_dict()
+  shared = {field: optimizer[field] for field in _SHARED}
   config.optimizer = ml_collections.ConfigDict({**shared, "name": name, **fields})

@@ -17,14 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import paper
-from configs.quickstart import low as low_stage
 from pixsigma_jax.data import order
 from pixsigma_jax.data.records import Dataset, Features, Record
 from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.train import loop
+from tests.train import weak_stage
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDS, BATCH = 48, 8  # an epoch is six steps
@@ -133,14 +132,9 @@ def shrink(config, data, parent="", changes=()):
 
 
 def low(data, **changes):
-  """The run of most tests; `checkpoint__every=1` sets `config.checkpoint.every`.
-
-  By AdamW, which compiles in less time than the stage's Muon.
-  """
+  """The run of most tests; `checkpoint__every=1` sets `config.checkpoint.every`."""
   changes = {name.replace("__", "."): value for name, value in changes.items()}
-  config = low_stage.get_config()
-  paper.use_optimizer(config, name="adamw", b1=0.9, b2=0.99, eps=1e-8)
-  return shrink(config, data, changes=LOW | changes)
+  return shrink(weak_stage.get_config(), data, changes=LOW | changes)
 
 
 @functools.cache
@@ -225,7 +219,7 @@ def flags(data, workdir, **changes):
   changes = {name.replace("__", "."): value for name, value in changes.items()}
   fields = LOW | {"data.path": data} | changes
   return [
-    f"--config={ROOT / 'configs/quickstart/low.py'}",
+    f"--config={ROOT / 'tests/train/weak_stage.py'}",
     f"--workdir={workdir}",
     *(f"--config.{name}={value}" for name, value in fields.items()),
   ]
