@@ -183,6 +183,74 @@ def test_the_full_model_has_as_many_parameters_as_the_published(extra, parameter
   assert tree.size(abstract_params(config)) == parameters
 
 
+def _xavier(fan_in, fan_out):
+  return (6 / (fan_in + fan_out)) ** 0.5
+
+
+# At XL/2's width, by the reference's `initialize_weights`: queries, keys and values are
+# one matrix there, and a bias of a convolution keeps torch's default.
+LIMITS = {  # of a uniform draw
+  "patch_embedding/kernel": _xavier(16, 1152),
+  "patch_embedding/bias": 16**-0.5,
+  "attention/qkv/kernel": _xavier(1152, 3456),
+  "cross_attention/kv/kernel": _xavier(1152, 2304),
+  "attention/out/kernel": _xavier(1152, 1152),
+  "cross_attention/query/kernel": _xavier(1152, 1152),
+  "mlp/in/kernel": _xavier(1152, 4608),
+  "mlp/out/kernel": _xavier(4608, 1152),
+}
+DEVIATIONS = {  # of a normal one
+  "timestep_embedding/in/kernel": 0.02,
+  "timestep_embedding/out/kernel": 0.02,
+  "modulation/kernel": 0.02,
+  "caption_projection/in/kernel": 0.02,
+  "caption_projection/out/kernel": 0.02,
+  "scale_shift_table": 1152**-0.5,
+}
+CONSTANTS = {"kv_compressor/kernel": 1 / 4, "norm/scale": 1.0}  # 0 where none is named
+
+
+def test_a_fresh_network_starts_as_the_references():
+  config = PixArtConfig(
+    depth=1,
+    width=1152,
+    num_heads=16,
+    patch_size=2,
+    base_size=16,
+    pe_interpolation=1.0,
+    kv_compression=KVCompression(ratio=4, layers=(0,)),
+  )
+  params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+
+  def of(table, name):
+    # "cross_attention/out" is zero: it must not pass for "attention/out".
+    found = [v for end, v in table.items() if f"/{name}".endswith(f"/{end}")]
+    return found[0] if found else None
+
+  def check(name, leaf):
+    limit, deviation = of(LIMITS, name), of(DEVIATIONS, name)
+    if limit:  # the largest of over a thousand draws comes so near
+      assert 0.99 * limit < np.abs(leaf).max() <= limit, name
+      np.testing.assert_allclose(np.std(leaf), limit / 3**0.5, rtol=0.05, err_msg=name)
+    elif deviation:  # a fifteenth: four deviations of that of 2304 numbers
+      np.testing.assert_allclose(np.std(leaf), deviation, rtol=1 / 15, err_msg=name)
+    else:
+      constant = of(CONSTANTS, name) or 0.0
+      np.testing.assert_array_equal(leaf, np.full_like(leaf, constant), err_msg=name)
+
+  tree.map_with_name(check, params)
+
+
+def test_patches_of_any_width_start_as_strong_as_the_references():
+  spread = {}
+  for channels in (3, 4):
+    config = dataclasses.replace(NANO, in_channels=channels)
+    kernel = init_params(config, jax.random.key(0))["patch_embedding"]["kernel"]
+    spread[channels] = np.abs(kernel).max() * (4 * channels) ** 0.5
+  np.testing.assert_allclose(spread[3], 4 * _xavier(16, 1152), rtol=0.01)
+  np.testing.assert_allclose(spread[4], 4 * _xavier(16, 1152), rtol=0.01)
+
+
 @functools.cache
 def trained_like(config):
   """Parameters of which none is zero, as after training."""
