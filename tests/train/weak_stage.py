@@ -1,6 +1,7 @@
 """The config of most tests' runs: the quickstart's weak stage, but by AdamW.
 
-It compiles in less time than the stage's Muon, whose turn comes in `test_configs.py`.
+So they stay what they are whatever the quickstart is tuned to; the stage as it is has
+its turn in `test_configs.py`.
 """
 
 from configs import paper
