@@ -12,7 +12,8 @@ queries, keys and values of any float dtype. Keys where the mask is False are no
 that may see no key at all receives zeros.
 
 XLA cannot divide a kernel among devices. On a mesh each device therefore attends with
-the rows and the queries that it has, to the keys and values of everybody.
+the rows and the queries that it has, to the keys and values of everybody; or, where
+less is sent so, with the rows that it has and some of the heads.
 """
 
 import functools
@@ -76,26 +77,51 @@ def attend(
     return one_device(query, key, value, mask)
 
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  context = mesh.shape[_TOKEN_AXIS]
   rows = _ROW_AXES if len(query) % parts == 0 else None
 
   def tokens(x: Array) -> str | None:
-    return _TOKEN_AXIS if x.shape[1] % mesh.shape[_TOKEN_AXIS] == 0 else None
+    return _TOKEN_AXIS if x.shape[1] % context == 0 else None
 
-  def each_device(query, key, value, mask, *, gather: bool):
-    if gather:  # the transpose hands each device the gradient of its own part
+  (n, heads), m = query.shape[1:3], key.shape[1]
+  split = context > 1 and tokens(key) is not None
+  exchanges = split and tokens(query) is not None and exchanged(n, m, heads, context)
+
+  def each_device(query, key, value, mask):
+    if exchanges:
+      query, key, value = (_exchange(x, give=2, take=1) for x in (query, key, value))
+    elif split:  # the transpose hands each device the gradient of its own part
       key, value = (
         jax.lax.all_gather(x, _TOKEN_AXIS, axis=1, tiled=True) for x in (key, value)
       )
-    return one_device(query, key, value, mask)
+    out = one_device(query, key, value, mask)
+    return _exchange(out, give=1, take=2) if exchanges else out
 
-  gather = tokens(key) is not None and mesh.shape[_TOKEN_AXIS] > 1
   return jax.shard_map(
-    functools.partial(each_device, gather=gather),
+    each_device,
     mesh=mesh,
     in_specs=(P(rows, tokens(query)), *[P(rows, tokens(key))] * 2, P(rows)),
     out_specs=P(rows, tokens(query)),
     check_vma=False,  # scans that start from constants; kernels do not say what varies
   )(query, key, value, mask)
+
+
+def exchanged(queries: int, keys: int, heads: int, context: int) -> bool:
+  """Whether devices that split an image's tokens trade tokens for heads to attend.
+
+  Each then attends with some of the heads, from all tokens to all (Ulysses, Jacobs et
+  al. 2023), in place of gathering keys and values. Between chips in a line gathering s
+  bytes passes s·(c - 1)/c over a link, and a trade s/4 over the middle one: it pays for
+  four devices and more, not for keys that are compressed to less than half.
+  """
+  gathered = 2 * keys * (context - 1) / context
+  traded = 2 * (queries + keys) / 4
+  return heads % context == 0 and traded < gathered
+
+
+def _exchange(x: Float[Array, "b n k f"], *, give: int, take: int) -> Array:
+  """Hands the other devices their parts of axis `give`, for theirs of axis `take`."""
+  return jax.lax.all_to_all(x, _TOKEN_AXIS, give, take, tiled=True)
 
 
 def choose(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from pixsigma_jax import tree
 from pixsigma_jax.chips import Chip
-from pixsigma_jax.models import splash
+from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import memory
@@ -162,7 +162,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   if stage.attention == "splash":
     fits = splash.in_one_kernel(stage.length, stage.topology.kind)
     kind = ATTENTIONS["splash" if fits else "splash in two kernels"]
-  again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
+  again = remat and not _keeps_attention(stage)
 
   flops = {
     name: rows * count * _padding_of(name, model, chip.matrix_unit)
@@ -222,8 +222,8 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   trained = tree.size(stage.state.params)
   used = tree.size(stage.state.frozen) if stage.program.lora else trained
   gradients = memory.gradients(stage)
-  keys = sum(keys_of(stage, layer) for layer in range(model.depth))
-  kv = 2.0 * _HALF * stage.rows * accumulation * keys * model.width
+  token = _HALF * stage.rows * accumulation * model.width
+  gathered, traded = _shared_tokens(stage)
   replicas = sizes["data"] // slices * context
   counted = {
     # Forward, again if a block is recomputed, and backward.
@@ -235,8 +235,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
       True,
     ),
     "scatter gradients": ("fsdp", "link", accumulation * _FLOAT * trained, fsdp, True),
-    # Backward it is gradients, scattered.
-    "gather keys and values": ("context", "link", (2 + remat) * kv, context, False),
+    "gather keys and values": ("context", "link", gathered * token, context, False),
     "sum gradients": ("data", "link", 2.0 * gradients, replicas, False),
     "sum gradients over slices": ("data", "network", 2.0 * gradients, slices, False),
   }
@@ -246,4 +245,36 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
       received = size * (count - 1) / count
       rate = chip.link if network == "link" else chip.network
       transfers[name] = Transfer(axis, network, received, received / rate, overlaps)
+  if traded:
+    size = traded * token
+    received = size / context * (context - 1) / context
+    # Of chips in a line, each half hands the other a half of its half.
+    passed = size / 4 if stage.topology.platform == "tpu" else received
+    transfers["trade tokens for heads"] = Transfer(
+      "context", "link", received, passed / chip.link, False
+    )
   return transfers
+
+
+def _shared_tokens(stage: Stage) -> tuple[float, float]:
+  """Of an image in a step: gathered as keys and values, and traded for heads.
+
+  Forward, again if a block is recomputed, and backward, where they are gradients. What
+  attention returned is not sent again if it is kept.
+  """
+  compute, context = stage.program.model.compute, stage.sizes["context"]
+  again, kept = compute.remat != "none", _keeps_attention(stage)
+  gathered = traded = 0.0
+  for layer in range(stage.model.depth):
+    n, m = stage.tokens, keys_of(stage, layer)
+    if attention.exchanged(n, m, stage.model.num_heads, context):
+      traded += (2 + again) * 2 * (n + m) - again * kept * n
+    else:
+      gathered += (2 + again) * 2 * m
+  return gathered, traded
+
+
+def _keeps_attention(stage: Stage) -> bool:
+  """Whether the backward pass finds what attention returned, and does not repeat it."""
+  remat = stage.program.model.compute.remat
+  return remat in ("attention", "offload") and ATTENTIONS[stage.attention].kept

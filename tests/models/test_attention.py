@@ -180,16 +180,21 @@ def test_memory_of_chunked_attention_grows_linearly(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("implementation", "shape", "rows", "keys"),
+  ("implementation", "shape", "rows", "keys", "heads", "sends"),
   [
-    ("chunked", (2, 2, 2), 4, 24),
-    ("xla", (1, 2, 4), 3, 7),  # of which no axis divides any: all have the whole
-    ("splash", (2, 1, 4), 2, 24),
+    ("chunked", (2, 2, 2), 4, 24, 3, "all_gather"),
+    ("xla", (1, 2, 4), 3, 7, 4, None),  # no axis divides any: all have the whole
+    ("splash", (2, 1, 4), 2, 24, 2, "all_gather"),
+    ("splash", (2, 1, 4), 2, 16, 4, "all_to_all"),
+    ("chunked", (1, 1, 8), 3, 24, 16, "all_to_all"),
+    ("xla", (1, 1, 8), 3, 8, 8, "all_to_all"),
   ],
 )
-def test_on_a_mesh_it_is_what_it_is_on_one_device(implementation, shape, rows, keys):
+def test_on_a_mesh_it_is_what_it_is_on_one_device(
+  implementation, shape, rows, keys, heads, sends
+):
   mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
-  query, key, value = draw((rows, 16, 2, 8), (rows, keys, 2, 8), jnp.float32)
+  query, key, value = draw((rows, 16, heads, 8), (rows, keys, heads, 8), jnp.float32)
   # Rows of their own lengths, one of them without any key.
   mask = jnp.arange(keys)[None] < jnp.arange(rows)[:, None] * keys // (rows - 1)
   weight = jax.random.normal(jax.random.key(1), query.shape)
@@ -204,11 +209,29 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(implementation, shape, rows, k
 
   (_, alone), expected = measure(query, key, value, None)
   (_, shared), gradients = measure(query, key, value, mesh)
+  program = measure.lower(query, key, value, mesh).as_text()
+  sent = {kind for kind in ("all_gather", "all_to_all") if kind in program}
+  assert sent == ({sends} if sends else set())
   # Sums of float32 in another order, over devices.
   np.testing.assert_allclose(shared, alone, rtol=0, atol=1e-5)
   for ours, theirs in zip(gradients, expected, strict=True):
     scale = np.abs(theirs).max()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
+
+
+def test_heads_are_traded_where_less_is_sent_so():
+  def trades(**changed):
+    usual = {"queries": 65_536, "keys": 65_536, "heads": 16, "context": 8}
+    return attention.exchanged(**{**usual, **changed})
+
+  # By hand, over the busiest link of a line, in sequences: keys and values gathered
+  # 2 · 7/8; queries, keys, values and output traded, a quarter each.
+  assert trades() and trades(context=4)
+  assert not trades(context=2)  # 2 · 1/2 and 4 · 1/4
+  assert not trades(context=1)
+  assert not trades(keys=65_536 // 4)  # 2 · 7/8 / 4 and (2 + 2/4) / 4
+  assert trades(keys=65_536 // 2) and not trades(keys=65_536 // 2, context=4)
+  assert not trades(context=3)  # which divides no 16 heads
 
 
 # ------------------------------------------------------------------------------- cuDNN

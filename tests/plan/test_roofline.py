@@ -1,6 +1,7 @@
 """The model of a step: what must hold of it whatever the machine."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -97,10 +98,12 @@ def test_devices_exchange_over_an_axis_only_what_it_splits():
   of_axis = {
     (8, 1, 1): {"sum gradients"},
     (1, 8, 1): {"gather parameters", "scatter gradients"},
-    (1, 1, 8): {"gather keys and values", "sum gradients"},
+    (1, 1, 2): {"gather keys and values", "sum gradients"},
+    (1, 1, 8): {"gather keys and values", "trade tokens for heads", "sum gradients"},
   }
   for sizes, names in of_axis.items():
-    assert set(transfers(*sizes)) == names
+    machines = "v5e:1x2" if math.prod(sizes) == 2 else "v5e:2x4"
+    assert set(transfers(*sizes, machines=machines)) == names
   assert transfers(1, 1, 1, machines="v5e:1x1") == {}
   over = transfers(2, 8, 1, slices=2)
   assert set(over) == {
@@ -119,6 +122,27 @@ def test_bytes_between_devices_are_those_of_the_shapes():
   kv = 2 * 2 * (32 // 4) * 1152 * 14 * (65_536 + 65_536 // 4)
   assert transfers["gather keys and values"].bytes == 3 * kv / 2
   assert transfers["gather parameters"].bytes == 3 * 2 * 610_968_992 * 3 / 4
+
+
+@pytest.mark.parametrize(
+  ("machines", "remat", "sequences"),
+  # Queries, keys, values and output, forward, again and backward; what attention
+  # returned is kept by one policy and made and sent again by the other.
+  [("v5e:2x4", "attention", 11), ("v5e:2x4", "block", 12), ("h200:8", "none", 8)],
+)
+def test_traded_bytes_are_those_of_the_shapes(machines, remat, sequences):
+  planned = stage("stage_4k", machines, compute__remat=remat, **mesh(1, 1, 8))
+  transfers = roofline.step_time(planned).transfers
+  # The 14 layers that compress nothing, of 32 images in bfloat16; a device has an
+  # eighth of each and keeps an eighth of that.
+  all_of_it = sequences * 14 * 2 * 32 * 1152 * 65_536
+  traded = transfers["trade tokens for heads"]
+  assert traded.bytes == all_of_it / 8 * 7 / 8
+  passed = all_of_it / 4 if machines == "v5e:2x4" else traded.bytes
+  assert traded.seconds == passed / planned.topology.chip.link
+  passes = 2 if remat == "none" else 3
+  kv = passes * 2 * 14 * 2 * 32 * 1152 * 65_536 / 4
+  assert transfers["gather keys and values"].bytes == kv * 7 / 8
 
 
 def test_a_chip_twice_as_large_in_everything_takes_half_the_time():
