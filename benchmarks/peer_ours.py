@@ -11,7 +11,12 @@ import optax
 from benchmarks.peer_cases import GUIDANCE, STEPS, T5_LAYERS, Case
 from pixsigma_jax.models import t5, vae
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params, in_layers
+from pixsigma_jax.models.pixart import (
+  PixArt,
+  PixArtConfig,
+  abstract_params,
+  inference_params,
+)
 from pixsigma_jax.sample import Pipeline
 from pixsigma_jax.sample.frozen import RememberedCaptions
 
@@ -60,11 +65,6 @@ def _compute(case: Case, dtype: Any) -> Compute:
   return Compute(dtype=dtype, attention="auto", remat=remat, unroll=on_cpu)
 
 
-def _ready(params: Any, compute: Compute) -> Any:
-  """As `Pipeline.from_checkpoint` makes them ready."""
-  return in_layers(params) if compute.unroll else params
-
-
 def _inputs(case: Case, config: PixArtConfig) -> tuple[Any, ...]:
   side, b = case.pixels // 8, case.batch
   captions = (b, config.caption_length)
@@ -79,7 +79,7 @@ def _inputs(case: Case, config: PixArtConfig) -> tuple[Any, ...]:
 def _forward(case: Case, dtype: Any) -> Callable[[], Any]:
   config = case.model
   model = PixArt(config, _compute(case, dtype))
-  params = _ready(_drawn(abstract_params(config)), model.compute)
+  params = inference_params(_drawn(abstract_params(config)), model.compute)
   forward, inputs = jax.jit(model.apply), _inputs(case, config)
   return lambda: jax.block_until_ready(forward({"params": params}, *inputs))
 
@@ -117,7 +117,7 @@ def _sample(case: Case, dtype: Any) -> Callable[[], Any]:
   embeddings = np.resize(np.array([0.1, -0.2, 0.3], np.float32), (2, length, width))
   pipeline = Pipeline(
     config=config,
-    params=_ready(_drawn(abstract_params(config)), compute),
+    params=inference_params(_drawn(abstract_params(config)), compute),
     null_caption=None,
     autoencoder=vae.KLAutoencoder(
       config=vae_config,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pixsigma_jax import sharding, tree
+from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, inference_params
 from pixsigma_jax.plan import memory, roofline
 from pixsigma_jax.plan import topology as topologies
 from pixsigma_jax.plan.compilation import compile_lowered
@@ -31,7 +31,7 @@ class Sampling:
   Attributes:
     tokens: of the picture, at the resolution that the model is trained at.
     passes: in which the halves of guidance are taken.
-    parameters: bytes, in float32 as a snapshot has them.
+    parameters: bytes, as `Pipeline` holds them: matrices in the dtype of products.
     total: bytes in use at once at most, parameters among them.
     available: bytes that a program may have.
     flops: that the network needs.
@@ -67,7 +67,8 @@ def plan_sampling(
     DoesNotFitError: it does not fit into the device's memory.
   """
   passes = passes or program.passes_by_size(1, model.base_size**2, None)
-  lowered = _lower(model, machines, dtype, passes)
+  params = _params(model, dtype)
+  lowered = _lower(model, params, machines, dtype, passes)
   chip = machines.chip
   try:
     compiled, compilation = compile_lowered(lowered, machines)
@@ -86,7 +87,7 @@ def plan_sampling(
   return Sampling(
     tokens=model.base_size**2,
     passes=passes,
-    parameters=4 * tree.size(abstract_params(model)),
+    parameters=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
     total=total,
     available=chip.usable,
     flops=flops,
@@ -97,7 +98,17 @@ def plan_sampling(
   )
 
 
-def _lower(model: PixArtConfig, machines: Topology, dtype: str, passes: int) -> Any:
+def _params(model: PixArtConfig, dtype: str) -> Any:
+  """Shapes and dtypes as `Pipeline.from_checkpoint` holds them on an accelerator."""
+  compute = Compute(dtype=jnp.dtype(dtype))
+  return jax.eval_shape(
+    lambda params: inference_params(params, compute), abstract_params(model)
+  )
+
+
+def _lower(
+  model: PixArtConfig, params: Any, machines: Topology, dtype: str, passes: int
+) -> Any:
   devices = topologies.devices(machines)[:1]
   mesh = sharding.make_mesh(data=1, fsdp=1, context=1, devices=devices)
   place = NamedSharding(mesh, P())
@@ -117,11 +128,8 @@ def _lower(model: PixArtConfig, machines: Topology, dtype: str, passes: int) -> 
   for half in ("caption", "negative"):
     batch[f"{half}_embeddings"] = array(1, t, e)
     batch[f"{half}_mask"] = array(1, t, dtype=jnp.bool_)
-  params = jax.tree.map(
-    lambda leaf: array(*leaf.shape, dtype=leaf.dtype), abstract_params(model)
-  )
   return program.sample.lower(
-    params,
+    jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), params),
     batch,
     SAMPLERS[SAMPLER](program.SCHEDULE, STEPS),
     program.Guidance(*map(jnp.float32, (GUIDANCE, 0.0, 1.0, 0.0))),

@@ -29,7 +29,7 @@ from pixsigma_jax.data.buckets import Bucket
 from pixsigma_jax.diffusion.solvers import SAMPLERS, SolverTable
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArtConfig, in_layers
+from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
@@ -202,7 +202,7 @@ class Pipeline:
     params = QUANTIZATIONS[quantize](snapshot.params)
     return cls(
       config=snapshot.config,
-      params=in_layers(params) if compute.unroll else params,
+      params=inference_params(params, compute),
       null_caption=snapshot.null_caption,
       autoencoder=load_autoencoder(metadata, frozen, dtype=dtype, mesh=mesh),
       text_encoder=text_encoder,

@@ -24,7 +24,7 @@ from pixsigma_jax.models.pixart import (
   PixArtConfig,
   abstract_params,
   caption_keys_values,
-  in_layers,
+  inference_params,
   init_params,
   segment_name,
   split_prediction,
@@ -109,11 +109,12 @@ def test_layers_lie_in_a_stack_or_apart(name):
   config, arrays = reference.load(name)
   params = reference.params_from(arrays, "w.", config)
   model = PixArt(config, dataclasses.replace(FLOAT32, unroll=True))
-  apart = in_layers(params)
+  apart = inference_params(params, model.compute)
   segments = [segment_name(layers) for layers, _ in config.segments()]
   lengths = [len(layers) for layers, _ in config.segments()]
   assert [len(apart[segment]) for segment in segments] == lengths
-  assert all(apart[part] is params[part] for part in set(params) - set(segments))
+  for part in set(params) - set(segments):
+    chex.assert_trees_all_equal(apart[part], params[part])
   ours = model.apply({"params": apart}, **inputs(arrays))
   np.testing.assert_allclose(
     ours, model.apply({"params": params}, **inputs(arrays)), rtol=0, atol=1e-6
@@ -123,6 +124,29 @@ def test_layers_lie_in_a_stack_or_apart(name):
     functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6),
     caption_keys_values(apart, config, model.compute, *captions),
     caption_keys_values(params, config, model.compute, *captions),
+  )
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
+@pytest.mark.parametrize("name", ["ms_kv2", "ms_micro"])
+def test_matrices_rounded_once_are_those_rounded_in_every_call(name, unroll):
+  config, arrays = reference.load(name)
+  params = reference.params_from(arrays, "w.", config)
+  compute = Compute(dtype=jnp.bfloat16, unroll=unroll)
+  rounded = inference_params(params, dataclasses.replace(compute, unroll=False))
+  for path, leaf in tree.named_leaves(rounded).items():
+    matrix = path.endswith("/kernel")
+    assert leaf.dtype == (jnp.bfloat16 if matrix else jnp.float32), path
+  model = PixArt(config, compute)
+  given = inputs(arrays)
+  chex.assert_trees_all_equal(
+    apply(model, {"params": rounded}, *given.values()),
+    apply(model, {"params": params}, *given.values()),
+  )
+  captions = [given[f"caption_{what}"] for what in ("embeddings", "mask")]
+  chex.assert_trees_all_equal(
+    caption_keys_values(rounded, config, compute, *captions),
+    caption_keys_values(params, config, compute, *captions),
   )
 
 
