@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pixsigma_jax.models.flops import TRAINING, forward_flops
+from pixsigma_jax.models.flops import TRAINING
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.plan.roofline import needed
 
 SIDES = ("ours", "torch", "torch.compile")
 STEPS, GUIDANCE = 20, 4.5
@@ -48,9 +49,7 @@ class Case:
     """That the transformer needs; 0 where there is none."""
     if not self.pixels or self.kind == "decode":
       return 0.0
-    config = self.model
-    grid = (config.base_size, config.base_size)
-    forward = sum(forward_flops(config, grid, config.caption_length).values())
+    forward = sum(needed(self.model).values())
     times = {"forward": 1, "train": TRAINING, "sample": 2 * STEPS}[self.kind]
     return forward * times * self.batch
 

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32
 
-from pixsigma_jax.models import splash
+from pixsigma_jax.models import products, splash
 
 # Names under which remat policies find what the backward pass needs of attention.
 OUTPUT = "attention_output"
@@ -170,7 +170,7 @@ def _scores(
   query: Float[Array, "n f"], key: Float[Array, "m f"], mask: Bool[Array, " m"]
 ) -> Float32[Array, "n m"]:
   # Transposed before: a CPU multiplies rows by rows at half the speed.
-  scores = jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
+  scores = products.matmul(query, key.T)
   hidden = jnp.where(mask, 0, _MASKED)
   return scores * query.shape[-1] ** -0.5 + hidden[None]
 
@@ -178,8 +178,7 @@ def _scores(
 def _weighted_sum(
   weights: Float32[Array, "n m"], value: Float[Array, "m f"]
 ) -> Float32[Array, "n f"]:
-  weights = weights.astype(value.dtype)
-  return jnp.matmul(weights, value, preferred_element_type=jnp.float32)
+  return products.matmul(weights.astype(value.dtype), value)
 
 
 def _head_at_once(

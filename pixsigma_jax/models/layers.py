@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pixsigma_jax.models import attention, int8
+from pixsigma_jax.models import attention, int8, products
 
 Initializer: TypeAlias = Callable[..., Array]
 
@@ -118,11 +118,7 @@ class Compute:
     x = x.reshape(-1, x.shape[-1]) if self.merge_rows else x
     if int8.is_quantized(kernel):
       return int8.matmul(x, kernel).reshape(*rows, -1)
-    out = jnp.matmul(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    out = products.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
     return out.reshape(*rows, -1)
 
   def whole(self, kernel: Any) -> Any:

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from pixsigma_jax.models.flops import TRAINING
-from pixsigma_jax.plan import memory, roofline
+from pixsigma_jax.plan import calibration, memory, roofline
+from pixsigma_jax.plan.calibration import Calibration
 from pixsigma_jax.plan.compilation import (
   Compilation,
   compile_lowered,
@@ -17,12 +18,18 @@ from pixsigma_jax.plan.stage import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything there is to say; `compilation` is None if nothing was compiled."""
+  """Everything there is to say.
+
+  Attributes:
+    compilation: None if nothing was compiled.
+    calibration: None if no step has been measured on such devices.
+  """
 
   stage: Stage
   memory: Memory
   time: roofline.Time
   compilation: Compilation | None
+  calibration: Calibration | None
 
   @property
   def fits(self) -> bool:
@@ -40,7 +47,14 @@ class Plan:
 
   @property
   def seconds(self) -> float:
-    """A floor under a step's time.
+    """Of a step: by the calibrated roofline, and never less than `floor`."""
+    if self.calibration is None:
+      return self.floor
+    return max(self.floor, self.calibration.factor * self.time.seconds)
+
+  @property
+  def floor(self) -> float:
+    """Under a step's time.
 
     The longest of three, each of which is a limit of the machine by itself: the
     roofline; the compiled program's arithmetic; what it receives, over one link. Of
@@ -106,7 +120,8 @@ def make_plan(stage: Stage, *, compiles: bool) -> Plan:
         needs = dataclasses.replace(needs, temporary=temporary)
     else:
       needs = memory.of_compiled(stage, compiled)
-  return Plan(stage, needs, step, compilation)
+  measured = calibration.of_kind(stage.topology.kind)
+  return Plan(stage, needs, step, compilation, measured)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -139,6 +154,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
       "training_over_forward": TRAINING,
     },
     "roofline": dataclasses.asdict(plan.time),
+    "calibration": plan.calibration and dataclasses.asdict(plan.calibration),
     "static_seconds": plan.static_seconds,
     "static_mfu": plan.static_mfu,
     "step_seconds": plan.seconds,

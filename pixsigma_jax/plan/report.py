@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from pixsigma_jax.plan import roofline
+from pixsigma_jax.plan.calibration import Calibration
 from pixsigma_jax.plan.plan import Plan
 
 _GIB = 2**30
@@ -101,7 +102,8 @@ def _arithmetic(plan: Plan) -> Iterator[str]:
 
 def _time(plan: Plan) -> Iterator[str]:
   time, compilation = plan.time, plan.compilation
-  yield "Time of a step by the roofline, s (not calibrated: no accelerator measured)"
+  kind, measured = plan.stage.topology.kind, plan.calibration
+  yield f"Time of a step by the roofline, s ({_calibrated(kind, measured)})"
   for name, part in time.parts.items():
     yield f"  {name:<32}{part.seconds:10.4f}  bound by {part.bound}"
   for name, transfer in time.transfers.items():
@@ -127,12 +129,22 @@ def _time(plan: Plan) -> Iterator[str]:
   yield ""
 
 
+def _calibrated(kind: str, measured: Calibration | None) -> str:
+  if measured is None:
+    return f"not calibrated: no step has been measured on {kind}"
+  error = "" if measured.error is None else f", within {measured.error:.0%}"
+  return (
+    f"{measured.count} measured on {kind} took {measured.factor:.2f} times as "
+    f"long{error}"
+  )
+
+
 def _cost(plan: Plan) -> Iterator[str]:
   stage, host = plan.stage, plan.host
   steps, price = stage.config["total_steps"], stage.topology.price
-  chip = stage.topology.chip
+  chip, about = stage.topology.chip, "about" if plan.calibration else "at least"
   yield (
-    f"A step takes at least {plan.seconds:.4g} s: MFU {plan.mfu:.1%}, of at most "
+    f"A step takes {about} {plan.seconds:.4g} s: MFU {plan.mfu:.1%}, of at most "
     f"{plan.time.ceiling:.0%} that padding to the matrix unit of {chip.matrix_unit} "
     "leaves"
   )

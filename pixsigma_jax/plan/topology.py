@@ -138,6 +138,24 @@ def parse(name: str, slices: int = 1, price: float | None = None) -> Topology:
   )
 
 
+def here(found: Sequence[Any]) -> Topology:
+  """The machines that a process's devices are.
+
+  Raises:
+    ValueError: they are of no generation that has a name here.
+  """
+  kind = found[0].device_kind
+  names = [name for name, about in GENERATIONS.items() if kind.startswith(about.kind)]
+  if not names:
+    raise ValueError(f"{kind} is no accelerator that plans know; known are {known()}.")
+  name = max(names, key=lambda name: len(GENERATIONS[name].kind))
+  if not GENERATIONS[name].known:
+    return parse(f"{name}:{len(found)}")
+  axes = GENERATIONS[name].known[0].count("x") + 1
+  corner = [max(sides) + 1 for sides in zip(*(d.coords for d in found), strict=True)]
+  return parse(f"{name}:{'x'.join(map(str, corner[:axes]))}")
+
+
 def devices(topology: Topology) -> Sequence[Any]:
   """A topology's devices, as the installed compiler for them describes them.
 

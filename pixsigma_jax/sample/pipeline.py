@@ -47,7 +47,6 @@ QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
   "int8": int8.quantize,
 }
 
-_DEFAULT_COMPUTE = Compute()
 # Sequences are padded to a multiple of this share of the training grid's tokens: the
 # buckets of a resolution, all near the same area, share two or three programs.
 _LENGTHS_PER_GRID = 16
@@ -122,7 +121,7 @@ class Pipeline:
   autoencoder: Any
   text_encoder: Any
   resolution: int
-  compute: Compute = _DEFAULT_COMPUTE
+  compute: Compute = dataclasses.field(default_factory=program.compute_here)
   batch_size: int = 1
   mesh: Mesh | None = None
   guidance_passes: int | None = None
@@ -166,7 +165,7 @@ class Pipeline:
     *,
     frozen: str | os.PathLike[str] | None = None,
     text_encoder: Any = None,
-    compute: Compute = _DEFAULT_COMPUTE,
+    compute: Compute | None = None,
     batch_size: int = 1,
     mesh: Mesh | None = None,
     guidance_passes: int | None = None,
@@ -181,7 +180,8 @@ class Pipeline:
         hub. None for the ones that PixArt was published with.
       text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
-      compute, batch_size, guidance_passes, timing: see the class.
+      compute: see the class; None for `program.compute_here()`.
+      batch_size, guidance_passes, timing: see the class.
       quantize: a key of `QUANTIZATIONS`, what is made of the parameters.
 
     Raises:
@@ -191,6 +191,7 @@ class Pipeline:
     _check_choice("quantize", quantize, QUANTIZATIONS)
     snapshot = checkpoint.read_snapshot(os.fspath(path), mesh)
     metadata = snapshot.metadata
+    compute = compute or program.compute_here()
     dtype = jnp.dtype(compute.dtype)
     if text_encoder is None:
       text_encoder = load_text_encoder(metadata, frozen, dtype=dtype, mesh=mesh)

@@ -54,8 +54,8 @@ class Guidance(NamedTuple):
   rescale: Any
 
 
-def compute_here(dtype: str, attention: str) -> Compute:
-  """How a network is computed on the devices that JAX has, layers apart on a CPU."""
+def compute_here(dtype: str = "bfloat16", attention: str = "auto") -> Compute:
+  """How a network is best computed on the devices that JAX has."""
   on_cpu = jax.default_backend() == "cpu"
   return Compute(dtype=jnp.dtype(dtype), attention=attention, unroll=on_cpu)
 

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from pixsigma_jax.plan import calibration
+
 # Percent of a training step, PixArt-Σ's Tables 3c and 3d. Its 512 is left out: there
 # its seconds have two digits.
 PAPER = {("1k", "2"): 18, ("1k", "4"): 27, ("1k", "9"): 35, ("2k", "4"): 34}
@@ -52,3 +54,44 @@ def test_time_follows_the_tokens_and_the_chips(tmp_path):
     chips, _, rates = np.array([row[1:4] for row in table if row[0] == stage], float).T
     # More chips are not better ones; rates are printed to three digits.
     assert (np.diff(rates / chips) <= 0.01 * (rates / chips)[:-1]).all()
+
+
+def test_a_step_is_timed_and_kept_for_plans(tmp_path):
+  kept = tmp_path / "measured.jsonl"
+  # The machine's CPU passes for a GPU: there is no other here.
+  program = (
+    "import runpy; from pixsigma_jax.plan import topology; "
+    "topology.here = lambda devices: topology.parse('h200:1'); "
+    "runpy.run_module('benchmarks.step_seconds', run_name='__main__', alter_sys=True)"
+  )
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", program, "--config=configs/quickstart/low.py"),
+      *("--config.model.variant=Nano/2", "--config.batch_size=8", "--steps=2"),
+      f"--measured={kept}",
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "on h200:1, batch 8: " in done.stdout
+  (measured,) = calibration.read(kept)
+  assert (measured.topology, measured.config["batch_size"]) == ("h200:1", 8)
+  assert measured.seconds > 0
+  found = calibration.of_kind("NVIDIA H200", kept)
+  assert (found.count, found.error) == (1, None)
+  assert found.factor > 1  # no CPU is faster than a GPU's roofline
+
+
+def test_a_cpu_is_not_timed_in_an_accelerators_place(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "benchmarks.step_seconds"),
+      *("--config=configs/quickstart/low.py", f"--measured={tmp_path / 'none'}"),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert "cpu is no accelerator that plans know" in done.stderr
+  assert not (tmp_path / "none").exists()

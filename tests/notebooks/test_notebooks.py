@@ -21,7 +21,7 @@ from PIL import Image
 
 from pixsigma_jax import checkpoint
 from pixsigma_jax.diffusion.solvers import SAMPLERS
-from pixsigma_jax.models.attention import IMPLEMENTATIONS
+from pixsigma_jax.models.attention import CHOICES
 from pixsigma_jax.models.kv_compression import WINDOWS, KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures
@@ -44,7 +44,7 @@ COMMAND = re.compile(rf"python -m pixsigma_jax\.(\w+)({LINE})")
 # What the package knows of what some forms offer.
 KNOWN = {
   "SAMPLER": set(SAMPLERS),
-  "ATTENTION": set(IMPLEMENTATIONS),
+  "ATTENTION": set(CHOICES),
   "RATIO": set(WINDOWS),
 }
 

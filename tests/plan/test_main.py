@@ -22,7 +22,15 @@ SMALL = (
 KEYS = {
   *("stage", "topology", "slices", "chips", "devices", "device_kind", "mesh"),
   *("batch_size", "tokens", "attention", "remat", "fits", "compiled", "memory"),
-  *("flops", "roofline", "static_seconds", "static_mfu", "step_seconds", "mfu"),
+  *(
+    "flops",
+    "roofline",
+    "calibration",
+    "static_seconds",
+    "static_mfu",
+    "step_seconds",
+    "mfu",
+  ),
   *("images_a_second", "host", "total_steps", "days", "dollars_a_chip_hour", "dollars"),
 }
 
@@ -78,7 +86,7 @@ def test_without_compiling_it_says_so(plan):
   done = plan(*SMALL, "--topology=v5e:2x2", "--nocompile")
   assert done.code == 0
   assert "(estimated, nothing was compiled)" in done.out
-  assert "not calibrated: no accelerator measured" in done.out
+  assert "not calibrated: no step has been measured on TPU v5 lite" in done.out
   for line in ("Memory of a device", "Arithmetic of an image", "Time of a step", "MFU"):
     assert line in done.out
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import types
 
+import jax
 import pytest
 
 from pixsigma_jax import sharding
@@ -97,3 +99,21 @@ def test_asking_libtpu_leaves_the_environment_as_it_was(libtpu):
     name for name in topology._AWAY if os.environ.get(name) != before.get(name)
   }
   assert changed == set()
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_machines_are_known_by_their_devices(name, libtpu):
+  machines = topology.parse(name)
+  assert topology.here(topology.devices(machines)) == machines
+
+
+@pytest.mark.parametrize("name", ["a100:4", "h100:8", "h200:1"])
+def test_gpus_are_known_by_their_devices(name):
+  machines = topology.parse(name)
+  gpu = types.SimpleNamespace(device_kind=machines.kind)
+  assert topology.here([gpu] * machines.count) == machines
+
+
+def test_a_cpu_is_no_machine_of_a_plan():
+  with pytest.raises(ValueError, match=r"cpu is no accelerator that plans know; .*v5e"):
+    topology.here(jax.devices())
