@@ -1,13 +1,16 @@
 """Keeps what the stages take, so that a change that takes more is noticed.
 
-  python -m benchmarks.keep_plans
+  python -m benchmarks.keep_plans            # writes tests/plan/kept.json
+  python -m benchmarks.keep_plans --compare  # compares with it; CI's second step
 
-Writes tests/plan/kept.json, which `tests/plan/test_kept.py` compares with what the tree
-says: of stage_1k and stage_4k at full size, FLOPs, a device's state, and the estimates
-of its memory, its transfers and its step; of both as miniatures, what libtpu makes of
-the train step for eight chips: temporary memory and bytes sent. Give the command after
-a change that is meant to cost what it costs, and say so in the commit. It takes a
-minute or two.
+Kept of stage_1k and stage_4k: at full size the model's FLOPs, a device's state, and the
+estimates of its memory, its transfers and its step; of the train step that libtpu
+compiles for 64 chips, temporary memory, bytes sent and cycles; and the same of both as
+miniatures for eight chips. The suite compares the first and the last
+(`tests/plan/test_kept.py`); --compare compiles at full size, minutes a stage, and fails
+where anything has grown by more than 3 %, or compiling takes longer than its budget.
+Give the command without it after a change that is meant to cost what it costs, and say
+so in the commit.
 """
 
 import json
@@ -17,15 +20,21 @@ from importlib import metadata
 from typing import Any
 
 import jax
+from absl import flags, logging
 
 from configs import stage_1k, stage_4k
+from pixsigma_jax import command
 from pixsigma_jax.plan import hlo, memory, roofline, topology
 from pixsigma_jax.plan.compilation import compile_lowered, lower_train_step
-from pixsigma_jax.plan.stage import stage_on
+from pixsigma_jax.plan.stage import Stage, stage_on
+
+_COMPARE = flags.DEFINE_bool("compare", False, "Compare at full size; write nothing.")
 
 KEPT = pathlib.Path(__file__).parents[1] / "tests" / "plan" / "kept.json"
 STAGES = {"stage_1k": stage_1k, "stage_4k": stage_4k}
 FULL, SMALL = "v5e:8x8", "v5e:2x4"
+MORE = 1.03  # what a change may cost unnoticed
+BUDGET = 900.0  # seconds of compiling a stage at full size; two cores took 70 to 110
 _MESHES = {
   "stage_1k": {"data": 2, "fsdp": 4, "context": 1},
   "stage_4k": {"data": 1, "fsdp": 4, "context": 2},
@@ -36,7 +45,7 @@ _COMPRESSED = {"stage_1k": (0, 1), "stage_4k": (1,)}
 
 def analytic(name: str) -> dict[str, float]:
   """Of a stage at full size on 64 chips, without compiling anything."""
-  stage = stage_on(STAGES[name].get_config().to_dict(), topology.parse(FULL))
+  stage = full_size(name)
   held, time = memory.estimate(stage), roofline.step_time(stage)
   return {
     "flops": time.needed,
@@ -47,8 +56,13 @@ def analytic(name: str) -> dict[str, float]:
   }
 
 
-def miniature(name: str) -> Mapping[str, Any]:
-  """A stage of two narrow layers, in everything else itself."""
+def full_size(name: str) -> Stage:
+  """A stage as its config has it, on 64 chips."""
+  return stage_on(STAGES[name].get_config().to_dict(), topology.parse(FULL))
+
+
+def miniature(name: str) -> Stage:
+  """A stage of two narrow layers, in everything else itself, on eight chips."""
   config = STAGES[name].get_config()
   config.model.variant = "Nano/2"
   config.model.kv_compression.layers = _COMPRESSED[name]
@@ -56,26 +70,71 @@ def miniature(name: str) -> Mapping[str, Any]:
   config.model.caption_width = 64
   config.mesh.update(_MESHES[name])
   config.batch_size = 8
-  return config.to_dict()
+  return stage_on(config.to_dict(), topology.parse(SMALL))
 
 
-def compiled(name: str) -> dict[str, float]:
-  """Of a stage's miniature, compiled for eight chips."""
-  stage = stage_on(miniature(name), topology.parse(SMALL))
-  program, _ = compile_lowered(lower_train_step(stage), stage.topology)
+def compiled(stage: Stage) -> tuple[dict[str, float], float]:
+  """Of a stage's train step, and the seconds that compiling it took."""
+  program, compilation = compile_lowered(lower_train_step(stage), stage.topology)
   held, static = memory.of_compiled(stage, program), hlo.read(program.as_text())
-  return {
+  numbers = {
     "temporary bytes": float(held.temporary + held.gradients),
     "bytes sent": sum(static.sent.values()),
     "cycles": static.cycles,
   }
+  return numbers, compilation.seconds
 
 
-def main() -> None:
-  """Measures and writes."""
+def grown(
+  have: Mapping[str, float], kept: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+  """What is more than it may be, by its name: as it was kept, and as it is."""
+  assert set(have) == set(kept)
+  return {
+    name: (kept[name], have[name]) for name in have if have[name] > MORE * kept[name]
+  }
+
+
+def check(kept: Mapping[str, Any]) -> None:
+  """Compiles the stages at full size and compares.
+
+  Raises:
+    ValueError: something has grown, or compiling took longer than it may.
+  """
+  installed = metadata.version("libtpu")
+  if installed != kept["libtpu"]:
+    print(f"Kept of what libtpu {kept['libtpu']} makes, and this is {installed}.")
+    return
+  problems = []
+  for name in STAGES:
+    print(f"{name} at full size, for {FULL} …", flush=True)
+    have, seconds = compiled(full_size(name))
+    print(f"{name}: {seconds:.0f} s of compiling; {have}", flush=True)
+    if seconds > BUDGET:
+      problems.append(f"compiling {name} took {seconds:.0f} s of {BUDGET:.0f}")
+    for what, (before, now) in grown(have, kept["stages"][name]["compiled"]).items():
+      problems.append(f"{name} has {now:.4g} {what}, and had {before:.4g}")
+  if problems:
+    raise ValueError(f"{'; '.join(problems)}. If it is meant to: {_AGAIN}")
+
+
+_AGAIN = "python -m benchmarks.keep_plans, and say so in the commit."
+
+
+def main(_: list[str]) -> None:
+  """Measures and writes, or compares."""
   jax.config.update("jax_platforms", "cpu")
+  logging.set_verbosity(logging.INFO)
+  if _COMPARE.value:
+    check(json.loads(KEPT.read_text(encoding="utf-8")))
+    return
   stages = {
-    name: {"full size": analytic(name), "miniature": compiled(name)} for name in STAGES
+    name: {
+      "full size": analytic(name),
+      "compiled": compiled(full_size(name))[0],
+      "miniature": compiled(miniature(name))[0],
+    }
+    for name in STAGES
   }
   kept = {"libtpu": metadata.version("libtpu"), "stages": stages}
   KEPT.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
@@ -83,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  command.run(main)
