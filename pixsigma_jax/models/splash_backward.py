@@ -5,6 +5,13 @@ twice, seven matrix products for each block of queries and keys; its one kernel 
 them once, five products, and writes a dq for every block of keys, 6.5 GB at 4096
 pixels, to be summed afterwards. Here the dq of a whole head stays in the core's own
 memory until every block of keys has added to it: five products, and nothing to sum.
+
+A matrix unit holds a piece of one matrix, as wide and as deep as itself, and takes its
+time for every row of the other that streams through it. A head is 72 wide, a little
+more than half of a unit of 128 and a quarter of one of 256. Scores want that width in
+the unit's depth, and nothing can be done; but dq, dk and dv come out with that width in
+rows, where JAX's kernels have it in columns: 72 rows, and full pieces.
+
 Formulas: FlashAttention-2 (Dao 2023), algorithm 2. Heads may be divided among the two
 cores of a TPU v5p, of which JAX's backward kernels use one.
 """
@@ -24,7 +31,7 @@ NAME = "attention_backward"
 def room(queries: int) -> int:
   """Bytes of a core's own memory in which the kernel runs, with what a compiler adds.
 
-  The dq of a head in float32, as wide as the lanes; and blocks, as many as there are.
+  The dq of a head in float32, 128 wide at most; and blocks, as many as there are.
   """
   return queries * 128 * 4 + _BLOCKS
 
@@ -98,7 +105,7 @@ def gradients(
       pl.BlockSpec((None, block_k, f), of_keys),
     ],
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
-    scratch_shapes=[scratch(n, f1), scratch(block_k, f1), scratch(block_k, f)],
+    scratch_shapes=[scratch(f1, n), scratch(f1, block_k), scratch(f, block_k)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=room(n),
@@ -132,7 +139,7 @@ def _kernel(
 
   @pl.when(j == 0)
   def _():
-    dq_sum[queries, :] = jnp.zeros((block_q, dq_sum.shape[1]), jnp.float32)
+    dq_sum[:, queries] = jnp.zeros((dq_sum.shape[0], block_q), jnp.float32)
 
   @pl.when(i == 0)
   def _():
@@ -141,19 +148,19 @@ def _kernel(
 
   q, k, v, do = q_ref[...], k_ref[...], v_ref[...], do_ref[...]
   p = jnp.exp(_product(k, q, 1, 1) - logsumexp_ref[:1, :])
-  dv_sum[...] += _product(p.astype(do.dtype), do, 1, 0)
+  dv_sum[...] += _product(do, p.astype(do.dtype), 0, 1)
   ds = ((_product(v, do, 1, 1) - correction_ref[:1, :]) * p).astype(q.dtype)
-  dk_sum[...] += _product(ds, q, 1, 0)
-  dq_sum[queries, :] += _product(ds, k, 0, 0)
+  dk_sum[...] += _product(q, ds, 0, 1)
+  dq_sum[:, queries] += _product(k, ds, 0, 0)
 
   @pl.when(i == pl.num_programs(2) - 1)
   def _():
-    dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
-    dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+    dk_ref[...] = dk_sum[...].T.astype(dk_ref.dtype)
+    dv_ref[...] = dv_sum[...].T.astype(dv_ref.dtype)
 
   @pl.when(j == pl.num_programs(1) - 1)
   def _():
-    dq_ref[...] = dq_sum[queries, :].astype(dq_ref.dtype)
+    dq_ref[...] = dq_sum[:, queries].T.astype(dq_ref.dtype)
 
 
 def _product(a: Array, b: Array, over_a: int, over_b: int) -> Float32[Array, "..."]:

@@ -47,21 +47,25 @@ class _Kernel:
   """What all steps of a kernel share.
 
   Attributes:
-    products: of matrices, in a step.
+    wide: products of matrices, in a step, that take a head to be as wide as the
+      matrix unit.
+    narrow: those that take it as it is, to whole `TILE_ROWS`: it lies in their rows.
     divides: whether the cores of a device share its heads.
   """
 
-  products: int
+  wide: int
+  narrow: int
   divides: bool
 
 
 # JAX lets the cores share the heads of the forward pass alone.
 _KERNELS = {
-  "fwd": _Kernel(2, True),
-  "dq": _Kernel(3, False),
-  "dkv": _Kernel(4, False),
-  "backward": _Kernel(5, True),
+  "fwd": _Kernel(2, 0, True),
+  "dq": _Kernel(3, 0, False),
+  "dkv": _Kernel(4, 0, False),
+  "backward": _Kernel(2, 3, True),
 }
+TILE_ROWS = 16  # of a tile of bfloat16
 
 # Kind of device → kernel → (queries, keys) of a block → its step. Head width 72 and the
 # feature that hides keys; the forward pass takes the keys of a block by 1024.
@@ -81,7 +85,7 @@ STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
       (1024, 1024): Step(4652, 1393),
       (1024, 384): Step(3891, 0),
     },
-    "backward": {(1024, 1024): Step(8868, 792), (1024, 384): Step(3946, 204)},
+    "backward": {(1024, 1024): Step(7278, 946), (1024, 384): Step(3170, 273)},
   },
   "TPU v5": {
     "fwd": {
@@ -89,7 +93,7 @@ STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
       (1024, 1024): Step(4943, 1400),
       (1024, 384): Step(3651, 0),
     },
-    "backward": {(1024, 1024): Step(9187, 792), (1024, 384): Step(3969, 204)},
+    "backward": {(1024, 1024): Step(7575, 946), (1024, 384): Step(3239, 273)},
   },
   "TPU v6 lite": {
     "fwd": {
@@ -97,7 +101,7 @@ STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
       (1024, 1024): Step(3015, 709),
       (1024, 384): Step(2006, 0),
     },
-    "backward": {(1024, 1024): Step(5299, 408), (1024, 384): Step(2234, 108)},
+    "backward": {(1024, 1024): Step(4238, 647), (1024, 384): Step(2036, 217)},
   },
 }
 
@@ -172,9 +176,11 @@ def cycles(call: Call, kind: str, chip: Chip) -> float | None:
   area = math.prod(call.block)
   nearest = min(known, key=lambda block: abs(math.log(math.prod(block) / area)))
   share = area / math.prod(nearest)
-  width = -(-call.width // chip.matrix_unit) * chip.matrix_unit
+  wide, narrow = (
+    -(-call.width // unit) * unit for unit in (chip.matrix_unit, TILE_ROWS)
+  )
   products_a_cycle = chip.flops / 2 / clock / cores
-  floor = about.products * area * width / products_a_cycle
+  floor = area * (about.wide * wide + about.narrow * narrow) / products_a_cycle
   each = max(known[nearest].each * share, floor)
   queries, keys = call.blocks
   rows = {"fwd": queries, "dq": queries, "dkv": keys}.get(call.kernel, max(call.blocks))

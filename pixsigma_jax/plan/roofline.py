@@ -17,6 +17,7 @@ from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import memory
+from pixsigma_jax.plan.kernels import TILE_ROWS
 from pixsigma_jax.plan.stage import Stage, keys_of
 
 _FLOAT, _HALF = 4, 2
@@ -45,8 +46,7 @@ class Attention:
 ATTENTIONS: dict[str, Attention] = {
   "xla": Attention(2.0, 16.0, 26.0, False),
   "chunked": Attention(3.5, 16.0, 42.0, True),
-  "splash": Attention(2.5, 0.0, 0.0, True),
-  "splash in two kernels": Attention(3.5, 0.0, 0.0, True),
+  "splash": Attention(3.5, 0.0, 0.0, True),  # in two kernels; ours: `_in_one_kernel`
   "cudnn": Attention(2.5, 0.0, 0.0, True),
 }
 
@@ -111,11 +111,38 @@ def padding(unit: int, *sides: int) -> float:
   return math.prod(-(-side // unit) * unit / side for side in sides)
 
 
-def ceiling(model: PixArtConfig, unit: int) -> float:
-  """The share of the peak that is left of a step if every matrix side is padded."""
+def ceiling(model: PixArtConfig, unit: int, *, narrow: float = 0.0) -> float:
+  """The share of the peak that padding matrices to the unit leaves.
+
+  Args:
+    narrow: share of attention's products that take the head's width as it is.
+  """
+  saved = 1 - narrow * (1 - _narrow(model, unit))
   parts = needed(model)
-  padded = sum(flops * _padding_of(name, model, unit) for name, flops in parts.items())
+  padded = sum(
+    flops * _padding_of(name, model, unit) * (saved if name in _ATTENTIONS else 1)
+    for name, flops in parts.items()
+  )
   return sum(parts.values()) / padded
+
+
+_ATTENTIONS = ("attention", "cross-attention")  # their own products
+
+
+def _narrow(model: PixArtConfig, unit: int) -> float:
+  """What a product with the head's width in rows costs of one that is padded to `unit`.
+
+  See `models/splash_backward.py`.
+  """
+  head = model.width // model.num_heads
+  return padding(TILE_ROWS, head) / padding(unit, head)
+
+
+def _in_one_kernel(stage: Stage) -> bool:
+  """Whether attention's backward pass is done by `models/splash_backward.py`."""
+  return stage.attention == "splash" and splash.in_one_kernel(
+    stage.length, stage.topology.kind
+  )
 
 
 def _padding_of(name: str, model: PixArtConfig, unit: int) -> float:
@@ -146,7 +173,10 @@ def step_time(stage: Stage) -> Time:
     transfers=transfers,
     seconds=seconds,
     needed=total,
-    ceiling=ceiling(stage.model, chip.matrix_unit),
+    # Of six products that a step needs, three of the four backward.
+    ceiling=ceiling(
+      stage.model, chip.matrix_unit, narrow=3 / 6 if _in_one_kernel(stage) else 0.0
+    ),
   )
 
 
@@ -158,10 +188,9 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   # Of the whole batch, in this device's part of rows and tokens.
   rows = stage.rows * accumulation / stage.sizes["context"]
   tokens = float(stage.rows * accumulation * stage.length)
-  kind = ATTENTIONS[stage.attention]
-  if stage.attention == "splash":
-    fits = splash.in_one_kernel(stage.length, stage.topology.kind)
-    kind = ATTENTIONS["splash" if fits else "splash in two kernels"]
+  kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
+  if _in_one_kernel(stage):  # two products as wide as forward, and three narrow ones
+    backward = (2 + 3 * _narrow(model, chip.matrix_unit)) / 2
   again = remat and not _keeps_attention(stage)
 
   flops = {
@@ -170,7 +199,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   }
   # Padding to the longest sequence is computed as well.
   longer = stage.tokens / model.base_size**2
-  of_attention = 1 + kind.backward + again
+  of_attention = 1 + again + backward
   scores = {
     "attention": sum(keys_of(stage, layer) for layer in range(model.depth)),
     "cross-attention": model.caption_length * model.depth,
