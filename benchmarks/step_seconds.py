@@ -3,13 +3,15 @@
   python -m benchmarks.step_seconds --config=configs/stage_1k.py --config.batch_size=64
 
 Runs the program that `python -m pixsigma_jax.train` runs, from fresh parameters and on
-an empty batch of the stage's longest sequences: it needs no data. Prints the median of
-its steps and, behind ±, half of the distance between the quartiles, beside what `plan`
-says of it; and adds it to `pixsigma_jax/plan/measured.jsonl`, by which `plan` then
-calibrates its model of such devices. Minutes, most of them for compiling.
+square images and captions of noise, as long as they may be: it needs no data. Prints
+the median of its steps and, behind ±, half of the distance between the quartiles,
+beside what `plan` says of it; and adds it to `pixsigma_jax/plan/measured.jsonl`, by
+which `plan` then calibrates its model of such devices. Minutes, most of them for
+compiling.
 """
 
 import datetime
+import math
 import pathlib
 import statistics
 import time
@@ -18,10 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
 from pixsigma_jax import sharding
+from pixsigma_jax.models import tokens
 from pixsigma_jax.plan import calibration, topology
 from pixsigma_jax.plan.plan import make_plan
 from pixsigma_jax.plan.stage import SCALING_FACTOR, Stage, stage_on
@@ -31,6 +35,21 @@ from pixsigma_jax.train.program import lower_step, make_program
 config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _STEPS = flags.DEFINE_integer("steps", 10, "That are timed.", lower_bound=2)
 _MEASURED = flags.DEFINE_string("measured", str(calibration.MEASURED), "The file.")
+
+
+def noise(stage: Stage) -> dict[str, np.ndarray]:
+  """A batch of square images, with captions that fill their places."""
+  draw, model = np.random.default_rng(0), stage.model
+  side = model.base_size
+  batch = {
+    name: draw.normal(0, 0.5, leaf.shape).astype(leaf.dtype)
+    if leaf.dtype == np.float16
+    else np.ones(leaf.shape, leaf.dtype)
+    for name, leaf in stage.batch.items()
+  }
+  batch["grid"] *= side
+  batch["coordinates"][:, : side**2] = tokens.coordinates((side, side), model.window)
+  return batch
 
 
 def seconds_of(stage: Stage, devices: Any, steps: int) -> list[float]:
@@ -52,11 +71,10 @@ def seconds_of(stage: Stage, devices: Any, steps: int) -> list[float]:
   fresh = jax.jit(program.fresh_state, out_shardings=places)
   state: Any = fresh(key, null_caption, key)
   batch_places = sharding.batch_shardings(stage.batch, mesh)
-  batch = {
-    name: jnp.zeros(leaf.shape, leaf.dtype, device=batch_places[name])
-    for name, leaf in stage.batch.items()
-  }
-  state, _ = jax.block_until_ready(step(state, batch))
+  batch = jax.device_put(noise(stage), batch_places)
+  state, metrics = jax.block_until_ready(step(state, batch))
+  if not math.isfinite(loss := float(metrics["loss"])):
+    raise ValueError(f"The loss is {loss}: this step is not what training does.")
   taken = []
   for _ in range(steps):
     began = time.perf_counter()

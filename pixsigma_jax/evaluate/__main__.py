@@ -8,15 +8,14 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from absl import flags, logging
 
 import pixsigma_jax
 from pixsigma_jax import checkpoint, command
 from pixsigma_jax.evaluate import accuracy
 from pixsigma_jax.evaluate.digits import evaluation_prompts
-from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample.pipeline import Pipeline
+from pixsigma_jax.sample.program import compute_here
 
 _CHECKPOINTS = flags.DEFINE_list(
   "checkpoints", None, "Workdirs or snapshots, separated by commas.", required=True
@@ -56,7 +55,7 @@ def main(_: list[str]) -> None:
     logging.info("Drawing %d prompts with %s.", len(prompts), name)
     pipeline = Pipeline.from_checkpoint(
       path,
-      compute=Compute(dtype=jnp.dtype(_DTYPE.value)),
+      compute=compute_here(_DTYPE.value),
       batch_size=_BATCH_SIZE.value,
     )
     counts = accuracy.count_right(

@@ -85,17 +85,17 @@ def attend(
 
   (n, heads), m = query.shape[1:3], key.shape[1]
   split = context > 1 and tokens(key) is not None
-  exchanges = split and tokens(query) is not None and exchanged(n, m, heads, context)
+  trades = split and tokens(query) is not None and trades_heads(n, m, heads, context)
 
   def each_device(query, key, value, mask):
-    if exchanges:
-      query, key, value = (_exchange(x, give=2, take=1) for x in (query, key, value))
+    if trades:
+      query, key, value = (_trade(x, give=2, take=1) for x in (query, key, value))
     elif split:  # the transpose hands each device the gradient of its own part
       key, value = (
         jax.lax.all_gather(x, _TOKEN_AXIS, axis=1, tiled=True) for x in (key, value)
       )
     out = one_device(query, key, value, mask)
-    return _exchange(out, give=1, take=2) if exchanges else out
+    return _trade(out, give=1, take=2) if trades else out
 
   return jax.shard_map(
     each_device,
@@ -106,20 +106,21 @@ def attend(
   )(query, key, value, mask)
 
 
-def exchanged(queries: int, keys: int, heads: int, context: int) -> bool:
+def trades_heads(queries: int, keys: int, heads: int, context: int) -> bool:
   """Whether devices that split an image's tokens trade tokens for heads to attend.
 
   Each then attends with some of the heads, from all tokens to all (Ulysses, Jacobs et
   al. 2023), in place of gathering keys and values. Between chips in a line gathering s
   bytes passes s·(c - 1)/c over a link, and a trade s/4 over the middle one: it pays for
-  four devices and more, not for keys that are compressed to less than half.
+  four devices and more, and not for keys that are compressed to a quarter. GPUs, whose
+  links all reach each other, go by the same rule.
   """
   gathered = 2 * keys * (context - 1) / context
   traded = 2 * (queries + keys) / 4
   return heads % context == 0 and traded < gathered
 
 
-def _exchange(x: Float[Array, "b n k f"], *, give: int, take: int) -> Array:
+def _trade(x: Float[Array, "b n k f"], *, give: int, take: int) -> Array:
   """Hands the other devices their parts of axis `give`, for theirs of axis `take`."""
   return jax.lax.all_to_all(x, _TOKEN_AXIS, give, take, tiled=True)
 

@@ -172,7 +172,7 @@ def cycles(call: Call, kind: str, chip: Chip) -> float | None:
   known, clock = STEPS.get(kind, {}).get(call.kernel), CLOCKS.get(kind)
   if not known or not clock:
     return None
-  about, cores = _KERNELS[call.kernel], _CORES.get(kind, 1)
+  about, cores = _KERNELS[call.kernel], min(_CORES.get(kind, 1), call.heads)
   area = math.prod(call.block)
   nearest = min(known, key=lambda block: abs(math.log(math.prod(block) / area)))
   share = area / math.prod(nearest)

@@ -102,8 +102,8 @@ def _arithmetic(plan: Plan) -> Iterator[str]:
 
 def _time(plan: Plan) -> Iterator[str]:
   time, compilation = plan.time, plan.compilation
-  kind, measured = plan.stage.topology.kind, plan.calibration
-  yield f"Time of a step by the roofline, s ({_calibrated(kind, measured)})"
+  device, measured = plan.stage.topology.kind, plan.calibration
+  yield f"Time of a step by the roofline, s ({_calibrated(device, measured)})"
   for name, part in time.parts.items():
     yield f"  {name:<32}{part.seconds:10.4f}  bound by {part.bound}"
   for name, transfer in time.transfers.items():

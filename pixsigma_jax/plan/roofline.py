@@ -141,7 +141,8 @@ def _narrow(model: PixArtConfig, unit: int) -> float:
 def _in_one_kernel(stage: Stage) -> bool:
   """Whether attention's backward pass is done by `models/splash_backward.py`."""
   return stage.attention == "splash" and splash.in_one_kernel(
-    stage.length, stage.topology.kind
+    stage.tokens,
+    stage.topology.kind,  # all of them where heads are traded
   )
 
 
@@ -191,7 +192,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
   if _in_one_kernel(stage):  # two products as wide as forward, and three narrow ones
     backward = (2 + 3 * _narrow(model, chip.matrix_unit)) / 2
-  again = remat and not _keeps_attention(stage)
+  again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
 
   flops = {
     name: rows * count * _padding_of(name, model, chip.matrix_unit)
@@ -289,21 +290,15 @@ def _shared_tokens(stage: Stage) -> tuple[float, float]:
   """Of an image in a step: gathered as keys and values, and traded for heads.
 
   Forward, again if a block is recomputed, and backward, where they are gradients. What
-  attention returned is not sent again if it is kept.
+  a kernel returned may be kept; it is sent again.
   """
   compute, context = stage.program.model.compute, stage.sizes["context"]
-  again, kept = compute.remat != "none", _keeps_attention(stage)
+  again = compute.remat != "none"
   gathered = traded = 0.0
   for layer in range(stage.model.depth):
     n, m = stage.tokens, keys_of(stage, layer)
-    if attention.exchanged(n, m, stage.model.num_heads, context):
-      traded += (2 + again) * 2 * (n + m) - again * kept * n
+    if attention.trades_heads(n, m, stage.model.num_heads, context):
+      traded += (2 + again) * 2 * (n + m)
     else:
       gathered += (2 + again) * 2 * m
   return gathered, traded
-
-
-def _keeps_attention(stage: Stage) -> bool:
-  """Whether the backward pass finds what attention returned, and does not repeat it."""
-  remat = stage.program.model.compute.remat
-  return remat in ("attention", "offload") and ATTENTIONS[stage.attention].kept

@@ -142,7 +142,7 @@ def here(found: Sequence[Any]) -> Topology:
   """The machines that a process's devices are.
 
   Raises:
-    ValueError: they are of no generation that has a name here.
+    ValueError: they are of no generation that has a name here, or no whole slice.
   """
   kind = found[0].device_kind
   names = [name for name, about in GENERATIONS.items() if kind.startswith(about.kind)]
@@ -152,8 +152,14 @@ def here(found: Sequence[Any]) -> Topology:
   if not GENERATIONS[name].known:
     return parse(f"{name}:{len(found)}")
   axes = GENERATIONS[name].known[0].count("x") + 1
-  corner = [max(sides) + 1 for sides in zip(*(d.coords for d in found), strict=True)]
-  return parse(f"{name}:{'x'.join(map(str, corner[:axes]))}")
+  by_axis = list(zip(*(device.coords for device in found), strict=True))[:axes]
+  shape = "x".join(str(max(sides) - min(sides) + 1) for sides in by_axis)
+  machines = parse(f"{name}:{shape}")
+  if machines.count != len(found):
+    raise ValueError(
+      f"These {len(found)} devices are no whole {machines}, which has {machines.count}."
+    )
+  return machines
 
 
 def devices(topology: Topology) -> Sequence[Any]:

@@ -93,7 +93,8 @@ class Pipeline:
 
   Attributes:
     config: the model's hyper-parameters.
-    params: the model's parameters.
+    params: the model's parameters; from `from_checkpoint` rounded and apart as it suits
+      `compute` (`models.pixart.inference_params`), and not for transforms or saving.
     null_caption: `[t e]`, what a dropped caption was replaced with in training; None
       for what the text encoder makes of "".
     autoencoder: see `models/autoencoders.py`.

@@ -222,7 +222,7 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(
 def test_heads_are_traded_where_less_is_sent_so():
   def trades(**changed):
     usual = {"queries": 65_536, "keys": 65_536, "heads": 16, "context": 8}
-    return attention.exchanged(**{**usual, **changed})
+    return attention.trades_heads(**{**usual, **changed})
 
   # By hand, over the busiest link of a line, in sequences: keys and values gathered
   # 2 · 7/8; queries, keys, values and output traded, a quarter each.

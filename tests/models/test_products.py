@@ -33,11 +33,14 @@ def test_it_is_the_product_and_its_gradients_are_products_of_what_was_rounded(
   exact = [np.asarray(a.astype(dtype), np.float64) for a in (x, y, gradient)]
   x, y, gradient = exact
   flat_x, flat_gradient = x.reshape(-1, 7), gradient.reshape(-1, 3)
-  # Sums of few products in float32; what is returned is rounded to the dtype.
-  close = {"rtol": float(jnp.finfo(dtype).eps), "atol": 1e-5}
+  # Sums of few products in float32, once more rounded to the dtype.
+  rounded = [
+    np.asarray(jnp.asarray(a, jnp.float32).astype(dtype), np.float64)
+    for a in (gradient @ y.T, flat_x.T @ flat_gradient)
+  ]
   np.testing.assert_allclose(out, x @ y, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(np.float64(of_x), gradient @ y.T, **close)
-  np.testing.assert_allclose(np.float64(of_y), flat_x.T @ flat_gradient, **close)
+  np.testing.assert_allclose(np.float64(of_x), rounded[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(np.float64(of_y), rounded[1], rtol=1e-5, atol=1e-5)
 
 
 def test_it_maps_over_a_stack_of_matrices():

@@ -65,7 +65,16 @@ def test_the_check_names_what_has_grown_and_what_took_too_long(compiles_to):
     keep_plans.check(KEPT)
 
 
-def test_another_libtpu_is_not_compared(compiles_to, capsys):
-  compiles_to({}, 0.0)
+def test_of_another_libtpu_only_the_time_is_compared(compiles_to, capsys):
+  numbers = {name: {"bytes": 1.0} for name in keep_plans.STAGES}
+  compiles_to(numbers, 60.0)
   keep_plans.check({**KEPT, "libtpu": "0.0.1"})
   assert "Kept of what libtpu 0.0.1 makes" in capsys.readouterr().out
+  compiles_to(numbers, keep_plans.BUDGET + 1)
+  with pytest.raises(ValueError, match=r"compiling stage_4k took"):
+    keep_plans.check({**KEPT, "libtpu": "0.0.1"})
+
+
+def test_what_is_counted_must_have_been_kept():
+  with pytest.raises(ValueError, match=r"Kept are a, found a, b: python -m"):
+    grown({"a": 1.0, "b": 1.0}, {"a": 1.0})

@@ -107,6 +107,14 @@ def test_machines_are_known_by_their_devices(name, libtpu):
   assert topology.here(topology.devices(machines)) == machines
 
 
+def test_part_of_a_slice_has_no_name(libtpu):
+  found = topology.devices(topology.parse("v5e:4x4"))
+  with pytest.raises(ValueError, match=r"These 15 devices are no whole v5e:4x4"):
+    topology.here(found[1:])
+  half = [device for device in found if device.coords[1] >= 2]
+  assert topology.here(half).name == "v5e:4x2"
+
+
 @pytest.mark.parametrize("name", ["a100:4", "h100:8", "h200:1"])
 def test_gpus_are_known_by_their_devices(name):
   machines = topology.parse(name)
