@@ -20,21 +20,23 @@ import jax.numpy as jnp
 from absl import flags
 
 from pixsigma_jax import command
-from pixsigma_jax.models import splash, splash_backward
+from pixsigma_jax.models import splash, splash_kernels
 from pixsigma_jax.plan import topology
 from pixsigma_jax.plan.kernels import Step, scheduled
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Chips of a TPU slice.")
 
-HEADS, LENGTH, WIDTH = 4, 4096, 72
-KEYS = (4096, 3072, 300)  # fetched by 2048, by 1024; and those of a caption
+HEADS, WIDTH = 4, 72
+# Queries and keys: an even number of blocks, an odd one; and the keys of a caption.
+LENGTHS = ((4096, 4096), (3072, 3072), (4096, 300))
 _KERNEL = re.compile(
-  rf"-(?:splash_mha_(fwd|dq|dkv)_\w+|\w*{splash_backward.NAME}_\w+)\.\d+-\d+-final_bundles"
+  rf"-\w*(?:splash_mha|{splash_kernels.NAME})_(fwd|dq|dkv|forward|backward)_\w+"
+  r"\.\d+-\d+-final_bundles"
 )
 
 
-def steps(keys: int, device: Any, dump: pathlib.Path) -> dict[str, Step]:
-  """Of the kernels of attention to so many keys."""
+def steps(queries: int, keys: int, device: Any, dump: pathlib.Path) -> dict[str, Step]:
+  """Of the kernels of attention of so many queries to so many keys."""
   place = jax.sharding.SingleDeviceSharding(device)
 
   def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -44,12 +46,12 @@ def steps(keys: int, device: Any, dump: pathlib.Path) -> dict[str, Step]:
     options = {"residual_name": "kept", "device_kind": device.device_kind}
     return splash.attend(query, key, value, mask, **options).astype(jnp.float32).sum()
 
-  query, key = array(1, LENGTH, HEADS, WIDTH), array(1, keys, HEADS, WIDTH)
+  query, key = array(1, queries, HEADS, WIDTH), array(1, keys, HEADS, WIDTH)
   before = set(dump.iterdir())
   mask = array(1, keys, dtype=jnp.bool_)
   jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key, mask).compile()
   return {
-    found[1] or "backward": scheduled(path.read_text())
+    found[1]: scheduled(path.read_text())
     for path in set(dump.iterdir()) - before
     if (found := _KERNEL.search(path.name))
   }
@@ -66,11 +68,13 @@ def main(_: list[str]) -> None:
   device = topology.devices(topology.parse(_TOPOLOGY.value))[0]
   print(f"cycles of a step, {device.device_kind}, JAX {jax.__version__}")
   print("kernel | queries x keys | every step | a row beside")
-  for keys in KEYS:
-    for kernel, step in sorted(steps(keys, device, dump).items()):
-      block = splash.block_size(keys)
-      at_once = splash.fetched(keys, itemsize=2) if kernel == "fwd" else block
-      size = f"{splash.block_size(LENGTH)} x {at_once}"
+  for queries, keys in LENGTHS:
+    for kernel, step in sorted(steps(queries, keys, device, dump).items()):
+      sides = {"queries": queries, "keys": keys}
+      block = {name: splash.block_size(side) for name, side in sides.items()}
+      if name := {"forward": "queries", "fwd": "keys"}.get(kernel):
+        block[name] = splash.at_once(sides[name], itemsize=2)
+      size = " x ".join(map(str, block.values()))
       print(f"{kernel} | {size} | {step.each} | {step.row}", flush=True)
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from pixsigma_jax.chips import Chip
-from pixsigma_jax.models import splash_backward
+from pixsigma_jax.models import splash_kernels
 
 # Cycles a second: those at which the matrix units of a chip, each its width squared of
 # products a cycle, reach its peak.
@@ -58,17 +58,18 @@ class _Kernel:
   divides: bool
 
 
-# JAX lets the cores share the heads of the forward pass alone.
+# JAX's, which lets the cores share the heads of the forward pass alone; and ours.
 _KERNELS = {
   "fwd": _Kernel(2, 0, True),
   "dq": _Kernel(3, 0, False),
   "dkv": _Kernel(4, 0, False),
+  "forward": _Kernel(1, 1, True),
   "backward": _Kernel(2, 3, True),
 }
 TILE_ROWS = 16  # of a tile of bfloat16
 
-# Kind of device → kernel → (queries, keys) of a block → its step. Head width 72 and the
-# feature that hides keys; the forward pass takes the keys of a block by 1024.
+# Kind of device → kernel → (queries, keys) of a block → its step. Head width 72; JAX's
+# forward pass takes the keys of a block by 1024.
 STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
   "TPU v4": {
     "fwd": {
@@ -80,28 +81,28 @@ STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
     "dkv": {(1024, 1024): Step(8857, 773), (1024, 384): Step(3710, 293)},
   },
   "TPU v5 lite": {
-    "fwd": {
-      (1024, 2048): Step(8446, 1393),
-      (1024, 1024): Step(4652, 1393),
-      (1024, 384): Step(3891, 0),
+    "forward": {
+      (2048, 1024): Step(6314, 454),
+      (1024, 1024): Step(3374, 240),
+      (2048, 384): Step(2917, 0),
     },
-    "backward": {(1024, 1024): Step(7278, 946), (1024, 384): Step(3170, 273)},
+    "backward": {(1024, 1024): Step(7533, 542), (1024, 384): Step(3126, 214)},
   },
   "TPU v5": {
-    "fwd": {
-      (1024, 2048): Step(8755, 1400),
-      (1024, 1024): Step(4943, 1400),
-      (1024, 384): Step(3651, 0),
+    "forward": {
+      (2048, 1024): Step(6481, 454),
+      (1024, 1024): Step(3455, 240),
+      (2048, 384): Step(2905, 0),
     },
-    "backward": {(1024, 1024): Step(7575, 946), (1024, 384): Step(3239, 273)},
+    "backward": {(1024, 1024): Step(7399, 539), (1024, 384): Step(3023, 194)},
   },
   "TPU v6 lite": {
-    "fwd": {
-      (1024, 2048): Step(5468, 709),
-      (1024, 1024): Step(3015, 709),
-      (1024, 384): Step(2006, 0),
+    "forward": {
+      (2048, 1024): Step(4734, 286),
+      (1024, 1024): Step(2778, 147),
+      (2048, 384): Step(2158, 0),
     },
-    "backward": {(1024, 1024): Step(4238, 647), (1024, 384): Step(2036, 217)},
+    "backward": {(1024, 1024): Step(4363, 357), (1024, 384): Step(1955, 127)},
   },
 }
 
@@ -126,7 +127,7 @@ class Call:
 
 
 _SPLASH = re.compile(r"^%?splash_mha_(fwd|dq|dkv)_")
-_OURS = re.compile(rf"^%?\w*{splash_backward.NAME}_(\d+)_(\d+)")
+_OURS = re.compile(rf"^%?\w*{splash_kernels.NAME}_(forward|backward)_(\d+)_(\d+)")
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _SHAPE = re.compile(r"\w+\[([\d,]+)\]")
 _BLOCKS = re.compile(r'"xprof_metadata": ?"(.*?[^\\])"')
@@ -150,18 +151,19 @@ def call_of(line: str) -> Call | None:
     return None
   shapes = [tuple(map(int, sides.split(","))) for sides in _SHAPE.findall(operands[1])]
   if match := _OURS.match(line):
-    kernel, block = "backward", (int(match[1]), int(match[2]))
-    queries, keys, values = shapes[:3]
+    kernel, block = match[1], (int(match[2]), int(match[3]))
+    (heads, _, queries), (*_, keys), (_, width, _) = shapes[:3]
   elif (match := _SPLASH.match(line)) and (told := _BLOCKS.search(line)):
     kernel = match[1]
     sizes = json.loads(told[1].replace('\\"', '"'))
     block = sizes[_FIELDS[kernel][0]], sizes[_FIELDS[kernel][1]]
     # First come tables of which blocks are masked.
-    queries, keys, values = [shape for shape in shapes if len(shape) == 3][2:5]
+    (heads, queries, _), (_, keys, _), (*_, width) = [
+      shape for shape in shapes if len(shape) == 3
+    ][2:5]
   else:
     return None
-  blocks = queries[1] // block[0], keys[1] // block[1]
-  return Call(kernel, queries[0], blocks, block, values[2])
+  return Call(kernel, heads, (queries // block[0], keys // block[1]), block, width)
 
 
 def cycles(call: Call, kind: str, chip: Chip) -> float | None:
@@ -183,7 +185,7 @@ def cycles(call: Call, kind: str, chip: Chip) -> float | None:
   floor = area * (about.wide * wide + about.narrow * narrow) / products_a_cycle
   each = max(known[nearest].each * share, floor)
   queries, keys = call.blocks
-  rows = {"fwd": queries, "dq": queries, "dkv": keys}.get(call.kernel, max(call.blocks))
+  rows = {"dkv": keys, "backward": max(call.blocks)}.get(call.kernel, queries)
   a_head = queries * keys * each + rows * known[nearest].row * share
   return call.heads * a_head / (cores if about.divides else 1)
 

@@ -46,7 +46,7 @@ class Attention:
 ATTENTIONS: dict[str, Attention] = {
   "xla": Attention(2.0, 16.0, 26.0, False),
   "chunked": Attention(3.5, 16.0, 42.0, True),
-  "splash": Attention(3.5, 0.0, 0.0, True),  # in two kernels; ours: `_in_one_kernel`
+  "splash": Attention(3.5, 0.0, 0.0, True),  # JAX's; ours: `_by_our_kernels`
   "cudnn": Attention(2.5, 0.0, 0.0, True),
 }
 
@@ -111,12 +111,18 @@ def padding(unit: int, *sides: int) -> float:
   return math.prod(-(-side // unit) * unit / side for side in sides)
 
 
-def ceiling(model: PixArtConfig, unit: int, *, narrow: float = 0.0) -> float:
+def ceiling(
+  model: PixArtConfig, unit: int, *, our_kernels: bool = False, training: bool = True
+) -> float:
   """The share of the peak that padding matrices to the unit leaves.
 
   Args:
-    narrow: share of attention's products that take the head's width as it is.
+    our_kernels: attention by `models/splash_kernels.py`, of whose products many take
+      the head's width as it is: one of two forward, three of four backward that a step
+      needs.
+    training: backward too.
   """
+  narrow = (4 / 6 if training else 1 / 2) if our_kernels else 0.0
   saved = 1 - narrow * (1 - _narrow(model, unit))
   parts = needed(model)
   padded = sum(
@@ -132,17 +138,17 @@ _ATTENTIONS = ("attention", "cross-attention")  # their own products
 def _narrow(model: PixArtConfig, unit: int) -> float:
   """What a product with the head's width in rows costs of one that is padded to `unit`.
 
-  See `models/splash_backward.py`.
+  See `models/splash_kernels.py`.
   """
   head = model.width // model.num_heads
   return padding(TILE_ROWS, head) / padding(unit, head)
 
 
-def _in_one_kernel(stage: Stage) -> bool:
-  """Whether attention's backward pass is done by `models/splash_backward.py`."""
-  return stage.attention == "splash" and splash.in_one_kernel(
-    stage.tokens,
-    stage.topology.kind,  # all of them where heads are traded
+def _by_our_kernels(stage: Stage) -> bool:
+  """Whether attention is done by `models/splash_kernels.py`."""
+  # Of all tokens, as where heads are traded.
+  return stage.attention == "splash" and splash.has_room(
+    stage.tokens, stage.topology.kind
   )
 
 
@@ -174,10 +180,7 @@ def step_time(stage: Stage) -> Time:
     transfers=transfers,
     seconds=seconds,
     needed=total,
-    # Of six products that a step needs, three of the four backward.
-    ceiling=ceiling(
-      stage.model, chip.matrix_unit, narrow=3 / 6 if _in_one_kernel(stage) else 0.0
-    ),
+    ceiling=ceiling(stage.model, chip.matrix_unit, our_kernels=_by_our_kernels(stage)),
   )
 
 
@@ -190,8 +193,10 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   rows = stage.rows * accumulation / stage.sizes["context"]
   tokens = float(stage.rows * accumulation * stage.length)
   kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
-  if _in_one_kernel(stage):  # two products as wide as forward, and three narrow ones
-    backward = (2 + 3 * _narrow(model, chip.matrix_unit)) / 2
+  forward = 1.0
+  if _by_our_kernels(stage):  # of two and five products, one and three are narrow
+    narrow = _narrow(model, chip.matrix_unit)
+    forward, backward = (1 + narrow) / 2, (2 + 3 * narrow) / 2
   again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
 
   flops = {
@@ -200,7 +205,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   }
   # Padding to the longest sequence is computed as well.
   longer = stage.tokens / model.base_size**2
-  of_attention = 1 + again + backward
+  of_attention = (1 + again) * forward + backward
   scores = {
     "attention": sum(keys_of(stage, layer) for layer in range(model.depth)),
     "cross-attention": model.caption_length * model.depth,
@@ -208,8 +213,8 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   parts: dict[str, tuple[float, float]] = {}
   for name, keys in scores.items():
     touched = kind.forward_bytes * (1 + again) + kind.backward_bytes
-    # Queries, keys, values and output, read or written once a pass.
-    operands = 4 * _HALF * tokens * model.width * model.depth * of_attention
+    # Queries, keys, values and output; backward, their gradients too.
+    operands = 4 * _HALF * tokens * model.width * model.depth * (1 + again + 2)
     stretch = longer**2 if name == "attention" else longer
     parts[name] = (
       flops.pop(name) * stretch * of_attention,

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.models import splash
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, inference_params
 from pixsigma_jax.plan import memory, roofline
@@ -93,7 +94,11 @@ def plan_sampling(
     flops=flops,
     seconds=seconds,
     mfu=seconds and flops / seconds / chip.flops,
-    ceiling=roofline.ceiling(model, chip.matrix_unit),
+    ceiling=roofline.ceiling(
+      *(model, chip.matrix_unit),
+      our_kernels=splash.has_room(model.base_size**2, machines.kind),
+      training=False,
+    ),
     compiled_in=compilation.seconds,
   )
 

@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh
 
 from pixsigma_jax import tree
-from pixsigma_jax.models import tokens
+from pixsigma_jax.models import splash, tokens
 from pixsigma_jax.models.block import modulate
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute, LayerNorm
@@ -406,12 +406,17 @@ def test_how_it_is_computed_does_not_change_what(compute, key):
 
 
 @pytest.mark.parametrize(
-  ("attention", "forward"),
-  [("splash", "name=splash_mha_fwd"), ("cudnn", "dot_product_attention_fwd")],
+  ("attention", "room", "forward"),
+  [
+    ("splash", 2**30, "name=attention_forward"),
+    ("splash", 0, "name=splash_mha_fwd"),  # JAX's
+    ("cudnn", 0, "dot_product_attention_fwd"),
+  ],
 )
 def test_a_kernel_whose_results_are_kept_runs_forward_once(
-  attention, forward, monkeypatch, key
+  attention, room, forward, monkeypatch, key
 ):
+  monkeypatch.setitem(splash._CORE_MEMORY, "cpu", room)
   # What is traced is the same as on a GPU; only the version is asked of the machine.
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
   # Captions of more than one block: equal kernels would be written down once.

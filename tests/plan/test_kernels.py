@@ -26,7 +26,26 @@ def of_jax(kernel, queries, keys, values, **sizes):
   )
 
 
+def of_ours(kernel, blocks, queries, keys, values):
+  """The same of one of ours, as XLA names it in a program that is mapped."""
+  shapes = [f"bf16[{','.join(map(str, x))}]{{2,1,0}}" for x in (queries, keys, values)]
+  return (
+    f"%closed_call_attention_{kernel}_{blocks}.3 = (bf16[8]{{0}}) custom-call(%a), "
+    'custom_call_target="tpu_custom_call", operand_layout_constraints={'
+    f"{', '.join(shapes)}, f32[2,1,8192]{{2,1,0}}}}"
+  )
+
+
 def test_a_call_says_what_it_computes():
+  shapes = (32, 72, 4096), (32, 72, 8192), (32, 72, 8192)
+  line = of_ours("forward", "2048_1024", *shapes)
+  assert kernels.call_of(line) == Call("forward", 32, (2, 8), (2048, 1024), 72)
+  line = of_ours("backward", "1024_1024", *shapes)
+  assert kernels.call_of(line) == Call("backward", 32, (4, 8), (1024, 1024), 72)
+  assert kernels.call_of(line.replace("attention_back", "mine_back")) is None
+
+
+def test_a_call_of_jax_says_what_it_computes():
   line = of_jax(
     *("fwd", (32, 4096, 73), (32, 8192, 73), (32, 8192, 72)),
     **{"block_q": 1024, "block_kv": 2048, "block_q_dq": 512, "block_kv_dq": 256},
@@ -43,7 +62,7 @@ def test_a_call_says_what_it_computes():
     (kind, kernel)
     for kind, known in kernels.STEPS.items()
     for kernel in known
-    if kernel in ("fwd", "backward")
+    if kernel in ("fwd", "forward", "backward")
   ],
 )
 def test_no_step_is_faster_than_the_matrix_units(kind, kernel):
@@ -52,8 +71,8 @@ def test_no_step_is_faster_than_the_matrix_units(kind, kernel):
   have = kernels.cycles(call, kind, chip)
   # Of the unit's width a head's 72 take all; in rows of 16 they take 80.
   unit = chip.matrix_unit
-  widths = {"fwd": 2 * unit, "backward": 2 * unit + 3 * 80}[kernel]
-  peak = 2 * widths * 16 * (8 * 1024) ** 2 / chip.flops
+  widths = {"fwd": 2 * unit, "forward": unit + 80, "backward": 2 * unit + 3 * 80}
+  peak = 2 * widths[kernel] * 16 * (8 * 1024) ** 2 / chip.flops
   assert have / kernels.CLOCKS[kind] >= peak * (1 - 1e-9)
   # Nor so slow that the table must be another chip's.
   assert have / kernels.CLOCKS[kind] < 2.2 * peak
@@ -62,7 +81,7 @@ def test_no_step_is_faster_than_the_matrix_units(kind, kernel):
 def test_blocks_that_were_not_measured_cost_as_their_area():
   chip = CHIPS[V5E]
   square, flat = (
-    kernels.cycles(Call("fwd", 16, (4, 4), block, 72), V5E, chip)
+    kernels.cycles(Call("backward", 16, (4, 4), block, 72), V5E, chip)
     for block in ((1024, 1024), (1024, 896))
   )
   assert flat == pytest.approx(square * 7 / 8, rel=1e-6)
@@ -116,12 +135,12 @@ def looped(libtpu):
 def test_a_compiled_program_counts_steps_heads_and_turns(looped, monkeypatch):
   static = hlo.read(looped)
   have = kernels.total(static.kernels, V5E, CHIPS[V5E])
-  assert set(have) == {"fwd", "backward"}
-  # Three blocks of queries; two of keys, fetched together in the forward pass.
-  steps = kernels.STEPS[V5E]
-  fwd, backward = steps["fwd"][1024, 2048], steps["backward"][1024, 1024]
-  assert have["fwd"] == 3 * 2 * (3 * 1 * fwd.each + 3 * fwd.row)
+  assert set(have) == {"forward", "backward"}
+  # Three blocks of queries, so one at a time; two of keys.
+  forward = kernels.STEPS[V5E]["forward"][1024, 1024]
+  assert have["forward"] == 3 * 2 * (6 * forward.each + 3 * forward.row)
   # Its five products take longer than its instructions.
+  backward = kernels.STEPS[V5E]["backward"][1024, 1024]
   products = 1024 * 1024 * (2 * 128 + 3 * 80) / (197e12 / 2 / 1.5e9)
   assert backward.each < products
   assert have["backward"] == pytest.approx(3 * 2 * (6 * products + 3 * backward.row))

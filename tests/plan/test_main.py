@@ -71,7 +71,7 @@ def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
   )
   # Attention's kernels, forward and backward, among the cycles.
   kernels = have["compiled"]["kernels"]
-  assert set(kernels) == {"fwd", "backward"}
+  assert set(kernels) == {"forward", "backward"}
   assert 0 < sum(kernels.values()) < have["compiled"]["cycles"]
   seconds = have["compiled"]["cycles"] / 1.5e9
   assert have["static_seconds"] == pytest.approx(seconds)

@@ -1,0 +1,369 @@
+"""Attention on TPU in two Pallas kernels, forward and backward, heads' widths in rows.
+
+A matrix unit holds a piece of one matrix, as wide and as deep as itself, and takes its
+time for every row of the other that streams through it. A head is 72 wide, a little
+more than half of a unit of 128 and a quarter of one of 256. Scores want that width in
+the unit's depth, and nothing can be done; but the output, dq, dk and dv come out here
+with that width in rows, where JAX's splash attention has it in columns: 72 rows, and
+full pieces. Operands lie so too, in memory as in the core, where 72 columns would take
+128 places; and each query's largest score and sum are rows, not columns.
+
+What else the rows of a tile have room for is put to use. A mask of keys rides on
+features more than a head has, ones in queries and hugely negative where a key is
+hidden, which costs nothing; and values have ones beside them, whose rows of the output
+are the sums of the weights.
+
+The backward pass makes scores and their gradient once: JAX's two kernels make them
+twice, seven matrix products for each block of queries and keys, and its one kernel
+writes a dq for every block of keys, 6.5 GB at 4096 pixels, to be summed afterwards.
+Here the dq of a whole head stays in the core's own memory until every block of keys has
+added to it: five products, and nothing to sum.
+
+Formulas: FlashAttention-2 (Dao 2023), algorithms 1 and 2. Heads may be divided among
+the two cores of a TPU v5p, of which JAX's backward kernels use one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32
+
+# How kernels are called in a compiled program, where `plan` counts them.
+NAME = "attention"
+
+_TILE_ROWS = 16  # of bfloat16; twice those of float32
+_LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below every score
+_HIDDEN = -1e9  # or less: what is added to the score of a hidden key
+_NOTHING = 1e30  # in place of the sum's logarithm where a query sees no key
+
+
+def room(queries: int) -> int:
+  """Bytes of a core's own memory in which both run, with what a compiler adds.
+
+  The dq of a head in float32, at most 128 wide; and blocks, as many as there are.
+  """
+  return queries * 128 * 4 + _BLOCKS
+
+
+_BLOCKS = 24 * 2**20
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def attend(
+  residual_name: str,
+  block_q: int,
+  block_k: int,
+  at_once: int,
+  interpret: bool,
+  query: Float[Array, "h f n"],
+  key: Float[Array, "h f m"],
+  value: Float[Array, "h f m"],
+  mask: Float32[Array, "b 1 m"],
+) -> Float[Array, "h f n"]:
+  """softmax(q·kᵀ/√f)·v over keys that are seen; 0 where none is.
+
+  Args:
+    residual_name: of what the backward pass needs of the forward pass.
+    block_q, block_k: multiples of 128 that divide the lengths.
+    at_once: queries that the forward pass takes together, a multiple of `block_q`.
+    interpret: runs the kernels step by step in XLA, on any platform.
+    query, key, value: the heads of an image one after another.
+    mask: 1 for keys of an image that are to be seen, 0 for others.
+  """
+  options = block_q, block_k, at_once, interpret
+  out, _ = _forward(residual_name, *options, query, key, value, mask)
+  return out
+
+
+def _forward(
+  residual_name, block_q, block_k, at_once, interpret, query, key, value, mask
+):
+  del block_q
+  operands = query, key, value, mask
+  out, logsumexp = _attention(
+    *operands, block_q=at_once, block_k=block_k, interpret=interpret
+  )
+  out = checkpoint_name(out, residual_name)
+  logsumexp = checkpoint_name(logsumexp, residual_name)
+  return out, (*operands, out, logsumexp)
+
+
+def _backward(residual_name, block_q, block_k, at_once, interpret, residuals, gradient):
+  del residual_name, at_once
+  query, key, value, mask, out, logsumexp = residuals
+  correction = jnp.einsum(
+    "hfn,hfn->hn", out, gradient, preferred_element_type=jnp.float32
+  )
+  gradients = _gradients(
+    *(query, key, value, mask, gradient, logsumexp, correction),
+    block_q=block_q,
+    block_k=block_k,
+    interpret=interpret,
+  )
+  return *gradients, None
+
+
+attend.defvjp(_forward, _backward)
+
+
+# Within a function of its own JAX leaves it out where its results are known already, as
+# those that a remat policy keeps: a kernel by itself it never does.
+@functools.partial(jax.jit, static_argnames=("block_q", "block_k", "interpret"))
+def _attention(
+  query: Float[Array, "h f n"],
+  key: Float[Array, "h f m"],
+  value: Float[Array, "h f m"],
+  mask: Float32[Array, "b 1 m"],
+  *,
+  block_q: int,
+  block_k: int,
+  interpret: bool,
+) -> tuple[Float[Array, "h f n"], Float32[Array, "h n"]]:
+  """And the logarithm of each query's sum of exponentials."""
+  from jax.experimental import pallas as pl  # half a second that only TPUs need
+  from jax.experimental.pallas import tpu as pltpu
+
+  (heads, f, n), m = query.shape, key.shape[-1]
+  rows, dtype = _padded(f + 1, _TILE_ROWS), query.dtype
+
+  def of_queries(h, i, j):
+    del j
+    return h, 0, i
+
+  def of_keys(h, i, j):
+    del i
+    return h, 0, j
+
+  def of_mask(h, i, j):
+    del i
+    return jax.lax.div(h, heads // len(mask)), 0, j
+
+  out, logsumexp = pl.pallas_call(
+    _forward_kernel,
+    grid=(heads, n // block_q, m // block_k),
+    in_specs=[
+      pl.BlockSpec((None, f, block_q), of_queries),
+      pl.BlockSpec((None, f, block_k), of_keys),
+      pl.BlockSpec((None, f, block_k), of_keys),
+      pl.BlockSpec((None, 1, block_k), of_mask),
+    ],
+    out_specs=[
+      pl.BlockSpec((None, f, block_q), of_queries),
+      pl.BlockSpec((None, 1, block_q), of_queries),
+    ],
+    out_shape=[
+      jax.ShapeDtypeStruct((heads, f, n), dtype),
+      jax.ShapeDtypeStruct((heads, 1, n), jnp.float32),
+    ],
+    scratch_shapes=[
+      *(pltpu.VMEM((rows, block), dtype) for block in (block_q, block_k, block_k)),
+      pltpu.VMEM((1, block_q), jnp.float32),
+      pltpu.VMEM((rows, block_q), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=room(n),
+    ),
+    name=f"{NAME}_forward_{block_q}_{block_k}",
+    interpret=interpret,
+  )(query, key, value, mask)
+  return out, logsumexp[:, 0]
+
+
+def _forward_kernel(
+  q_ref,
+  k_ref,
+  v_ref,
+  mask_ref,
+  out_ref,
+  logsumexp_ref,
+  q_wide,
+  k_wide,
+  v_wide,
+  peak,
+  total,
+):
+  """One block of queries, in columns, and one of keys, in rows."""
+  from jax.experimental import pallas as pl
+
+  j, f = pl.program_id(2), q_ref.shape[0]
+
+  @pl.when(j == 0)
+  def _():
+    _widen(q_wide, _scaled(q_ref), 1)
+    peak[...] = jnp.full_like(peak, _LEAST)
+    total[...] = jnp.zeros_like(total)
+
+  _widen(k_wide, k_ref[...], _hiding(mask_ref))
+  _widen(v_wide, v_ref[...], 1)
+  scores = _product(k_wide[...], q_wide[...], 0, 0)
+  before = peak[...]
+  after = jnp.maximum(before, scores.max(axis=0, keepdims=True))
+  p = jnp.exp(scores - after).astype(v_wide.dtype)
+  total[...] = total[...] * jnp.exp(before - after) + _product(v_wide[...], p, 1, 0)
+  peak[...] = after
+
+  @pl.when(j == pl.num_programs(2) - 1)
+  def _():
+    weight, sees = total[f : f + 1, :], peak[...] > _HIDDEN / 2
+    out_ref[...] = jnp.where(sees, total[:f, :] / weight, 0.0).astype(out_ref.dtype)
+    logsumexp_ref[...] = jnp.where(sees, peak[...] + jnp.log(weight), _NOTHING)
+
+
+def _gradients(
+  query: Float[Array, "h f n"],
+  key: Float[Array, "h f m"],
+  value: Float[Array, "h f m"],
+  mask: Float32[Array, "b 1 m"],
+  gradient: Float[Array, "h f n"],
+  logsumexp: Float32[Array, "h n"],
+  correction: Float32[Array, "h n"],
+  *,
+  block_q: int,
+  block_k: int,
+  interpret: bool,
+) -> tuple[Float[Array, "h f n"], Float[Array, "h f m"], Float[Array, "h f m"]]:
+  """With respect to queries, keys and values.
+
+  Args:
+    gradient: with respect to the output.
+    logsumexp: of each query's scores.
+    correction: each query's sum of output times `gradient`.
+  """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
+  (heads, f, n), m = query.shape, key.shape[-1]
+  rows, dtype = _padded(f + 1, _TILE_ROWS), query.dtype
+  last_k = m // block_k - 1
+
+  def of_queries(h, j, i):
+    del j
+    return h, 0, i
+
+  def of_keys(h, j, i):
+    del i
+    return h, 0, j
+
+  def of_mask(h, j, i):
+    del i
+    return jax.lax.div(h, heads // len(mask)), 0, j
+
+  def of_result(h, j, i):
+    # One block until the last keys, when each is written once.
+    return h, 0, jnp.where(j == last_k, i, 0)
+
+  sums = n, block_k, block_k
+  return pl.pallas_call(
+    functools.partial(_backward_kernel, block_q=block_q),
+    grid=(heads, m // block_k, n // block_q),
+    in_specs=[
+      pl.BlockSpec((None, f, block_q), of_queries),
+      pl.BlockSpec((None, f, block_k), of_keys),
+      pl.BlockSpec((None, f, block_k), of_keys),
+      pl.BlockSpec((None, 1, block_k), of_mask),
+      pl.BlockSpec((None, f, block_q), of_queries),
+      pl.BlockSpec((None, 1, block_q), of_queries),
+      pl.BlockSpec((None, 1, block_q), of_queries),
+    ],
+    out_specs=[
+      pl.BlockSpec((None, f, block_q), of_result),
+      pl.BlockSpec((None, f, block_k), of_keys),
+      pl.BlockSpec((None, f, block_k), of_keys),
+    ],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
+    scratch_shapes=[
+      *(pltpu.VMEM((rows, block), dtype) for block in (block_q, block_k)),
+      *(pltpu.VMEM((f, length), jnp.float32) for length in sums),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=room(n),
+    ),
+    name=f"{NAME}_backward_{block_q}_{block_k}",
+    interpret=interpret,
+  )(query, key, value, mask, gradient, logsumexp[:, None], correction[:, None])
+
+
+def _backward_kernel(
+  q_ref,
+  k_ref,
+  v_ref,
+  mask_ref,
+  do_ref,
+  logsumexp_ref,
+  correction_ref,
+  dq_ref,
+  dk_ref,
+  dv_ref,
+  q_wide,
+  k_wide,
+  dq_sum,
+  dk_sum,
+  dv_sum,
+  *,
+  block_q: int,
+):
+  """One block of keys and one of queries; keys lie in rows, queries in columns."""
+  from jax.experimental import pallas as pl
+
+  j, i, f = pl.program_id(1), pl.program_id(2), q_ref.shape[0]
+  queries = pl.ds(pl.multiple_of(i * block_q, block_q), block_q)
+
+  @pl.when(j == 0)
+  def _():
+    dq_sum[:, queries] = jnp.zeros((f, block_q), jnp.float32)
+
+  @pl.when(i == 0)
+  def _():
+    dk_sum[...] = jnp.zeros_like(dk_sum)
+    dv_sum[...] = jnp.zeros_like(dv_sum)
+    _widen(k_wide, k_ref[...], _hiding(mask_ref))
+
+  q, do = _scaled(q_ref), do_ref[...]
+  _widen(q_wide, q, 1)
+  p = jnp.exp(_product(k_wide[...], q_wide[...], 0, 0) - logsumexp_ref[...])
+  dv_sum[...] += _product(do, p.astype(do.dtype), 1, 1)
+  ds = ((_product(v_ref[...], do, 0, 0) - correction_ref[...]) * p).astype(q.dtype)
+  dk_sum[...] += _product(q, ds, 1, 1)
+  dq_sum[:, queries] += _product(k_ref[...], ds, 1, 0)
+
+  @pl.when(i == pl.num_programs(2) - 1)
+  def _():
+    dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
+    dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+  @pl.when(j == pl.num_programs(1) - 1)
+  def _():
+    dq_ref[...] = (dq_sum[:, queries] * f**-0.5).astype(dq_ref.dtype)
+
+
+def _scaled(q_ref) -> Float[Array, "f n"]:
+  """Queries over √f, in their own dtype: their rounding is relative."""
+  scaled = q_ref[...].astype(jnp.float32) * q_ref.shape[0] ** -0.5
+  return scaled.astype(q_ref.dtype)
+
+
+def _hiding(mask_ref) -> Float32[Array, "1 m"]:
+  return jnp.where(mask_ref[...] > 0, 0.0, _HIDDEN)
+
+
+def _widen(wide, x: Float[Array, "f n"], feature: Array | int) -> None:
+  """Fills `wide` with x, and all rows below it with a feature."""
+  f = x.shape[0]
+  wide[:f, :] = x
+  below = wide.shape[0] - f, wide.shape[1]
+  wide[f:, :] = jnp.broadcast_to(feature, below).astype(wide.dtype)
+
+
+def _product(a: Array, b: Array, over_a: int, over_b: int) -> Float32[Array, "..."]:
+  """a · b over one axis of each, accumulated in float32."""
+  return jax.lax.dot_general(
+    a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=jnp.float32
+  )
+
+
+def _padded(length: int, block: int) -> int:
+  return -(-length // block) * block
