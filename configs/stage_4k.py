@@ -49,9 +49,6 @@ def get_config(kind: str = "compressed"):
   config.init.transforms = ({"name": "interpolate_pe", "base_size": resolution // 16},)
   config.model.base_size = resolution // 16
   config.model.pe_interpolation = pe_interpolation
-  # Attention is most of the step: to run it again costs a fifth more, to keep what it
-  # returned 5 GiB of each of 64 chips.
-  config.compute.remat = "attention"
   if compressed:
     paper.compress(config, parent_compresses=True)
   config.ema.values = (0.99,)
