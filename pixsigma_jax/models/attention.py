@@ -2,8 +2,8 @@
 
   xla      the reference: scores of all pairs, memory quadratic in tokens
   chunked  online softmax over chunks of queries and keys, memory linear in tokens
-  splash   TPU's kernel, see `models/splash.py`
-  cudnn    GPU's kernel: float16 or bfloat16, from compute capability 8.0 on
+  splash   TPU's kernels, see `models/splash.py`
+  cudnn    GPU's kernels: float16 or bfloat16, from compute capability 8.0 on
   auto     the best of them for the devices and the shapes at hand
 
 All compute scores, softmax and the weighted sum in float32 (DESIGN, section 5) from

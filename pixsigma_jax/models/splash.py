@@ -2,9 +2,9 @@
 
 Nothing quadratic in tokens leaves the chip. No kernel is asked for a mask: it rides on
 features that a head has more than its width, which the matrix unit pads to 128 anyway.
-That is free, where the segment ids of JAX's kernels cost a fourteenth of the forward
-pass on v5e and an eighth on v6e, and images of one batch may fold into the heads,
-whatever their masks.
+That is free but for widths that fill the unit, where the segment ids of JAX's kernels
+cost a fourteenth of the forward pass on v5e and an eighth on v6e, and images of one
+batch may fold into the heads, whatever their masks.
 
 The kernels are our own, `models/splash_kernels.py`, where a core's memory has room for
 them, and JAX's elsewhere, `models/splash_of_jax.py`. What a step of each kernel's grid
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from pixsigma_jax.models import splash_kernels, splash_of_jax
+from pixsigma_jax.models.splash_kernels import padded
 
 _LANES = 128  # blocks are multiples of it
 _BLOCK = 1024  # queries or keys, at most: the best on v5e and v6e alike
@@ -56,13 +57,11 @@ def attend(
   blocks = block_q, block_k, block_k
   query, key, value = map(_filled, (query, key, value), blocks)
   mask = _filled(mask, block_k)
-  if has_room(n, device_kind):
+  if has_room(n, f, device_kind):
     options = residual_name, block_q, block_k, at_once(n, itemsize), interpret
     operands = map(_in_rows, (query, key, value))
     out: Any = splash_kernels.attend(*options, *operands, _of_images(mask))
-    # As `_in_rows`, the other way.
-    out = einops.rearrange(out, "(b k) f n -> b (k f) n", b=len(mask)).swapaxes(1, 2)
-    out = einops.rearrange(out, "b n (k f) -> b n k f", f=f)
+    out = _out_of_rows(out, len(mask))
   else:
     fetched = at_once(mask.shape[1], itemsize)
     options = residual_name, block_q, block_k, fetched, interpret
@@ -78,34 +77,36 @@ def _in_rows(x: Float[Array, "b n k f"]) -> Float[Array, "bk f n"]:
   return einops.rearrange(x, "b (k f) n -> (b k) f n", f=f)
 
 
+def _out_of_rows(x: Float[Array, "bk f n"], batch: int) -> Float[Array, "b n k f"]:
+  f = x.shape[1]
+  x = einops.rearrange(x, "(b k) f n -> b (k f) n", b=batch).swapaxes(1, 2)
+  return einops.rearrange(x, "b n (k f) -> b n k f", f=f)
+
+
 def _of_images(mask: Bool[Array, "b m"]) -> Float32[Array, "b 1 m"]:
   return mask[:, None].astype(jnp.float32)
 
 
-def has_room(queries: int, device_kind: str) -> bool:
-  """Whether a core of the device has room for our kernels with so many queries."""
-  length = _padded(queries, block_size(queries))
-  return splash_kernels.room(length) <= _CORE_MEMORY.get(device_kind, 0)
+def has_room(queries: int, width: int, device_kind: str) -> bool:
+  """Whether a core of the device has room for our kernels, with heads so wide."""
+  length = padded(queries, block_size(queries))
+  return splash_kernels.room(length, width) <= _CORE_MEMORY.get(device_kind, 0)
 
 
 def block_size(length: int) -> int:
   """The least block of which as few as possible cover `length`."""
   blocks = -(-length // _BLOCK)
-  return _padded(-(-length // blocks), _LANES)
+  return padded(-(-length // blocks), _LANES)
 
 
 def at_once(length: int, itemsize: int) -> int:
-  """Queries or keys that a forward pass takes together: two blocks if there are two.
+  """Queries or keys that a forward pass takes together: two blocks, if they are even.
 
   Of numbers of four bytes a kernel has no room for more than one.
   """
   block = block_size(length)
-  whole = _padded(length, block) % (2 * block) == 0
+  whole = padded(length, block) % (2 * block) == 0
   return 2 * block if whole and itemsize == 2 else block
-
-
-def _padded(length: int, block: int) -> int:
-  return -(-length // block) * block
 
 
 def _filled(x: Shaped[Array, "b n *rest"], block: int) -> Shaped[Array, "b m *rest"]:

@@ -33,21 +33,22 @@ from jaxtyping import Array, Float, Float32
 # How kernels are called in a compiled program, where `plan` counts them.
 NAME = "attention"
 
-_TILE_ROWS = 16  # of bfloat16; twice those of float32
+TILE_ROWS = 16  # of bfloat16; twice those of float32
+_LANES = 128  # columns of a tile
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below every score
 _HIDDEN = -1e9  # or less: what is added to the score of a hidden key
 _NOTHING = 1e30  # in place of the sum's logarithm where a query sees no key
 
 
-def room(queries: int) -> int:
-  """Bytes of a core's own memory in which both run, with what a compiler adds.
+def room(queries: int, width: int) -> int:
+  """Bytes of a core's own memory in which the backward pass of a head runs.
 
-  The dq of a head in float32, at most 128 wide; and blocks, as many as there are.
+  Its dq in float32, at least as wide as a tile; and blocks, as many as there are.
   """
-  return queries * 128 * 4 + _BLOCKS
+  return queries * max(width, _LANES) * 4 + _BLOCKS
 
 
-_BLOCKS = 24 * 2**20
+_BLOCKS = 24 * 2**20  # and of the forward pass, with what a compiler adds
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -126,7 +127,7 @@ def _attention(
   from jax.experimental.pallas import tpu as pltpu
 
   (heads, f, n), m = query.shape, key.shape[-1]
-  rows, dtype = _padded(f + 1, _TILE_ROWS), query.dtype
+  rows, dtype = padded(f + 1, TILE_ROWS), query.dtype
 
   def of_queries(h, i, j):
     del j
@@ -164,7 +165,7 @@ def _attention(
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=room(n),
+      vmem_limit_bytes=_BLOCKS,
     ),
     name=f"{NAME}_forward_{block_q}_{block_k}",
     interpret=interpret,
@@ -208,7 +209,9 @@ def _forward_kernel(
   @pl.when(j == pl.num_programs(2) - 1)
   def _():
     weight, sees = total[f : f + 1, :], peak[...] > _HIDDEN / 2
-    out_ref[...] = jnp.where(sees, total[:f, :] / weight, 0.0).astype(out_ref.dtype)
+    # A product, in which what is no number stays so.
+    out = total[:f, :] * jnp.where(sees, 1 / weight, 0.0)
+    out_ref[...] = out.astype(out_ref.dtype)
     logsumexp_ref[...] = jnp.where(sees, peak[...] + jnp.log(weight), _NOTHING)
 
 
@@ -236,7 +239,7 @@ def _gradients(
   from jax.experimental.pallas import tpu as pltpu
 
   (heads, f, n), m = query.shape, key.shape[-1]
-  rows, dtype = _padded(f + 1, _TILE_ROWS), query.dtype
+  rows, dtype = padded(f + 1, TILE_ROWS), query.dtype
   last_k = m // block_k - 1
 
   def of_queries(h, j, i):
@@ -257,7 +260,7 @@ def _gradients(
 
   sums = n, block_k, block_k
   return pl.pallas_call(
-    functools.partial(_backward_kernel, block_q=block_q),
+    _backward_kernel,
     grid=(heads, m // block_k, n // block_q),
     in_specs=[
       pl.BlockSpec((None, f, block_q), of_queries),
@@ -280,7 +283,7 @@ def _gradients(
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=room(n),
+      vmem_limit_bytes=room(n, f),
     ),
     name=f"{NAME}_backward_{block_q}_{block_k}",
     interpret=interpret,
@@ -303,13 +306,11 @@ def _backward_kernel(
   dq_sum,
   dk_sum,
   dv_sum,
-  *,
-  block_q: int,
 ):
   """One block of keys and one of queries; keys lie in rows, queries in columns."""
   from jax.experimental import pallas as pl
 
-  j, i, f = pl.program_id(1), pl.program_id(2), q_ref.shape[0]
+  j, i, (f, block_q) = pl.program_id(1), pl.program_id(2), q_ref.shape
   queries = pl.ds(pl.multiple_of(i * block_q, block_q), block_q)
 
   @pl.when(j == 0)
@@ -365,5 +366,6 @@ def _product(a: Array, b: Array, over_a: int, over_b: int) -> Float32[Array, "..
   )
 
 
-def _padded(length: int, block: int) -> int:
+def padded(length: int, block: int) -> int:
+  """The least multiple of `block` that is not less than `length`."""
   return -(-length // block) * block

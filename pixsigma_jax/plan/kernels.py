@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from pixsigma_jax.chips import Chip
 from pixsigma_jax.models import splash_kernels
+from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded
 
 # Cycles a second: those at which the matrix units of a chip, each its width squared of
 # products a cycle, reach its peak.
@@ -66,7 +67,6 @@ _KERNELS = {
   "forward": _Kernel(1, 1, True),
   "backward": _Kernel(2, 3, True),
 }
-TILE_ROWS = 16  # of a tile of bfloat16
 
 # Kind of device → kernel → (queries, keys) of a block → its step. Head width 72; JAX's
 # forward pass takes the keys of a block by 1024.
@@ -82,25 +82,25 @@ STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
   },
   "TPU v5 lite": {
     "forward": {
-      (2048, 1024): Step(6314, 454),
-      (1024, 1024): Step(3374, 240),
-      (2048, 384): Step(2917, 0),
+      (2048, 1024): Step(6314, 381),
+      (1024, 1024): Step(3374, 209),
+      (2048, 384): Step(2874, 0),
     },
     "backward": {(1024, 1024): Step(7533, 542), (1024, 384): Step(3126, 214)},
   },
   "TPU v5": {
     "forward": {
-      (2048, 1024): Step(6481, 454),
-      (1024, 1024): Step(3455, 240),
-      (2048, 384): Step(2905, 0),
+      (2048, 1024): Step(6481, 383),
+      (1024, 1024): Step(3455, 209),
+      (2048, 384): Step(2837, 0),
     },
     "backward": {(1024, 1024): Step(7399, 539), (1024, 384): Step(3023, 194)},
   },
   "TPU v6 lite": {
     "forward": {
-      (2048, 1024): Step(4734, 286),
-      (1024, 1024): Step(2778, 147),
-      (2048, 384): Step(2158, 0),
+      (2048, 1024): Step(4734, 247),
+      (1024, 1024): Step(2778, 126),
+      (2048, 384): Step(2095, 0),
     },
     "backward": {(1024, 1024): Step(4363, 357), (1024, 384): Step(1955, 127)},
   },
@@ -178,9 +178,7 @@ def cycles(call: Call, kind: str, chip: Chip) -> float | None:
   area = math.prod(call.block)
   nearest = min(known, key=lambda block: abs(math.log(math.prod(block) / area)))
   share = area / math.prod(nearest)
-  wide, narrow = (
-    -(-call.width // unit) * unit for unit in (chip.matrix_unit, TILE_ROWS)
-  )
+  wide, narrow = (padded(call.width, unit) for unit in (chip.matrix_unit, TILE_ROWS))
   products_a_cycle = chip.flops / 2 / clock / cores
   floor = area * (about.wide * wide + about.narrow * narrow) / products_a_cycle
   each = max(known[nearest].each * share, floor)

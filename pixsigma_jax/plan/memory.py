@@ -141,8 +141,9 @@ def estimate(stage: Stage) -> Memory:
     kept = 0  # it waits in the host's memory
   else:
     kept = model.depth * each * _FLOAT
-    if compute.remat == "attention":
-      kept += model.depth * 2 * each * _HALF
+    if compute.remat == "attention":  # outputs, and each query's sum by head
+      sums = rows_and_tokens * model.num_heads * _FLOAT
+      kept += model.depth * 2 * (each * _HALF + sums)
   # A block's matrices are gathered before they are used, and so is their gradient.
   gathered = _block_parameters(model) * (_HALF + _FLOAT) * (stage.sizes["fsdp"] > 1)
   return Memory(

@@ -16,8 +16,8 @@ from pixsigma_jax.chips import Chip
 from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.models.splash_kernels import TILE_ROWS
 from pixsigma_jax.plan import memory
-from pixsigma_jax.plan.kernels import TILE_ROWS
 from pixsigma_jax.plan.stage import Stage, keys_of
 
 _FLOAT, _HALF = 4, 2
@@ -146,9 +146,10 @@ def _narrow(model: PixArtConfig, unit: int) -> float:
 
 def _by_our_kernels(stage: Stage) -> bool:
   """Whether attention is done by `models/splash_kernels.py`."""
-  # Of all tokens, as where heads are traded.
+  # All of its tokens, as where heads are traded.
+  head = stage.model.width // stage.model.num_heads
   return stage.attention == "splash" and splash.has_room(
-    stage.tokens, stage.topology.kind
+    stage.tokens, head, stage.topology.kind
   )
 
 

@@ -96,7 +96,9 @@ def plan_sampling(
     mfu=seconds and flops / seconds / chip.flops,
     ceiling=roofline.ceiling(
       *(model, chip.matrix_unit),
-      our_kernels=splash.has_room(model.base_size**2, machines.kind),
+      our_kernels=splash.has_room(
+        model.base_size**2, model.width // model.num_heads, machines.kind
+      ),
       training=False,
     ),
     compiled_in=compilation.seconds,

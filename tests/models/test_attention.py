@@ -1,12 +1,14 @@
 """Attention: every implementation is the softmax of the definition."""
 
 import functools
+import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 from jax.experimental import topologies
 
 from pixsigma_jax import sharding
@@ -50,7 +52,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  """TPU's kernel step by step in XLA, in the smallest blocks that it has."""
+  """TPU's kernels step by step in XLA, in the smallest blocks that they have."""
   monkeypatch.setattr(splash, "_BLOCK", 128)
   kernel = functools.partial(attention.IMPLEMENTATIONS["splash"], interpret=True)
   monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash", kernel)
@@ -68,7 +70,7 @@ def interpreted(monkeypatch):
 def test_is_the_softmax_of_the_definition_at_odd_lengths(
   implementation, dtype, tolerance
 ):
-  # The kernel has blocks of 128, and takes keys by two blocks where it can.
+  # Kernels have blocks of 128; ours takes queries by two where it can, JAX's keys.
   n, m = (131, 389) if "splash" in implementation else (17, 29)
   query, key, value = draw((2, n, 2, 12), (2, m, 2, 12), dtype)
   mask = np.arange(m) < np.array([m, 5])[:, None]
@@ -103,25 +105,45 @@ def test_its_gradient_is_that_of_finite_differences(implementation):
     )
 
 
-@pytest.mark.parametrize("lengths", [(300, 389), (100, 700), (700, 100)])
+@pytest.mark.parametrize("lengths", [(300, 389), (100, 700), (700, 100), (500, 300)])
 @pytest.mark.parametrize("implementation", ["splash", "splash on v4"])
+@pytest.mark.parametrize(
+  ("dtype", "tolerance"),
+  # Sums of float32 in another order; four roundings to eight bits.
+  [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-6)],
+  ids=["float32", "bfloat16"],
+)
 def test_its_gradient_over_several_blocks_is_that_of_the_reference(
-  implementation, lengths
+  implementation, lengths, dtype, tolerance
 ):
   n, m = lengths
-  query, key, value = draw((2, n, 2, 12), (2, m, 2, 12), jnp.float32)
-  weight = jax.random.normal(jax.random.key(1), query.shape)
+  arrays = draw((2, n, 2, 12), (2, m, 2, 12), dtype)
+  weight = jax.random.normal(jax.random.key(1), arrays[0].shape)
   mask = jnp.arange(m)[None] < jnp.array([[m], [m // 3]])
 
-  def gradients(implementation):
+  def gradients(implementation, arrays):
     def loss(*arrays):
-      return (attention.attend(*arrays, mask, implementation) * weight).sum()
+      out = attention.attend(*arrays, mask, implementation)
+      return (out.astype(jnp.float32) * weight).sum()
 
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
 
-  for ours, theirs in zip(gradients(implementation), gradients("xla"), strict=True):
-    # Sums of float32 in another order.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+  exact = gradients("xla", [x.astype(jnp.float32) for x in arrays])
+  for ours, theirs in zip(gradients(implementation, arrays), exact, strict=True):
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(
+      ours.astype(jnp.float32), theirs, rtol=0, atol=tolerance * np.abs(theirs).max()
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_no_number_stays_so(implementation):
+  query, key, value = draw((1, 9, 2, 4), (1, 20, 2, 4), jnp.float32)
+  mask = jnp.ones((1, 20), bool)
+  out = jitted(implementation)(query.at[0, 3, 1].set(jnp.nan), key, value, mask)
+  lost = np.isnan(out)
+  assert lost[0, 3, 1].all()
+  assert lost.sum() == 4
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -369,15 +391,15 @@ REAL = [
 ]
 
 
-def lowered(n, m, kind, sharding=None):
+def lowered(n, m, kind, sharding=None, *, dtype=jnp.bfloat16, width=72):
   def loss(query, key, value, mask):
     options = {"residual_name": attention.OUTPUT, "device_kind": kind}
     return splash.attend(query, key, value, mask, **options).astype(jnp.float32).sum()
 
-  def array(*shape, dtype=jnp.bfloat16):
+  def array(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  query, key = array(1, n, 16, 72), array(1, m, 16, 72)
+  query, key = array(1, n, 16, width), array(1, m, 16, width)
   step = jax.jit(jax.grad(loss, (0, 1, 2)))
   traced = step.trace(query, key, key, array(1, m, dtype=jnp.bool_))
   return traced.lower(lowering_platforms=("tpu",))
@@ -420,12 +442,66 @@ def test_blocks_cover_a_length_with_little_to_spare(real, length):
 
 
 @pytest.mark.parametrize(
-  ("topology", "kind"), [("v5e:2x2", "TPU v5 lite"), ("v4:2x2x1", "TPU v4")]
+  ("topology", "n", "m", "dtype", "width"),
+  [
+    ("v5e:2x2", 4096, 1024, jnp.bfloat16, 72),
+    ("v4:2x2x1", 4096, 1024, jnp.bfloat16, 72),
+    ("v5e:2x2", 4096, 1024, jnp.float32, 72),
+    ("v6e:2x2", 4096, 1024, jnp.bfloat16, 128),
+    ("v5e:2x2", 300, 300, jnp.bfloat16, 16),
+    # As many queries as our kernels are to have room for; v5p has the least.
+    ("v5p:2x2x1", 65536, 1024, jnp.bfloat16, 72),
+  ],
 )
-def test_the_kernels_compile_for_a_tpu(real, libtpu, monkeypatch, topology, kind):
+def test_the_kernels_compile_for_a_tpu(
+  real, libtpu, monkeypatch, topology, n, m, dtype, width
+):
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   chip = topologies.get_topology_desc(topology, "tpu").devices[0]
   place = jax.sharding.SingleDeviceSharding(chip)
-  memory = lowered(4096, 1024, kind, place).compile().memory_analysis()
-  scores = 4096 * 1024 * 16 * 4
+  step = lowered(n, m, chip.device_kind, place, dtype=dtype, width=width)
+  memory = step.compile().memory_analysis()
+  scores = n * m * 16 * 4
   assert memory.temp_size_in_bytes < scores / 2
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite"])
+def test_what_is_kept_of_attention_is_not_padded(real, capsys, kind):
+  def loss(query, key):
+    options = {"residual_name": attention.OUTPUT, "device_kind": kind}
+    mask = jnp.ones(key.shape[:2], bool)
+    return splash.attend(query, key, key, mask, **options).astype(jnp.float32).sum()
+
+  array = jax.ShapeDtypeStruct((1, 1024, 16, 72), jnp.bfloat16)
+  policy = jax.checkpoint_policies.save_only_these_names(attention.OUTPUT)
+  print_saved_residuals(jax.checkpoint(loss, policy=policy), array, array)
+  kept = re.findall(rf"(\S+) named '{attention.OUTPUT}'", capsys.readouterr().out)
+  # The output, with tokens in lanes, and each query's sum.
+  assert kept == ["bf16[16,72,1024]", "f32[16,1024]"]
+
+
+def test_without_a_gradient_v4_writes_no_sums(real):
+  def draw_only(query):
+    options = {"residual_name": attention.OUTPUT, "device_kind": "TPU v4"}
+    return splash.attend(query, query, query, jnp.ones((1, 1024), bool), **options)
+
+  array = jax.ShapeDtypeStruct((1, 1024, 16, 72), jnp.bfloat16)
+  text = jax.jit(draw_only).trace(array).lower(lowering_platforms=("tpu",)).as_text()
+  assert 'kernel_name = "splash_mha_fwd_no_residuals' in text
+
+
+@pytest.mark.parametrize(
+  ("kind", "queries", "width", "fits"),
+  [
+    *((kind, 65_536, 72, True) for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")),
+    ("TPU v5", 2 * 65_536, 72, False),
+    ("TPU v5 lite", 65_536, 256, True),
+    ("TPU v5 lite", 2 * 65_536, 256, False),
+    ("TPU v4", 1024, 72, False),
+    ("NVIDIA H200", 1024, 72, False),
+  ],
+)
+def test_our_kernels_are_for_cores_that_hold_the_dq_of_a_head(
+  kind, queries, width, fits
+):
+  assert splash.has_room(queries, width, kind) == fits
