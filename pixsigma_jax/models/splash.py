@@ -89,8 +89,9 @@ def _of_images(mask: Bool[Array, "b m"]) -> Float32[Array, "b 1 m"]:
 
 def has_room(queries: int, width: int, device_kind: str) -> bool:
   """Whether a core of the device has room for our kernels, with heads so wide."""
-  length = padded(queries, block_size(queries))
-  return splash_kernels.room(length, width) <= _CORE_MEMORY.get(device_kind, 0)
+  needed = splash_kernels.room(padded(queries, block_size(queries)), width)
+  known = width <= splash_kernels.WIDEST
+  return known and needed <= _CORE_MEMORY.get(device_kind, 0)
 
 
 def block_size(length: int) -> int:

@@ -34,18 +34,17 @@ from jaxtyping import Array, Float, Float32
 NAME = "attention"
 
 TILE_ROWS = 16  # of bfloat16; twice those of float32
-_LANES = 128  # columns of a tile
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below every score
 _HIDDEN = -1e9  # or less: what is added to the score of a hidden key
-_NOTHING = 1e30  # in place of the sum's logarithm where a query sees no key
+WIDEST = 128  # head of which `_BLOCKS` has room for blocks
 
 
 def room(queries: int, width: int) -> int:
   """Bytes of a core's own memory in which the backward pass of a head runs.
 
-  Its dq in float32, at least as wide as a tile; and blocks, as many as there are.
+  Its dq in float32; and blocks, as many as there are.
   """
-  return queries * max(width, _LANES) * 4 + _BLOCKS
+  return queries * padded(width, TILE_ROWS) * 4 + _BLOCKS
 
 
 _BLOCKS = 24 * 2**20  # and of the forward pass, with what a compiler adds
@@ -212,7 +211,8 @@ def _forward_kernel(
     # A product, in which what is no number stays so.
     out = total[:f, :] * jnp.where(sees, 1 / weight, 0.0)
     out_ref[...] = out.astype(out_ref.dtype)
-    logsumexp_ref[...] = jnp.where(sees, peak[...] + jnp.log(weight), _NOTHING)
+    # 0 where no key is seen: beside it hidden ones weigh nothing in the backward pass.
+    logsumexp_ref[...] = jnp.where(sees, peak[...] + jnp.log(weight), 0.0)
 
 
 def _gradients(

@@ -449,8 +449,8 @@ def test_blocks_cover_a_length_with_little_to_spare(real, length):
     ("v5e:2x2", 4096, 1024, jnp.float32, 72),
     ("v6e:2x2", 4096, 1024, jnp.bfloat16, 128),
     ("v5e:2x2", 300, 300, jnp.bfloat16, 16),
-    # As many queries as our kernels are to have room for; v5p has the least.
-    ("v5p:2x2x1", 65536, 1024, jnp.bfloat16, 72),
+    # As many queries as 4096 pixels make; v5p has the least room.
+    ("v5p:2x2x1", 65536, 1024, jnp.bfloat16, 128),
   ],
 )
 def test_the_kernels_compile_for_a_tpu(
@@ -495,8 +495,10 @@ def test_without_a_gradient_v4_writes_no_sums(real):
   [
     *((kind, 65_536, 72, True) for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")),
     ("TPU v5", 2 * 65_536, 72, False),
-    ("TPU v5 lite", 65_536, 256, True),
-    ("TPU v5 lite", 2 * 65_536, 256, False),
+    ("TPU v5", 65_536, 128, True),
+    ("TPU v5 lite", 3 * 65_536, 72, True),
+    ("TPU v5 lite", 3 * 65_536, 128, False),
+    ("TPU v5 lite", 1024, 136, False),
     ("TPU v4", 1024, 72, False),
     ("NVIDIA H200", 1024, 72, False),
   ],
