@@ -78,6 +78,22 @@ def test_no_step_is_faster_than_the_matrix_units(kind, kernel):
   assert have / kernels.CLOCKS[kind] < 2.2 * peak
 
 
+@pytest.mark.parametrize(
+  ("kernel", "width"),  # of all products of a step, as wide as the unit or in rows
+  [
+    *(("fwd", 2 * 128), ("dq", 3 * 128), ("dkv", 4 * 128)),
+    *(("forward", 128 + 80), ("backward", 2 * 128 + 3 * 80)),
+  ],
+)
+def test_a_step_without_instructions_takes_what_its_products_take(
+  kernel, width, monkeypatch
+):
+  monkeypatch.setitem(kernels.STEPS[V5E], kernel, {(1024, 1024): Step(0, 0)})
+  call = Call(kernel, 16, (8, 8), (1024, 1024), 72)
+  cycles = 2 * width * 16 * (8 * 1024) ** 2 / 197e12 * 1.5e9
+  assert kernels.cycles(call, V5E, CHIPS[V5E]) == pytest.approx(cycles)
+
+
 def test_blocks_that_were_not_measured_cost_as_their_area():
   chip = CHIPS[V5E]
   square, flat = (

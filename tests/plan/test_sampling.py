@@ -9,7 +9,7 @@ import pytest
 from pixsigma_jax import tree
 from pixsigma_jax.models.flops import forward_flops
 from pixsigma_jax.models.pixart import abstract_params
-from pixsigma_jax.plan import gpus, memory, sampling, topology
+from pixsigma_jax.plan import gpus, memory, roofline, sampling, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.train.config import model_config
 from tests import commands
@@ -56,6 +56,8 @@ def test_two_passes_do_the_same_arithmetic_in_less_memory(larger, libtpu):
   assert one.parameters == two.parameters == 4 * tree.size(abstract_params(larger))
   forward = sum(forward_flops(larger, (64, 64), larger.caption_length).values())
   assert one.flops == two.flops == 20 * 2 * forward
+  ours = {"our_kernels": True, "training": False}
+  assert one.ceiling == two.ceiling == roofline.ceiling(larger, 128, **ours)
   rest = [found.total - found.parameters for found in (one, two)]
   assert rest[1] < 0.7 * rest[0]
 
