@@ -35,7 +35,8 @@ _COMPILE = flags.DEFINE_bool(
   "compile", True, "Compile the step; without, the analytic model in seconds."
 )
 _SEARCH = flags.DEFINE_integer(
-  "search", 0, "Rank meshes and remat, show so many of the best.", lower_bound=0
+  *("search", 0, "Rank meshes, remat and accumulation, show so many of the best."),
+  lower_bound=0,
 )
 _PRICE = flags.DEFINE_float(
   "price", None, "Dollars an hour of a chip, in place of the list's.", lower_bound=0.0

@@ -141,6 +141,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     "tokens": stage.tokens,
     "attention": stage.attention,
     "remat": stage.program.model.compute.remat,
+    "accumulation": stage.config["accumulation"],
     "fits": plan.fits,
     "compiled": compilation and dataclasses.asdict(compilation),
     "memory": {

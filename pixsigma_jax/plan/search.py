@@ -1,6 +1,7 @@
-"""Meshes and rematerialisations of a stage, ranked by their modelled step."""
+"""Meshes, rematerialisations and parts of a batch, ranked by their modelled step."""
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,18 +18,24 @@ from pixsigma_jax.train.config import model_config
 def candidates(
   config: Mapping[str, Any], topology: Topology
 ) -> Iterator[Mapping[str, Any]]:
-  """The config on every mesh of the topology, with every rematerialisation."""
+  """The config on every mesh of the topology, with every rematerialisation.
+
+  And with every number of parts in which the batch, the same in all, may come.
+  """
   within, width = topology.per_slice, model_config(config["model"]).width
   for fsdp in _divisors(within):
     if not sharding.has_whole_tiles(width, fsdp):
       continue
     for context in _divisors(within // fsdp):
+      data = topology.count // (fsdp * context)
+      rows = config["batch_size"] // (data * fsdp)
       # How long the host's memory is waited for is not modelled.
-      for remat in (remat for remat in REMATS if remat != "offload"):
+      remats = (remat for remat in REMATS if remat != "offload")
+      for remat, accumulation in itertools.product(remats, _divisors(max(rows, 1))):
         changed = copy.deepcopy(dict(config))
-        data = topology.count // (fsdp * context)
         changed["mesh"] |= {"data": data, "fsdp": fsdp, "context": context}
         changed["compute"] |= {"remat": remat}
+        changed["accumulation"] = accumulation
         yield changed
 
 
@@ -63,7 +70,8 @@ def search(
     remat = least.stage.program.model.compute.remat
     raise ValueError(
       f"No mesh of {topology} fits {config['stage']}: the least, "
-      f"{dict(least.stage.sizes)} with remat {remat}, takes "
+      f"{dict(least.stage.sizes)} with remat {remat} and accumulation "
+      f"{least.stage.config['accumulation']}, takes "
       f"{least.memory.total / 2**30:.1f} GiB of {topology.chip.usable / 2**30:.2f} by "
       "the estimate. Take a larger topology or a smaller batch."
     )
@@ -76,13 +84,16 @@ def search(
   return fitting
 
 
-def _rank(plan: Plan) -> tuple[float, int]:
-  return plan.seconds, plan.memory.total
+def _rank(plan: Plan) -> tuple[float, int, int]:
+  # As many images at a time as there is room for.
+  return plan.seconds, plan.stage.config["accumulation"], plan.memory.total
 
 
 def table(plans: list[Plan]) -> str:
   """A line a plan, best first."""
-  lines = ["data x fsdp x context  remat      GiB a device      s a step    MFU"]
+  lines = [
+    "data x fsdp x context  remat      accumulation  GiB a device      s a step    MFU"
+  ]
   for plan in plans:
     sizes = " x ".join(map(str, plan.stage.sizes.values()))
     how = "compiled" if plan.memory.compiled else "estimate"
@@ -90,6 +101,7 @@ def table(plans: list[Plan]) -> str:
       how = "refused"
     lines.append(
       f"{sizes:<23}{plan.stage.program.model.compute.remat:<11}"
+      f"{plan.stage.config['accumulation']:<14}"
       f"{plan.memory.total / 2**30:6.2f} {how:<9}{plan.seconds:10.4f}"
       f"{plan.mfu:7.1%}"
     )

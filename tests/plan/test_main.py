@@ -21,7 +21,8 @@ SMALL = (
 )
 KEYS = {
   *("stage", "topology", "slices", "chips", "devices", "device_kind", "mesh"),
-  *("batch_size", "tokens", "attention", "remat", "fits", "compiled", "memory"),
+  *("batch_size", "tokens", "attention", "remat", "accumulation", "fits", "compiled"),
+  "memory",
   *(
     "flops",
     "roofline",
@@ -139,10 +140,28 @@ def test_a_search_ranks_meshes_by_their_steps(plan):
   assert len(found) == 4
   seconds = [each["step_seconds"] for each in found]
   assert seconds == sorted(seconds)
-  assert len({(*each["mesh"].values(), each["remat"]) for each in found}) == 4
+  tried = {
+    (*each["mesh"].values(), each["remat"], each["accumulation"]) for each in found
+  }
+  assert len(tried) == 4
   done = plan(*SMALL, "--topology=v5e:2x2", "--nocompile", "--search=1")
   sizes = " x ".join(map(str, found[0]["mesh"].values()))
-  assert re.match(rf"{sizes} +{found[0]['remat']} ", done.out.splitlines()[1])
+  best = rf"{sizes} +{found[0]['remat']} +{found[0]['accumulation']} "
+  assert re.match(best, done.out.splitlines()[1])
+
+
+def test_a_search_takes_the_batch_in_parts_where_the_whole_does_not_fit(plan):
+  stage_2k = "--config=configs/stage_2k.py", "--topology=v6e:2x2", "--nocompile"
+  assert plan(*stage_2k).code == 1
+  done = plan(*stage_2k, "--search=1", "--json")
+  assert done.code == 0, done.err
+  (found,) = json.loads(done.out)
+  assert found["fits"]
+  assert found["batch_size"] == 32
+  assert found["accumulation"] > 1
+  # Where the whole fits and parts bring nothing, it stays whole.
+  done = plan(*SMALL, "--topology=v5e:1x1", "--nocompile", "--search=1", "--json")
+  assert json.loads(done.out)[0]["accumulation"] == 1
 
 
 def test_what_does_not_fit_ends_with_one_error_that_says_why(plan):
