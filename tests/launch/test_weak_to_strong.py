@@ -174,10 +174,20 @@ def test_a_stage_that_there_is_not_is_named_before_anything_runs(clone):
   assert trained(clone) == []
 
 
+@pytest.fixture
+def interruptible():
+  """Children take SIGINT, even of a suite that a shell has in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
   ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
-def test_a_signal_reaches_the_training_and_ends_the_chain(clone, number, code):
+def test_a_signal_reaches_the_training_and_ends_the_chain(
+  interruptible, clone, number, code
+):
   (clone / "hangs").touch()
   process = subprocess.Popen(
     command(), cwd=clone, env=environment(clone), start_new_session=True
@@ -192,6 +202,7 @@ def test_a_signal_reaches_the_training_and_ends_the_chain(clone, number, code):
   finally:
     if process.poll() is None:
       os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
   lines = (clone / "log").read_text().splitlines()
   assert len(lines) == 2  # one stage, which had the time to save
   assert lines[1] == "saved"
