@@ -13,11 +13,8 @@ costs is measured by `benchmarks/splash_cycles.py` and stands in
 two of them at once in the forward pass, of queries in ours and of keys in JAX's.
 """
 
-from typing import Any
-
-import einops
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from pixsigma_jax.models import splash_kernels, splash_of_jax
 from pixsigma_jax.models.splash_kernels import padded
@@ -52,39 +49,19 @@ def attend(
     device_kind: what it is to run on.
     interpret: runs the kernel step by step in XLA, on any platform; for tests.
   """
-  n, f, itemsize = query.shape[1], query.shape[-1], query.dtype.itemsize
-  block_q, block_k = block_size(n), block_size(key.shape[1])
-  blocks = block_q, block_k, block_k
-  query, key, value = map(_filled, (query, key, value), blocks)
-  mask = _filled(mask, block_k)
-  if has_room(n, f, device_kind):
-    options = residual_name, block_q, block_k, at_once(n, itemsize), interpret
-    operands = map(_in_rows, (query, key, value))
-    out: Any = splash_kernels.attend(*options, *operands, _of_images(mask))
-    out = _out_of_rows(out, len(mask))
-  else:
-    fetched = at_once(mask.shape[1], itemsize)
-    options = residual_name, block_q, block_k, fetched, interpret
-    out = splash_of_jax.attend(*options, query, key, value, mask)
+  n, m, f = query.shape[1], key.shape[1], query.shape[-1]
+  ours = has_room(n, f, device_kind)
+  options = splash_kernels.Options(
+    residual_name=residual_name,
+    block_q=block_size(n),
+    block_k=block_size(m),
+    at_once=at_once(n if ours else m, query.dtype.itemsize),
+    interpret=interpret,
+  )
+  key, value, mask = (_filled(x, options.block_k) for x in (key, value, mask))
+  kernels = splash_kernels if ours else splash_of_jax
+  out = kernels.attend(options, _filled(query, options.block_q), key, value, mask)
   return out[:, :n].astype(value.dtype)
-
-
-def _in_rows(x: Float[Array, "b n k f"]) -> Float[Array, "bk f n"]:
-  # Heads joined while it is turned: their 72 features by themselves would take 128
-  # places, and XLA a pass over twice the bytes. So a matrix product writes it turned.
-  f = x.shape[-1]
-  x = einops.rearrange(x, "b n k f -> b n (k f)").swapaxes(1, 2)
-  return einops.rearrange(x, "b (k f) n -> (b k) f n", f=f)
-
-
-def _out_of_rows(x: Float[Array, "bk f n"], batch: int) -> Float[Array, "b n k f"]:
-  f = x.shape[1]
-  x = einops.rearrange(x, "(b k) f n -> b (k f) n", b=batch).swapaxes(1, 2)
-  return einops.rearrange(x, "b n (k f) -> b n k f", f=f)
-
-
-def _of_images(mask: Bool[Array, "b m"]) -> Float32[Array, "b 1 m"]:
-  return mask[:, None].astype(jnp.float32)
 
 
 def has_room(queries: int, width: int, device_kind: str) -> bool:

@@ -23,20 +23,43 @@ Formulas: FlashAttention-2 (Dao 2023), algorithms 1 and 2. Heads may be divided 
 the two cores of a TPU v5p, of which JAX's backward kernels use one.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 # How kernels are called in a compiled program, where `plan` counts them.
 NAME = "attention"
 
 TILE_ROWS = 16  # of bfloat16; twice those of float32
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below every score
-_HIDDEN = -1e9  # or less: what is added to the score of a hidden key
+HIDDEN = -1e9  # or less: what is added to the score of a hidden key
 WIDEST = 128  # head of which `_BLOCKS` has room for blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How attention is done by kernels, ours or JAX's.
+
+  Attributes:
+    residual_name: of what the backward pass needs of the forward pass: the output and
+      the logarithm of each query's sum.
+    block_q, block_k: multiples of 128 that divide the lengths.
+    at_once: what the forward pass takes together, queries in ours, a multiple of
+      `block_q`, and keys in JAX's, of `block_k`.
+    interpret: runs the kernels step by step in XLA, on any platform.
+  """
+
+  residual_name: str
+  block_q: int
+  block_k: int
+  at_once: int
+  interpret: bool
 
 
 def room(queries: int, width: int) -> int:
@@ -50,76 +73,95 @@ def room(queries: int, width: int) -> int:
 _BLOCKS = 24 * 2**20  # and of the forward pass, with what a compiler adds
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def attend(
-  residual_name: str,
-  block_q: int,
-  block_k: int,
-  at_once: int,
-  interpret: bool,
+  options: Options,
+  query: Float[Array, "b n k f"],
+  key: Float[Array, "b m k f"],
+  value: Float[Array, "b m k f"],
+  mask: Bool[Array, "b m"],
+) -> Float[Array, "b n k f"]:
+  """softmax(q·kᵀ/√f)·v over keys that are seen; 0 where none is."""
+  query, key, value = (_in_rows(x) for x in (query, key, value))
+  seen = mask[:, None].astype(jnp.float32)
+  out: Any = _attend(options, query, key, value, seen)
+  return _out_of_rows(out, len(mask))
+
+
+def _in_rows(x: Float[Array, "b n k f"]) -> Float[Array, "bk f n"]:
+  # Heads joined while it is turned: their 72 features by themselves would take 128
+  # places, and XLA a pass over twice the bytes. So a matrix product writes it turned.
+  f = x.shape[-1]
+  x = einops.rearrange(x, "b n k f -> b n (k f)").swapaxes(1, 2)
+  return einops.rearrange(x, "b (k f) n -> (b k) f n", f=f)
+
+
+def _out_of_rows(x: Float[Array, "bk f n"], batch: int) -> Float[Array, "b n k f"]:
+  f = x.shape[1]
+  x = einops.rearrange(x, "(b k) f n -> b (k f) n", b=batch).swapaxes(1, 2)
+  return einops.rearrange(x, "b n (k f) -> b n k f", f=f)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+  options: Options,
   query: Float[Array, "h f n"],
   key: Float[Array, "h f m"],
   value: Float[Array, "h f m"],
   mask: Float32[Array, "b 1 m"],
 ) -> Float[Array, "h f n"]:
-  """softmax(q·kᵀ/√f)·v over keys that are seen; 0 where none is.
-
-  Args:
-    residual_name: of what the backward pass needs of the forward pass.
-    block_q, block_k: multiples of 128 that divide the lengths.
-    at_once: queries that the forward pass takes together, a multiple of `block_q`.
-    interpret: runs the kernels step by step in XLA, on any platform.
-    query, key, value: the heads of an image one after another.
-    mask: 1 for keys of an image that are to be seen, 0 for others.
-  """
-  options = block_q, block_k, at_once, interpret
-  out, _ = _forward(residual_name, *options, query, key, value, mask)
+  out, _ = _forward(options, query, key, value, mask)
   return out
 
 
-def _forward(
-  residual_name, block_q, block_k, at_once, interpret, query, key, value, mask
-):
-  del block_q
-  operands = query, key, value, mask
-  out, logsumexp = _attention(
-    *operands, block_q=at_once, block_k=block_k, interpret=interpret
-  )
-  out = checkpoint_name(out, residual_name)
-  logsumexp = checkpoint_name(logsumexp, residual_name)
+def _forward(options, *operands):
+  out, logsumexp = _attention(options, *operands)
+  out = checkpoint_name(out, options.residual_name)
+  logsumexp = checkpoint_name(logsumexp, options.residual_name)
   return out, (*operands, out, logsumexp)
 
 
-def _backward(residual_name, block_q, block_k, at_once, interpret, residuals, gradient):
-  del residual_name, at_once
+def _backward(options, residuals, gradient):
   query, key, value, mask, out, logsumexp = residuals
   correction = jnp.einsum(
     "hfn,hfn->hn", out, gradient, preferred_element_type=jnp.float32
   )
   gradients = _gradients(
-    *(query, key, value, mask, gradient, logsumexp, correction),
-    block_q=block_q,
-    block_k=block_k,
-    interpret=interpret,
+    options, query, key, value, mask, gradient, logsumexp, correction
   )
   return *gradients, None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
+
+
+def _places(heads: int, images: int, axis_q: int):
+  """Which block a kernel takes of queries, of keys and of an image's mask.
+
+  By its place in a grid of heads, blocks of queries (`axis_q`) and blocks of keys.
+  """
+  axis_k = 3 - axis_q
+
+  def of_queries(*place):
+    return place[0], 0, place[axis_q]
+
+  def of_keys(*place):
+    return place[0], 0, place[axis_k]
+
+  def of_mask(*place):
+    return jax.lax.div(place[0], heads // images), 0, place[axis_k]
+
+  return of_queries, of_keys, of_mask
 
 
 # Within a function of its own JAX leaves it out where its results are known already, as
 # those that a remat policy keeps: a kernel by itself it never does.
-@functools.partial(jax.jit, static_argnames=("block_q", "block_k", "interpret"))
+@functools.partial(jax.jit, static_argnums=0)
 def _attention(
+  options: Options,
   query: Float[Array, "h f n"],
   key: Float[Array, "h f m"],
   value: Float[Array, "h f m"],
   mask: Float32[Array, "b 1 m"],
-  *,
-  block_q: int,
-  block_k: int,
-  interpret: bool,
 ) -> tuple[Float[Array, "h f n"], Float32[Array, "h n"]]:
   """And the logarithm of each query's sum of exponentials."""
   from jax.experimental import pallas as pl  # half a second that only TPUs need
@@ -127,19 +169,8 @@ def _attention(
 
   (heads, f, n), m = query.shape, key.shape[-1]
   rows, dtype = padded(f + 1, TILE_ROWS), query.dtype
-
-  def of_queries(h, i, j):
-    del j
-    return h, 0, i
-
-  def of_keys(h, i, j):
-    del i
-    return h, 0, j
-
-  def of_mask(h, i, j):
-    del i
-    return jax.lax.div(h, heads // len(mask)), 0, j
-
+  block_q, block_k = options.at_once, options.block_k
+  of_queries, of_keys, of_mask = _places(heads, len(mask), axis_q=1)
   out, logsumexp = pl.pallas_call(
     _forward_kernel,
     grid=(heads, n // block_q, m // block_k),
@@ -167,7 +198,7 @@ def _attention(
       vmem_limit_bytes=_BLOCKS,
     ),
     name=f"{NAME}_forward_{block_q}_{block_k}",
-    interpret=interpret,
+    interpret=options.interpret,
   )(query, key, value, mask)
   return out, logsumexp[:, 0]
 
@@ -207,7 +238,7 @@ def _forward_kernel(
 
   @pl.when(j == pl.num_programs(2) - 1)
   def _():
-    weight, sees = total[f : f + 1, :], peak[...] > _HIDDEN / 2
+    weight, sees = total[f : f + 1, :], peak[...] > HIDDEN / 2
     # A product, in which what is no number stays so.
     out = total[:f, :] * jnp.where(sees, 1 / weight, 0.0)
     out_ref[...] = out.astype(out_ref.dtype)
@@ -216,6 +247,7 @@ def _forward_kernel(
 
 
 def _gradients(
+  options: Options,
   query: Float[Array, "h f n"],
   key: Float[Array, "h f m"],
   value: Float[Array, "h f m"],
@@ -223,10 +255,6 @@ def _gradients(
   gradient: Float[Array, "h f n"],
   logsumexp: Float32[Array, "h n"],
   correction: Float32[Array, "h n"],
-  *,
-  block_q: int,
-  block_k: int,
-  interpret: bool,
 ) -> tuple[Float[Array, "h f n"], Float[Array, "h f m"], Float[Array, "h f m"]]:
   """With respect to queries, keys and values.
 
@@ -240,19 +268,9 @@ def _gradients(
 
   (heads, f, n), m = query.shape, key.shape[-1]
   rows, dtype = padded(f + 1, TILE_ROWS), query.dtype
+  block_q, block_k = options.block_q, options.block_k
   last_k = m // block_k - 1
-
-  def of_queries(h, j, i):
-    del j
-    return h, 0, i
-
-  def of_keys(h, j, i):
-    del i
-    return h, 0, j
-
-  def of_mask(h, j, i):
-    del i
-    return jax.lax.div(h, heads // len(mask)), 0, j
+  of_queries, of_keys, of_mask = _places(heads, len(mask), axis_q=2)
 
   def of_result(h, j, i):
     # One block until the last keys, when each is written once.
@@ -286,7 +304,7 @@ def _gradients(
       vmem_limit_bytes=room(n, f),
     ),
     name=f"{NAME}_backward_{block_q}_{block_k}",
-    interpret=interpret,
+    interpret=options.interpret,
   )(query, key, value, mask, gradient, logsumexp[:, None], correction[:, None])
 
 
@@ -348,7 +366,7 @@ def _scaled(q_ref) -> Float[Array, "f n"]:
 
 
 def _hiding(mask_ref) -> Float32[Array, "1 m"]:
-  return jnp.where(mask_ref[...] > 0, 0.0, _HIDDEN)
+  return jnp.where(mask_ref[...] > 0, 0.0, HIDDEN)
 
 
 def _widen(wide, x: Float[Array, "f n"], feature: Array | int) -> None:

@@ -16,7 +16,7 @@ from pixsigma_jax.chips import Chip
 from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.models.splash_kernels import TILE_ROWS
+from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded
 from pixsigma_jax.plan import memory
 from pixsigma_jax.plan.stage import Stage, keys_of
 
@@ -108,7 +108,7 @@ def needed(model: PixArtConfig) -> dict[str, float]:
 
 def padding(unit: int, *sides: int) -> float:
   """How many times more a matrix unit multiplies because sides do not fill it."""
-  return math.prod(-(-side // unit) * unit / side for side in sides)
+  return math.prod(padded(side, unit) / side for side in sides)
 
 
 def ceiling(
@@ -125,11 +125,11 @@ def ceiling(
   narrow = (4 / 6 if training else 1 / 2) if our_kernels else 0.0
   saved = 1 - narrow * (1 - _narrow(model, unit))
   parts = needed(model)
-  padded = sum(
+  multiplied = sum(
     flops * _padding_of(name, model, unit) * (saved if name in _ATTENTIONS else 1)
     for name, flops in parts.items()
   )
-  return sum(parts.values()) / padded
+  return sum(parts.values()) / multiplied
 
 
 _ATTENTIONS = ("attention", "cross-attention")  # their own products
