@@ -18,6 +18,7 @@ that dies while saving leaves its earlier steps as they were.
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 import zlib
@@ -125,15 +126,8 @@ class Checkpoints:
     if place == "local":
       state = jax.tree.map(_key_data, state)
     with _saving(manager.directory):
-      if place != "remote":
-        # Asked first: Orbax finds a disk full in the middle, and says so in pages.
-        whole = place == "workdir"
-        needed = sum(_nbytes(leaf, whole) for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(manager.directory).free
-        if free < needed:
-          raise OSError(
-            f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free"
-          )
+      # Asked first: Orbax finds a disk full in the middle, and says so in pages.
+      self._check_space(state, place)
       manager.save(
         step,
         force=True,  # else a step below the newest is passed over without a word
@@ -143,6 +137,36 @@ class Checkpoints:
           metadata=ocp.args.JsonSave(metadata.to_json()),
         ),
       )
+
+  def check_space(self, state: Any) -> None:
+    """Sees whether the next checkpoint has room where it will lie on a disk.
+
+    Args:
+      state: the train state, or its shapes, dtypes and shardings.
+
+    Raises:
+      SavingError: there is too little; says how much there is, and is needed.
+    """
+    for place, manager in self._managers.items():
+      with _saving(manager.directory):
+        self._check_space(state, place)
+
+  def _check_space(self, state: Any, place: Place) -> None:
+    if place == "remote":
+      return  # buckets do not say
+    whole, directory = place == "workdir", self._managers[place].directory
+    needed = sum(_nbytes(leaf, whole) for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+      raise OSError(f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free")
+
+  def is_saving(self, place: Place) -> bool:
+    """Whether a step is on its way there."""
+    return self._managers[place].is_saving_in_progress()
+
+  def directory(self, place: Place) -> Any:
+    """Where the steps of a place lie."""
+    return self._managers[place].directory
 
   def wait(self) -> None:
     """Returns when what was being saved is on the disk.
@@ -263,9 +287,12 @@ def _as_key(abstract: Any, leaf: Any) -> Any:
 
 
 def _nbytes(leaf: Any, whole: bool) -> int:
-  if whole or not isinstance(leaf, jax.Array):
-    return leaf.nbytes
-  return sum(shard.data.nbytes for shard in leaf.addressable_shards)
+  """Of an array, or of what this process holds of it."""
+  each = math.prod(leaf.shape) * leaf.dtype.itemsize
+  if whole or getattr(leaf, "sharding", None) is None:
+    return each
+  part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return part * len(leaf.sharding.addressable_devices)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

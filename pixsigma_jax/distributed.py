@@ -24,7 +24,7 @@ import threading
 import time
 import types
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -281,45 +281,119 @@ def whole(array: Any) -> np.ndarray:
   return np.asarray(array)
 
 
+class Stopping(Exception):
+  """What waited was broken off by a wish to stop."""
+
+
 class Stop:
   """SIGTERM and SIGINT as a wish to stop, heeded by all processes after the same step.
 
   From its making to `close`, a signal to any process makes `is_due` true, in every
   process at the same step: JAX spreads the notice in the background, which costs a step
-  nothing.
+  nothing. What will happen is said at once, in the middle of a step too; SIGINT after
+  another signal ends this process there and then, and in an interactive session raises
+  KeyboardInterrupt.
 
   Attributes:
     number: of the signal, once `is_due` has been true.
   """
 
-  def __init__(self):
+  def __init__(self, plan: Callable[[], str] = lambda: "stopping"):
+    """Hears signals from now on.
+
+    Args:
+      plan: says what will be done first, e.g. "finishing step 7, then saving".
+    """
     self.number: int | None = None
+    self._plan = plan
     self._asked = 0  # not the step, which a rollback turns back
+    self._due = self._waiting = False
     # With several processes SIGTERM is JAX's: its handler, which Python does not see,
     # is what spreads the notice.
     self._alone = jax.process_count() == 1
     numbers = (signal.SIGINT, signal.SIGTERM)[: 1 + self._alone]
+    # Handlers run between two lines of Python, and a step may be one line: a thread
+    # reads what the system writes at the moment itself.
+    self._numbers, written = socket.socketpair()
+    written.setblocking(False)
+    self._written = written
+    self._before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
     self._handlers = {n: signal.signal(n, self._heard) for n in numbers}
+    self._thread = threading.Thread(target=self._answer, daemon=True, name="signals")
+    self._thread.start()
 
   def close(self) -> None:
     """Signals mean again what they meant before."""
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
-
-  def _heard(self, number: int, _: types.FrameType | None) -> None:
-    self.number = self.number or number
-    if not self._alone:
-      os.kill(os.getpid(), signal.SIGTERM)
+    signal.set_wakeup_fd(self._before)
+    self._written.close()
+    self._thread.join()
+    self._numbers.close()
 
   def is_due(self) -> bool:
-    """Whether to stop here; to be asked before every step."""
+    """Whether to stop here; all processes must ask equally often."""
     if self._alone:
-      return self.number is not None
-    self._asked += 1
-    reached = multihost_utils.reached_preemption_sync_point(self._asked)
-    if reached:
+      return self.is_wished()
+    if not self._due:
+      self._asked += 1
+      self._due = multihost_utils.reached_preemption_sync_point(self._asked)
+    if self._due:
       self.number = self.number or signal.SIGTERM
-    return reached
+    return self._due
+
+  def is_wished(self) -> bool:
+    """Whether a process that is alone was told to stop; asked at any time."""
+    return self._alone and self.number is not None
+
+  @contextlib.contextmanager
+  def breaking_off(self) -> Iterator[None]:
+    """What waits in here does not keep a process that is alone from stopping.
+
+    Raises:
+      Stopping: there was a signal, or there is one while it waits.
+    """
+    self._waiting = self._alone
+    try:
+      if self.is_wished():
+        raise Stopping
+      yield
+    finally:
+      self._waiting = False
+
+  def _heard(self, number: int, _: types.FrameType | None) -> None:
+    again = self.number is not None and number == signal.SIGINT
+    self.number = self.number or number
+    if again and _is_interactive():
+      raise KeyboardInterrupt
+    if not self._alone:
+      os.kill(os.getpid(), signal.SIGTERM)
+    elif self._waiting:
+      self._waiting = False
+      raise Stopping
+
+  def _answer(self) -> None:
+    """Says what a signal will lead to; ends the process at SIGINT after another."""
+    heard = False
+    while read := self._numbers.recv(1):
+      [number] = read
+      if number not in self._handlers:
+        continue
+      name = signal.Signals(number).name
+      if heard and number == signal.SIGINT:
+        logging.warning("%s again: ended here, nothing more is saved.", name)
+        if not _is_interactive():
+          logging.flush()
+          os._exit(128 + number)
+        continue
+      heard = True
+      again = "once more" if number == signal.SIGINT else "Ctrl-C"
+      logging.warning("%s: %s; %s to end now.", name, self._plan(), again)
+
+
+def _is_interactive() -> bool:
+  """In a notebook or a prompt, which outlives what it runs."""
+  return hasattr(sys, "ps1")
 
 
 class _Links:

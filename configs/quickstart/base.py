@@ -119,6 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         "sample_set": {"every": 0, "count": 0},
         "profile": (),
+        "wandb": {"project": "", "entity": ""},
       },
     }
   )

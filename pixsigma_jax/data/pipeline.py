@@ -5,10 +5,17 @@ the position that a checkpoint keeps is one number. Grain draws the batches ahea
 threads and in processes.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import grain
@@ -26,6 +33,9 @@ Batch: TypeAlias = dict[str, np.ndarray]
 Position: TypeAlias = dict[str, Any]
 
 _AT_A_TIME = 1 << 22  # bytes of records that are read before they are put in place
+
+# For the trainer alone: a worker ends when it is told to, or its trainer is gone.
+_TRAINERS = {signal.SIGINT, signal.SIGTERM}
 
 # Captions and their length in tokens to arrays of a batch, `caption_mask` among them.
 ReadCaptions: TypeAlias = Callable[[Sequence[str], int], Mapping[str, np.ndarray]]
@@ -48,7 +58,7 @@ def batches(
   num_workers: int,
   damaged: Literal["stop", "replace"],
   read_captions: ReadCaptions | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> "Stream":
   """This host's part of every batch from example `start_example` on, without end.
 
   Batch s holds the examples start_example + s·batch_size + row of the global stream,
@@ -127,8 +137,85 @@ def batches(
   if num_workers:
     if not flags.FLAGS.is_parsed():  # outside absl.app Grain's own flags are asked for
       flags.FLAGS.mark_as_parsed()
-    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-  return iter(ahead)
+    workers = grain.MultiprocessingOptions(num_workers=num_workers)
+    ahead = ahead.mp_prefetch(workers, worker_init_fn=_end_with_the_trainer)
+  return Stream(iter(ahead), num_workers)
+
+
+class WorkerError(RuntimeError):
+  """A process that draws batches ahead has gone: killed, or out of memory."""
+
+
+class Stream:
+  """An iterator over batches; see `batches`. A worker that goes is named."""
+
+  def __init__(self, batches: grain.DatasetIterator[Batch], num_workers: int):
+    self._batches, self._num_workers = batches, num_workers
+    self._workers: set[int | None] | None = None  # process ids, once they run
+
+  def __iter__(self) -> "Stream":
+    return self
+
+  def __next__(self) -> Batch:
+    if not self._num_workers:
+      return next(self._batches)
+    try:
+      if self._workers is not None:
+        return next(self._batches)
+      before = _children()
+      with _blocked(_TRAINERS):  # workers inherit it, from their first moment on
+        batch = next(self._batches)
+      self._workers = _children() - before
+      return batch
+    except RuntimeError as error:
+      # Grain has no type for it.
+      code = re.search(r"Worker process was .* exit code (-?\d+)", str(error))
+      if code is None:
+        raise
+      raise WorkerError(self._describe(int(code[1]))) from error
+
+  def close(self) -> None:
+    """Ends threads and workers."""
+    self._batches.close()
+
+  def _describe(self, code: int) -> str:
+    gone = sorted(map(str, (self._workers or set()) - _children()))
+    named = f" (process {', '.join(gone)})" if gone else ""
+    how = f"ended with exit code {code}"
+    if code < 0:
+      how = f"was killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+      how += ", as the system does when memory is out"
+    return (
+      f"A worker that reads data{named}, of {self._num_workers}, {how}. "
+      "What it said stands above; fewer of config.data.num_workers take less memory."
+    )
+
+
+def _children() -> set[int | None]:
+  return {child.pid for child in multiprocessing.active_children()}
+
+
+@contextlib.contextmanager
+def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
+  """They wait for another thread, or for the end of this; children never hear them."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_trainer(index: int, count: int) -> None:
+  """In a worker: ends it when its trainer has gone without telling it."""
+  trainer = multiprocessing.parent_process()
+  assert trainer is not None
+
+  def wait() -> None:
+    multiprocessing.connection.wait([trainer.sentinel])
+    os._exit(0)
+
+  threading.Thread(target=wait, daemon=True, name="trainer").start()
 
 
 def position(mixture: Mixture, *, seed: int, examples: int) -> Position:

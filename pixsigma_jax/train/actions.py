@@ -32,6 +32,7 @@ class LoopState:
   Attributes:
     state: the train state after `step` steps.
     step: updates done.
+    making: the step that is under way, or was made last.
     origin: the step after which `first_example` of the stream came.
     first_example: of the stream, since the run was started or rolled back.
     saved: the last step that each place was given.
@@ -45,6 +46,7 @@ class LoopState:
 
   state: TrainState
   step: int
+  making: int
   origin: int
   first_example: int
   saved: dict[checkpoint.Place, int]
@@ -163,13 +165,24 @@ class Report(Action):
     every: int,
     *,
     total_steps: int,
+    batch_size: int,
+    epoch: int,
     learning_rate: Callable[[int], Any],
     writer: MetricWriter,
     goodput: Goodput,
     progress: Progress,
   ):
+    """Takes what it reports with.
+
+    Args:
+      total_steps: of the run; the last is always reported.
+      batch_size: rows of a batch.
+      epoch: examples that the data has.
+      learning_rate: update → rate.
+    """
     super().__init__(every)
     self._total, self._learning_rate = total_steps, learning_rate
+    self._batch_size, self._epoch = batch_size, epoch
     self._writer, self._goodput, self._progress = writer, goodput, progress
     self._rollbacks = 0
 
@@ -181,11 +194,18 @@ class Report(Action):
     # The rate of the update that was just made.
     values["learning_rate"] = float(np.asarray(self._learning_rate(at.step - 1)))
     values["rollbacks"] = self._rollbacks
+    images = at.examples(self._batch_size)
+    values |= {"images_seen": images, "epochs": images / self._epoch}
     values |= at.arithmetic.close(seconds) | self._goodput.add(productive)
     values |= at.found
     at.found = {}
     self._writer.write(at.step, values)
     self._progress.report(at.step, values)
+
+  def finish(self, at: LoopState) -> None:
+    """Reports what came since the last time, if anything did: the run stops here."""
+    if not at.window.is_empty():
+      self.run(at)
 
   def reset(self, step: int) -> None:
     self._rollbacks += 1
@@ -206,9 +226,12 @@ class Save(Action):
     checkpoints: checkpoint.Checkpoints,
     position: Callable[[LoopState], Any],
     about: Metadata,
+    total_steps: int,
   ):
     """Takes what goes with the state: its position in the data, and the metadata."""
     super().__init__(every)
+    self._total = total_steps
+    self._under_way: int | None = None
     self._place: checkpoint.Place = place
     self._checkpoints, self._position, self._about = checkpoints, position, about
 
@@ -219,7 +242,35 @@ class Save(Action):
     self._checkpoints.save(
       at.step, whole, self._position(at), self._about, place=self._place
     )
-    at.saved[self._place] = at.step
+    self.tell()  # of the one before, for which this one has waited
+    at.saved[self._place] = self._under_way = at.step
+
+  def before(self, step: int) -> None:
+    if self._under_way is not None and not self._checkpoints.is_saving(self._place):
+      self.tell()
+
+  def reset(self, step: int) -> None:
+    self._under_way = None
+
+  def tell(self) -> None:
+    """Says of the last step that was to be saved that it is, if it is whole by now."""
+    step, self._under_way = self._under_way, None
+    if step is None:
+      return
+    directory = self._checkpoints.directory(self._place)
+    # Asked of the disk: where saving failed, that is said when the next save waits.
+    if step not in checkpoint.steps_in(directory):
+      return
+    due = self.next_due(step, self._total)
+    following = (
+      f"the next is due at step {due}" if due else "the next is due at the end"
+    )
+    logging.info(
+      "Step %d is saved: %s; %s.",
+      step,
+      directory / str(step),
+      following if step < self._total else "it is the last",
+    )
 
 
 class Snapshot(Action):

@@ -61,8 +61,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "remote_every",
   ),
   "validation": ("every", "examples"),
-  "log": ("every", "sample_every", "prompts", "sample_set", "profile"),
+  "log": ("every", "sample_every", "prompts", "sample_set", "profile", "wandb"),
   "log.sample_set": ("every", "count"),
+  "log.wandb": ("project", "entity"),
 }
 
 

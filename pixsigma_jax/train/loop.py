@@ -23,7 +23,7 @@ from pixsigma_jax.train.batches import Batches
 from pixsigma_jax.train.config import call, model_config
 from pixsigma_jax.train.ema import save_snapshots
 from pixsigma_jax.train.goodput import Arithmetic, Goodput
-from pixsigma_jax.train.metrics import MetricWriter, Window
+from pixsigma_jax.train.metrics import MetricWriter, Window, check_wandb
 from pixsigma_jax.train.optimizer import rate_in_words
 from pixsigma_jax.train.program import lower_step, make_program
 from pixsigma_jax.train.progress import Progress
@@ -80,6 +80,7 @@ class Run:
       closing: gets all that is to be closed when the run ends, however it does.
     """
     agreement.check_config(config)
+    check_wandb(config["log"]["wandb"])
     self.config, self.workdir, self._closing = config, workdir, closing
     self._total, self._batch_size = config["total_steps"], config["batch_size"]
     self._mesh = call(
@@ -142,6 +143,8 @@ class Run:
     self._closing.add("the checkpoints", self._checkpoints.close)
     start = self._checkpoints.latest_step()
     distributed.check_same("newest checkpoint", start)
+    if (start or 0) < self._total:
+      self._checkpoints.check_space(self._placed)
     parent = None
     if config["init"]["parent"] and (start is None or program.lora):
       parent = checkpoint.read_snapshot(config["init"]["parent"], mesh)
@@ -222,6 +225,7 @@ class Run:
     self.at = actions.LoopState(
       state=state,
       step=step,
+      making=step,
       origin=step,
       first_example=first_example,
       saved=dict.fromkeys(self._checkpoints.places_of(step), step),
@@ -271,14 +275,14 @@ class Run:
     config, program, workdir = self.config, self._program, self.workdir
     logs, every = config["log"], config["checkpoint"]
     first, at = distributed.is_first(), self.at
-    writer = MetricWriter(workdir if first else None, at.step)
+    writer = MetricWriter(workdir if first else None, at.step, config=config)
     self._closing.add("the metrics", writer.close)
     self._progress = Progress(at.step, self._total, shown=first)
     self._closing.add("the progress bar", self._progress.close)
     hang_factor = program.guards.hang_factor
     self._watchdog = Watchdog(workdir / "hangs", hang_factor=hang_factor)
     self._closing.add("the watchdog", self._watchdog.close)
-    self._stop = distributed.Stop()
+    self._stop = distributed.Stop(self._plan)
     self._closing.add("the hearing of signals", self._stop.close)
 
     self._actions: list[actions.Action] = [actions.Profile(logs["profile"], workdir)]
@@ -296,13 +300,15 @@ class Run:
     self._report = actions.Report(
       logs["every"],
       total_steps=self._total,
+      batch_size=self._batch_size,
+      epoch=self._mixture.num_examples,
       learning_rate=program.learning_rate,
       writer=writer,
       goodput=Goodput(workdir, writer.last),
       progress=self._progress,
     )
     self._actions.append(self._report)
-    kept = self._checkpoints, self._position, self._about
+    kept = self._checkpoints, self._position, self._about, self._total
     self._save = actions.Save(every["every"], "workdir", *kept)
     self._save_locally = actions.Save(every["local_every"], "local", *kept)
     self._save_remotely = actions.Save(every["remote_every"], "remote", *kept)
@@ -340,6 +346,9 @@ class Run:
       drawing.append(actions.DrawSet(every, sampler, sample_set, *with_model))
     return drawing
 
+  def _plan(self) -> str:
+    return f"finishing step {self.at.making}, then saving"
+
   def _position(self, at: actions.LoopState) -> data_pipeline.Position:
     return data_pipeline.position(
       self._mixture, seed=self.config["seed"], examples=at.examples(self._batch_size)
@@ -348,39 +357,73 @@ class Run:
   # --------------------------------------------------------------------------- loop
 
   def train(self) -> None:
-    """Makes the steps that are left, until the last or a signal; saves the last."""
+    """Makes the steps that are left, until the last or a signal; saves the last.
+
+    An error of the disk or the data ends it, too, once the last sound step is saved.
+    """
     while True:
       try:
         while not self.is_done() and not self._stop.is_due():
           self._make_step()
-        self._settle()
-        self._do(self._save)
-        if self.config["checkpoint"]["remote"]:
-          self._do(self._save_remotely)
-        break
+        self._save_last()
+        self._report.finish(self.at)
+        return
       except _RollBack as bad:
         self._roll_back(bad)
+      except checkpoint.SavingError:
+        raise
+      except (OSError, ValueError, data_pipeline.WorkerError) as error:
+        # A signal to all processes may have met a worker that was just starting.
+        if isinstance(error, data_pipeline.WorkerError) and self._stop.is_wished():
+          continue
+        self._rescue()
+        raise
+
+  def _save_last(self) -> None:
+    """Returns when the step that was made last is saved, and told of."""
+    self._settle()
+    saves = [self._save]
+    if self.config["checkpoint"]["remote"]:
+      saves.append(self._save_remotely)
+    for save in saves:
+      self._do(save)
     self._checkpoints.wait()
+    for save in saves:
+      save.tell()
+
+  def _rescue(self) -> None:
+    """Saves the last step that is sound, as far as one process can, before an error."""
+    if jax.process_count() > 1:
+      return  # a save is made by all, and the others are under way with the next step
+    try:
+      self._save_last()
+    except (_RollBack, guards.BadStepError, OSError, ValueError) as why:
+      logging.error("Nor could step %d be saved: %s", self.at.step, why)
 
   def _make_step(self) -> None:
     at = self.at
     for action in self._actions:
       action.before(at.step + 1)
     assert at.batch is not None
-    examples = at.batch["example"]
-    at.state, metrics = self._compiled(at.state, at.batch)
+    batch, at.batch = at.batch, None
+    at.making = at.step + 1
+    at.state, metrics = self._compiled(at.state, batch)
+    at.step = at.making
     at.arithmetic.add(at.needed)
     self._settle()  # the step before: this one runs meanwhile
-    at.step += 1
-    at.pending = (at.step, metrics, examples)
-    if not self.is_done():
-      with at.window.spent("data"):
+    at.pending = (at.step, metrics, batch["example"])
+    self._progress.advance(at.step)
+    if not self.is_done() and not self._stop.is_due():
+      with (
+        contextlib.suppress(distributed.Stopping),
+        at.window.spent("data"),
+        self._stop.breaking_off(),
+      ):
         self._next_batch()
     for action in self._actions:
       if action.due(at.step):
         self._settle()
         self._do(action)
-    self._progress.advance(at.step)
 
   def _do(self, action: actions.Action) -> None:
     with self._spent(action.share):
@@ -405,7 +448,6 @@ class Run:
     if at.pending is None:
       return
     number, metrics, examples = at.pending
-    at.pending = None
     metrics = jax.device_get(metrics)
     self._watchdog.beat(number)
     if number == 1 and self._has_parent:
@@ -415,14 +457,17 @@ class Run:
         *(metrics[name] for name in ("loss", "mse", "vb")),
       )
     if not guards.is_bad(metrics):
+      at.pending = None
       at.window.add(metrics)
       return
+    # A bad one stays pending: whatever goes wrong from here on, nothing of it is saved.
     why = guards.describe(number, metrics, examples, self._mixture)
     if policy.bad_step == "rollback":
       raise _RollBack(number, why)
     row = int(metrics.get("bad", 0))  # 0: bad, but by nothing that can be skipped
     if policy.bad_step == "skip" and 0 < row < policy.max_bad_steps:
       logging.warning("%s The step is skipped.", why)
+      at.pending = None
       at.window.add_bad()
       return
     many = f" {row} bad steps in a row." if row > 1 else ""
@@ -489,6 +534,8 @@ class Run:
     lora, step = self._program.lora, int(state.step)
     model_of = self._program.model_of if lora else None
     save_snapshots(self.workdir, self._program.ema, state, self._about, model_of)
+    snapshot = self.workdir / checkpoint.SNAPSHOTS / str(step)
+    logging.info("The model of step %d is saved: %s.", step, snapshot)
     if lora and step and distributed.is_first():
       adapter = jax.device_get(self._program.ema.for_use(state.ema_params))
       model = self._program.model.config

@@ -1,11 +1,16 @@
-"""What a run writes about itself: JSON lines always, TensorBoard where it is there."""
+"""What a run writes about itself: JSON lines always, TensorBoard where it is there.
+
+Weights & Biases gets the same where a config asks for it.
+"""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import math
 import pathlib
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,63 +27,212 @@ class MetricWriter:
   Without a workdir nothing is written: of several processes one writes.
   """
 
-  def __init__(self, workdir: str | pathlib.Path | None, first_step: int):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path | None,
+    first_step: int,
+    *,
+    config: Mapping[str, Any] | None = None,
+  ):
+    """Opens the files.
+
+    Args:
+      first_step: where the run stands; what was written of later ones is dropped.
+      config: of the run, which is shown as text; its section `log.wandb` counts.
+
+    Raises:
+      OSError: a file cannot be written; names it. So does every other method.
+    """
     self.path: pathlib.Path | None = None
     if workdir is not None:
       self.path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._config = config
     self._file: Any = None
-    self._board: Any = None
+    self._board: _Board | None = None
+    self._wandb: Any = None
+    if self.path is not None and config and config["log"]["wandb"]["project"]:
+      self._wandb = _open_wandb(self.path.parent, config)
     self.rewind(first_step)
 
   def rewind(self, step: int) -> None:
     """Goes back to a step: what was written of later ones is dropped."""
-    self.close()
+    self._close_files()
     self.last: dict[str, Any] | None = None
     if self.path is None:
       return
     self.path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    if self.path.exists():
-      kept = [line for line in _lines(self.path) if line["step"] <= step]
-      text = "".join(json.dumps(line) + "\n" for line in kept)
-      disk.write_whole(self.path, lambda partial: partial.write_text(text))
+    with _writing(self.path):
+      if self.path.exists():
+        kept = [line for line in _lines(self.path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        disk.write_whole(self.path, lambda partial: partial.write_text(text))
+      self._file = self.path.open("a")
     self.last = kept[-1] if kept else None
-    self._file = self.path.open("a")
     if importlib.util.find_spec("tensorboardX"):
-      from tensorboardX import SummaryWriter
-
-      self._board = SummaryWriter(
-        str(self.path.parent / "tensorboard"), purge_step=step + 1
-      )
+      self._board = _Board(self.path.parent / "tensorboard", step + 1)
+      if self._config is not None:
+        self._board.add_text("config", _as_text(self._config), step)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes scalars, and lists of scalars (as `name/i` on TensorBoard)."""
-    if self._file is None:
+    if self._file is None or self.path is None:
       return
     plain = {name: _plain(value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": step, **plain}) + "\n")
-    self._file.flush()
-    if self._board is None:
-      return
-    for name, value in plain.items():
-      scalars = value if isinstance(value, list) else [value]
-      for i, scalar in enumerate(scalars):
-        tag = f"{name}/{i}" if isinstance(value, list) else name
-        if isinstance(scalar, int | float):
-          self._board.add_scalar(tag, scalar, step)
-    self._board.flush()
+    with _writing(self.path):
+      self._file.write(json.dumps({"step": step, **plain}) + "\n")
+      self._file.flush()
+    scalars = dict(_scalars(plain))
+    if self._board is not None:
+      self._board.add_scalars(scalars, step)
+    if self._wandb is not None:
+      self._wandb.log({"step": step, **scalars})
 
   def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-    """An `[H W 3]` uint8 image, on TensorBoard alone."""
+    """An `[H W 3]` uint8 image, on TensorBoard and Weights & Biases alone."""
     if self._board is not None:
-      self._board.add_image(name, image, step, dataformats="HWC")
+      self._board.add_image(name, image, step)
+    if self._wandb is not None:
+      picture = importlib.import_module("wandb").Image(image)
+      self._wandb.log({"step": step, name: picture})
 
   def close(self) -> None:
     """Closes the files."""
-    if self._file is not None:
-      self._file.close()
-    if self._board is not None:
-      self._board.close()
+    try:
+      self._close_files()
+    finally:
+      if self._wandb is not None:
+        run, self._wandb = self._wandb, None
+        run.finish()
+
+  def _close_files(self) -> None:
+    file, self._file = self._file, None
+    board, self._board = self._board, None
+    try:
+      if file is not None and self.path is not None:
+        with _writing(self.path):
+          file.close()
+    finally:
+      if board is not None:
+        board.close()
+
+
+class _Board:
+  """A file of events for TensorBoard.
+
+  Without tensorboardX's SummaryWriter, whose thread dies on a full disk without a word
+  and then blocks whoever writes.
+  """
+
+  def __init__(self, directory: pathlib.Path, first_step: int):
+    """Begins a file, before which what came from `first_step` on is forgotten."""
+    from tensorboardX import event_file_writer
+
+    protos: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+    self._directory, self._event = directory, protos.Event
+    with _writing(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      # A name of its own, for two may be begun in one second.
+      suffix = f".{uuid.uuid4().hex[:8]}"
+      self._events = event_file_writer.EventsWriter(str(directory / "events"), suffix)
+    start = protos.SessionLog(status=protos.SessionLog.START)
+    self._add(first_step, session_log=start)
+
+  def add_scalars(self, scalars: Mapping[str, int | float], step: int) -> None:
+    from tensorboardX import summary
+
+    for name, value in scalars.items():
+      self._add(step, summary=summary.scalar(name, value))
+    self._flush()
+
+  def add_image(self, name: str, image: np.ndarray, step: int) -> None:
+    from tensorboardX import summary
+
+    self._add(step, summary=summary.image(name, image, dataformats="HWC"))
+    self._flush()
+
+  def add_text(self, name: str, text: str, step: int) -> None:
+    from tensorboardX import summary
+
+    self._add(step, summary=summary.text(name, text))
+    self._flush()
+
+  def close(self) -> None:
+    with _writing(self._directory):
+      self._events.close()
+
+  def _add(self, step: int, **content: Any) -> None:
+    with _writing(self._directory):
+      self._events.write_event(self._event(step=step, wall_time=time.time(), **content))
+
+  def _flush(self) -> None:
+    with _writing(self._directory):
+      self._events.flush()
+
+
+def check_wandb(section: Mapping[str, str]) -> None:
+  """Sees whether `config.log.wandb` asks for what is installed.
+
+  Raises:
+    ValueError: Weights & Biases is asked for and not there.
+  """
+  if section["project"] and not importlib.util.find_spec("wandb"):
+    raise ValueError(
+      f"config.log.wandb.project={section['project']!r} needs Weights & Biases, which "
+      "is not installed: pip install pixsigma_jax[wandb], or set the project to ''."
+    )
+  if section["entity"] and not section["project"]:
+    raise ValueError(
+      f"config.log.wandb.entity={section['entity']!r} says whose project it is, and "
+      "config.log.wandb.project is empty: name it, or set the entity to ''."
+    )
+
+
+def _open_wandb(workdir: pathlib.Path, config: Mapping[str, Any]) -> Any:
+  """The workdir's run there, the same one however often the workdir is gone on with."""
+  path = workdir / "wandb" / "run_id.txt"
+  if not path.exists():
+    text = uuid.uuid4().hex[:12]
+    disk.write_whole(path, lambda partial: partial.write_text(text))
+  section = config["log"]["wandb"]
+  run = importlib.import_module("wandb").init(
+    project=section["project"],
+    entity=section["entity"] or None,
+    id=path.read_text(),
+    resume="allow",
+    name=workdir.absolute().name,
+    dir=str(workdir),
+    config=json.loads(json.dumps(config)),
+  )
+  # Steps that are made anew are drawn over the abandoned ones.
+  run.define_metric("step", hidden=True)
+  run.define_metric("*", step_metric="step")
+  return run
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  """Says which file it is that cannot be written."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      error.errno, f"Could not write metrics: {error.strerror or error}", str(path)
+    ) from error
+
+
+def _scalars(plain: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+  """Every number by itself: those of a list as `name/i`."""
+  for name, value in plain.items():
+    values = enumerate(value) if isinstance(value, list) else [(None, value)]
+    for i, scalar in values:
+      if isinstance(scalar, int | float):
+        yield (name if i is None else f"{name}/{i}"), scalar
+
+
+def _as_text(config: Mapping[str, Any]) -> str:
+  """A config as Markdown."""
+  return f"```json\n{json.dumps(config, indent=2, default=str)}\n```"
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -122,19 +276,27 @@ class Window:
     """Counts a step that changed nothing."""
     self._bad += 1
 
+  def is_empty(self) -> bool:
+    """Whether no step came since the last report."""
+    return not self._steps and not self._bad
+
   @contextlib.contextmanager
   def spent(self, what: str) -> Iterator[None]:
     """Time in here is the training's, but went into `data` or `saving`."""
     began = time.perf_counter()
-    yield
-    self._spent[what] += time.perf_counter() - began
+    try:
+      yield
+    finally:
+      self._spent[what] += time.perf_counter() - began
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Time in here is none of the training's."""
     began = time.perf_counter()
-    yield
-    self._began += time.perf_counter() - began
+    try:
+      yield
+    finally:
+      self._began += time.perf_counter() - began
 
   def close(self) -> tuple[dict[str, Any], float, float]:
     """The report of this window, which starts a new one; its seconds; the productive.

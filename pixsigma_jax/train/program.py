@@ -5,6 +5,7 @@ by its shapes, or compiled for machines that are elsewhere.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,7 +77,20 @@ class Program:
     if not int(state.step):
       return state.frozen  # to the bit, where DoRA would round
     places = jax.tree.map(lambda leaf: leaf.sharding, state.frozen)
-    return jax.jit(self.lora.merged, out_shardings=places)(state.frozen, average)
+    leaves, structure = jax.tree.flatten(places)
+    return self._merge_to(structure, *leaves)(state.frozen, average)
+
+  @functools.cached_property
+  def _merge_to(self) -> Callable[..., Any]:
+    """Where the sum is to lie → `Lora.merged`, compiled once."""
+
+    @functools.cache
+    def merge_to(structure: Any, *leaves: Any) -> Any:
+      assert self.lora is not None
+      places = jax.tree.unflatten(structure, leaves)
+      return jax.jit(self.lora.merged, out_shardings=places)
+
+    return merge_to
 
   def abstract_state(self) -> TrainState:
     """Shapes and dtypes of the state."""
