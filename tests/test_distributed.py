@@ -277,6 +277,83 @@ def test_alone_a_signal_stops_after_the_step_under_way(number):
   assert signal.getsignal(number) == before
 
 
+def _wait_for(condition):
+  until = time.monotonic() + 20
+  while not condition() and time.monotonic() < until:
+    time.sleep(0.01)
+  assert condition()
+
+
+def test_a_signal_is_answered_before_anybody_asks(caplog):
+  stop = distributed.Stop(lambda: "finishing step 7, then saving")
+  try:
+    os.kill(os.getpid(), signal.SIGINT)
+    said = "SIGINT: finishing step 7, then saving; once more to end now."
+    _wait_for(lambda: said in caplog.messages)
+    os.kill(os.getpid(), signal.SIGTERM)
+    said = "SIGTERM: finishing step 7, then saving; Ctrl-C to end now."
+    _wait_for(lambda: said in caplog.messages)
+  finally:
+    stop.close()
+  assert stop.number == signal.SIGINT
+
+
+def test_what_waits_is_broken_off_by_a_signal_and_does_not_begin_after_one():
+  stop = distributed.Stop()
+  try:
+    with contextlib.suppress(distributed.Stopping), stop.breaking_off():
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(20)
+      pytest.fail("The signal did not break it off.")
+    assert stop.is_due()
+    with pytest.raises(distributed.Stopping), stop.breaking_off():
+      pytest.fail("It began.")
+    os.kill(os.getpid(), signal.SIGTERM)  # outside, nothing is
+  finally:
+    stop.close()
+
+
+def test_in_an_interactive_session_a_second_ctrl_c_interrupts(monkeypatch):
+  monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+  stop = distributed.Stop()
+  try:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.is_due()
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  finally:
+    stop.close()
+
+
+_ONE_LONG_LINE = """
+import hashlib
+from pixsigma_jax import distributed
+stop = distributed.Stop()
+print("here", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"a step", b"that is one line of Python", 2_000_000_000)
+"""
+
+
+def test_a_second_ctrl_c_ends_a_process_in_the_middle_of_a_step():
+  process = subprocess.Popen(
+    [sys.executable, "-c", _ONE_LONG_LINE],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  with process:
+    try:
+      assert process.stdout.readline() == "here\n"
+      process.send_signal(signal.SIGINT)
+      while "to end now" not in (line := process.stderr.readline()):
+        assert line
+      process.send_signal(signal.SIGINT)
+      assert process.wait(20) == 128 + signal.SIGINT
+      assert "SIGINT again: ended here" in process.stderr.read()
+    finally:
+      process.kill()
+
+
 # Two processes of one device, without a model.
 SCRIPT = """
 import sys

@@ -117,5 +117,33 @@ def test_workers_draw_the_same_batches(
   assert log.read_text().split() == undisturbed
 
 
+def test_workers_end_with_a_trainer_that_is_killed(reader, data, tmp_path):
+  process = start(reader, data, tmp_path / "log", workers=2)
+  while not _lines(tmp_path / "log"):
+    assert process.poll() is None
+    time.sleep(0.01)
+  tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
+  pids = [pid for task in tasks for pid in _children(task)]
+  assert len(pids) >= 2
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  until = time.monotonic() + 20
+  while any(map(_runs, pids)):
+    assert time.monotonic() < until
+    time.sleep(0.05)
+
+
+def _children(task):
+  return (task / "children").read_text().split()
+
+
+def _runs(pid):
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+  except FileNotFoundError:
+    return False
+  return state != "Z"  # nobody may be there to take note of its end
+
+
 def _lines(log):
   return log.read_text().count("\n") if log.exists() else 0

@@ -225,8 +225,11 @@ def flags(data, workdir, **changes):
   ]
 
 
-def start(arguments, log, *, prefix=("-m", "pixsigma_jax.train")):
-  """Trains in a process of its own, which writes into the file `log`."""
+def start(arguments, log, *, prefix=("-m", "pixsigma_jax.train"), own_group=False):
+  """Trains in a process of its own, which writes into the file `log`.
+
+  With a group of its own, too, signals reach it and its children alone.
+  """
   with log.open("w") as stderr:
     return subprocess.Popen(
       [sys.executable, *prefix, *arguments],
@@ -234,6 +237,7 @@ def start(arguments, log, *, prefix=("-m", "pixsigma_jax.train")):
       env=os.environ | compilation_environment(),
       stdout=subprocess.DEVNULL,
       stderr=stderr,
+      start_new_session=own_group,
     )
 
 

@@ -171,7 +171,7 @@ def test_all_is_closed_and_the_first_error_is_the_one_that_is_raised(caplog):
   assert closed == ["c", "a"]
   assert "Closing b failed too: OSError: second" in caplog.messages
 
-  with pytest.raises(OSError, match="b fails"), Closing() as closing:
+  with pytest.raises(OSError, match="b fails"), Closing() as closing:  # noqa: PT012
     closing.add("a", lambda: _fail("a fails"))
     closing.add("b", lambda: _fail("b fails"))
   assert re.search("Closing a failed too: OSError: a fails", caplog.text)

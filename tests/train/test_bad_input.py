@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import logging
 import re
 import shutil
 
@@ -412,9 +413,10 @@ def test_parameters_that_overflow_end_the_run_before_they_are_saved(data, tmp_pa
   assert runs.steps(tmp_path) == [1]  # the warm-up's step without an update
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
-  data, workdir, monkeypatch, capsys
+def test_a_full_disk_is_said_before_anything_is_compiled_or_written(
+  data, workdir, monkeypatch, caplog
 ):
+  caplog.set_level(logging.INFO, logger="absl")
   before = _files(workdir / "checkpoints")
   usage = shutil.disk_usage(workdir)._replace(free=1000)
   with monkeypatch.context() as patch:
@@ -424,9 +426,29 @@ def test_a_full_disk_is_said_before_anything_is_written(
       match=r"takes [\d,]+ bytes, the disk has 1,000 free\. .*: \[2, 4, 6\]; ",
     ):
       runs.train(runs.low(data, total_steps=8), workdir)
+  assert "Resuming" not in caplog.text
+  assert "Compiling" not in caplog.text
   assert _files(workdir / "checkpoints") == before
   runs.train(runs.low(data, total_steps=8), workdir)
   assert runs.steps(workdir) == [2, 4, 6, 8]
+
+
+def test_a_disk_that_fills_while_a_run_trains_is_said_before_a_save(
+  data, workdir, monkeypatch, caplog
+):
+  caplog.set_level(logging.INFO, logger="absl")
+  usage, asked = shutil.disk_usage(workdir), []
+
+  def filling(_):
+    asked.append(usage)
+    return usage._replace(free=10**12 if len(asked) == 1 else 1000)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.shutil, "disk_usage", filling)
+    with pytest.raises(checkpoint.SavingError, match=r"the disk has 1,000 free"):
+      runs.train(runs.low(data, total_steps=8), workdir)
+  assert "Compiled in" in caplog.text
+  assert runs.steps(workdir) == [2, 4, 6]
 
 
 def test_the_answer_of_the_system_is_in_the_message_however_long_it_is(

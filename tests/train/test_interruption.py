@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from pixsigma_jax.data import pipeline
 from pixsigma_jax.train import loop
 from tests.train import runs
 
@@ -149,3 +150,111 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(data, done, tmp_pa
   runs.train(runs.low(data), tmp_path / "run")
   runs.assert_same(runs.arrays(tmp_path / "run", 6), runs.arrays(done, 6))
   assert runs.measured(tmp_path / "run") == runs.measured(done)
+
+
+class Slow(pipeline._LocalBatches):
+  """Reads slower than a step is made; at one batch something else happens first."""
+
+  at = 6  # the trainer has made six steps by then, and waits
+
+  def __getitem__(self, index):
+    if index >= self.at - 2:
+      time.sleep(0.7)
+    if index == self.at:
+      self.happen()
+    return super().__getitem__(index)
+
+
+class Terminated(Slow):
+  """The worker's whole process group is told to stop, as schedulers do."""
+
+  def happen(self):
+    for process in (os.getpid(), os.getppid()):
+      os.kill(process, signal.SIGTERM)
+    time.sleep(2)
+
+
+class Killed(Slow):
+  """The worker is killed, as when memory is out."""
+
+  def happen(self):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _low_with_a_worker(data):
+  return runs.low(
+    data,
+    total_steps=12,
+    checkpoint__every=0,
+    data__num_workers=1,
+    data__num_threads=0,
+  )
+
+
+def test_told_to_stop_with_its_workers_a_run_saves_the_step_that_it_made(
+  data, done, tmp_path, monkeypatch, caplog
+):
+  caplog.set_level(logging.INFO, logger="absl")
+  monkeypatch.setattr(pipeline, "_LocalBatches", Terminated)
+  with pytest.raises(SystemExit) as exit_:
+    runs.train(_low_with_a_worker(data), tmp_path)
+  assert exit_.value.code == 128 + signal.SIGTERM
+  assert runs.steps(tmp_path) == [6]
+  assert "SIGTERM: finishing step 6, then saving; Ctrl-C to end now." in caplog.messages
+  runs.assert_same(runs.arrays(tmp_path, 6), runs.arrays(done, 6))
+
+
+def test_a_worker_that_is_killed_is_named_and_the_step_that_was_made_is_saved(
+  data, done, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(pipeline, "_LocalBatches", Killed)
+  message = r"A worker that reads data \(process \d+\), of 1, was killed by SIGKILL, as"
+  with pytest.raises(pipeline.WorkerError, match=message):
+    runs.train(_low_with_a_worker(data), tmp_path)
+  assert runs.steps(tmp_path) == [6]
+  runs.assert_same(runs.arrays(tmp_path, 6), runs.arrays(done, 6))
+
+
+def test_ctrl_c_in_a_run_with_workers_is_answered_and_ends_it_quietly(data, tmp_path):
+  log = tmp_path / "log"
+  changes = {"total_steps": 10_000, "log__every": 1, "data__num_workers": 1}
+  process = runs.start(
+    runs.flags(data, tmp_path / "run", **changes), log, own_group=True
+  )
+  until = time.monotonic() + SECONDS
+  while "] step 2/" not in log.read_text():
+    assert process.poll() is None, log.read_text()
+    assert time.monotonic() < until
+    time.sleep(0.01)
+  os.killpg(process.pid, signal.SIGINT)
+  code, text = process.wait(SECONDS), log.read_text()
+  assert code == 128 + signal.SIGINT, text
+  assert re.search(r"SIGINT: finishing step \d+, then saving; once more to end", text)
+  for noise in ("Traceback", "KeyboardInterrupt", "shared_memory", "leaked"):
+    assert noise not in text
+  step = int(re.findall(r"Stopped by SIGINT at step (\d+)", text)[-1])
+  assert runs.steps(tmp_path / "run")[-1] == step
+
+
+def test_a_line_covers_the_steps_since_the_last_one_or_since_the_checkpoint(
+  data, done, tmp_path, monkeypatch
+):
+  """As docs/training.md has it: the run stops at step 3, between two lines."""
+  config = runs.low(data, log__every=2, checkpoint__every=0)
+
+  def stopped(self, step):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Progress, "advance", stopped)
+    with pytest.raises(SystemExit):
+      runs.train(config, tmp_path)
+  runs.train(config, tmp_path)
+  losses = [line["loss"] for line in runs.metrics(done)]
+  means = {2: losses[:2], 3: losses[2:3], 4: losses[3:4], 6: losses[4:]}
+  for line in runs.metrics(tmp_path):
+    assert line["loss"] == pytest.approx(
+      sum(mean := means.pop(line["step"])) / len(mean)
+    )
+  assert not means

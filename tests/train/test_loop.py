@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import numpy as np
@@ -16,38 +17,75 @@ from pixsigma_jax.train import loop, program, sheets
 from pixsigma_jax.transforms import add_kv_compression
 from tests.train import runs
 
+# What stands in a line only where it applies: docs/training.md says so in its row.
+SOMETIMES = {
+  "mfu": "for chips in",
+  "memory_peak_gib": "where it tells",
+  "norm/usual": "where bad steps are skipped",
+  "validation/loss": "if there was one",
+  "validation/decile_loss": "if there was one",
+  "validation/step": "if there was one",
+}
 
-def test_every_logged_step_has_all_that_was_measured(done):
+
+def _documented():
+  """The fields of the table of metrics, with what is said of them."""
+  page = (runs.ROOT / "docs" / "training.md").read_text()
+  section = page.split("### metrics.jsonl")[1].split("\n## ")[0]
+  rows = [
+    line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")
+  ]
+  return {
+    name: said for names, said in rows for name in re.findall(r"`([^`]+)`", names)
+  }
+
+
+def test_every_logged_step_has_what_the_documentation_says(done):
+  documented = _documented()
+  for name, condition in SOMETIMES.items():
+    assert condition in documented[name]
   lines = runs.metrics(done)
   assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
   for line in lines:
-    assert set(line) == {
-      "step",
-      "loss",
-      "mse",
-      "vb",
-      "norm/gradients",
-      "norm/updates",
-      "norm/params",
-      "decile_loss",
-      "learning_rate",
-      "images_per_second",
-      "step_time",
-      "data_share",
-      "replaced_examples",
-      "bad_steps",
-      "rollbacks",
-      "saving_share",
-      "productive_seconds",
-      "goodput",
-      "tflops_per_device",
-    }
-    assert line["replaced_examples"] == 0
+    assert set(line) == documented.keys() - SOMETIMES.keys()
+    assert line["replaced_examples"] == line["bad_steps"] == line["rollbacks"] == 0
     assert len(line["decile_loss"]) == 10
     assert any(value is not None for value in line["decile_loss"])
+    assert line["loss"] == pytest.approx(line["mse"] + line["vb"])
     assert line["norm/params"] > line["norm/gradients"] > 0
     assert 0 <= line["data_share"] <= 1
+    assert 0 <= line["saving_share"] <= 1
+    assert 0 < line["goodput"] <= 1
+    assert line["tflops_per_device"] > 0
     assert line["images_per_second"] * line["step_time"] == pytest.approx(runs.BATCH)
+    assert line["images_seen"] == line["step"] * runs.BATCH
+    assert line["epochs"] == pytest.approx(line["images_seen"] / runs.RECORDS)
+  productive = [line["productive_seconds"] for line in lines]
+  assert productive[0] > 0
+  assert productive == sorted(productive)
+  # In a step's time nothing else is counted.
+  spent = [a - b for a, b in zip(productive[1:], productive, strict=False)]
+  assert all(s <= line["step_time"] for s, line in zip(spent, lines[1:], strict=True))
+
+
+def test_what_only_some_runs_log_is_logged_by_them(data, tmp_path):
+  changes = {
+    "total_steps": 2,
+    "data__holdout": 0.25,
+    "validation__every": 2,
+    "validation__examples": 8,
+    "guards__bad_step": "skip",
+  }
+  runs.train(runs.low(data, **changes), tmp_path)
+  first, second = runs.metrics(tmp_path)
+  documented = _documented()
+  of_chips = {"mfu", "memory_peak_gib"}  # see test_goodput
+  assert set(second) == documented.keys() - of_chips
+  validation = {name for name in documented if name.startswith("validation/")}
+  assert set(first) == documented.keys() - of_chips - validation
+  assert second["norm/usual"] == pytest.approx(first["norm/gradients"])
+  # Those that are held out do not count.
+  assert second["images_seen"] / second["epochs"] < runs.RECORDS
 
 
 def test_the_logged_learning_rate_is_that_of_the_update_just_made(done):
@@ -172,6 +210,7 @@ def test_a_finished_run_says_so_and_makes_up_for_a_lost_snapshot(
   caplog.set_level(logging.INFO, logger="absl")
   caplog.clear()
   runs.train(config, tmp_path)
+  assert "has ended" not in caplog.text
   assert f"{tmp_path} has all its 2 steps already." in caplog.messages
   assert "Compiling" not in caplog.text
   runs.assert_same(runs.arrays(tmp_path, 2, "snapshots"), before)

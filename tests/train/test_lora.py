@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from pixsigma_jax.data.records import open_dataset
 from pixsigma_jax.train.program import make_program
 from pixsigma_jax.train.tensors import view
 from pixsigma_jax.transforms import merge_lora
+from pixsigma_jax.transforms.lora import Lora
 from tests.train import runs
 
 ADAPTER = {
@@ -170,6 +173,24 @@ def test_after_a_bad_step_the_parent_is_still_there(data, done, tmp_path, monkey
   after, parent = params(tmp_path, 4), params(done, 6)
   for name, array in parent.items():
     assert np.array_equal(after[name], array) != targeted(name), name
+
+
+def test_a_run_compiles_the_merging_of_its_adapter_once(monkeypatch):
+  traced, merged = [], Lora.merged
+
+  def counted(self, *trees):
+    traced.append(self)
+    return merged(self, *trees)
+
+  monkeypatch.setattr(Lora, "merged", counted)
+  config = config_of("", "parent").to_dict()
+  program = make_program(config, mesh=None, scaling_factor=1.0)
+  program_state = program.abstract_state().replace(key=None)
+  state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), program_state)
+  traced.clear()
+  for _ in range(3):
+    program.model_of(state)
+  assert len(traced) == 1
 
 
 def test_every_map_of_a_stack_is_a_tensor_of_its_own_to_an_optimizer():

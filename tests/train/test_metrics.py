@@ -2,6 +2,9 @@
 
 import json
 import struct
+import sys
+import types
+import warnings
 
 import numpy as np
 import pytest
@@ -102,6 +105,152 @@ def test_tensorboard_is_told_to_forget_what_came_after_the_checkpoint(tmp_path):
   writer.close()
   starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
   assert starts == [21]
+
+
+def test_tensorboard_shows_the_config_as_text(done):
+  [text] = [
+    value.tensor.string_val[0].decode()
+    for event in events(done)
+    for value in event.summary.value
+    if value.tag.startswith("config")
+  ]
+  shown = json.loads(text.removeprefix("```json\n").removesuffix("\n```"))
+  assert shown["optimizer"]["name"] == "adamw"
+  assert shown["total_steps"] == 6
+
+
+def test_two_files_that_are_begun_in_one_second_are_two(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics.time, "time", lambda: 1_000_000_000.0)
+  writer = MetricWriter(tmp_path, 0)
+  writer.write(1, {"loss": 1.0})
+  writer.rewind(0)
+  writer.write(1, {"loss": 2.0})
+  writer.close()
+  losses = [value.simple_value for e in events(tmp_path) for value in e.summary.value]
+  assert sorted(losses) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("which", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_said_with_the_files_name(tmp_path, which):
+  writer = MetricWriter(tmp_path, 0)
+  full = open("/dev/full", "a" if which == "metrics.jsonl" else "ab")  # noqa: SIM115
+  if which == "metrics.jsonl":
+    writer._file.close()
+    writer._file = full
+  else:
+    writer._board._events._py_recordio_writer._writer = full
+  message = rf"Could not write metrics: No space left on device: '{tmp_path}/{which}"
+  with pytest.raises(OSError, match=message):
+    writer.write(1, {"loss": 0.5})
+  # Closing fails once more, and closes the rest.
+  with pytest.raises(OSError, match=message):
+    writer.close()
+  writer.close()
+
+
+# ------------------------------------------------------------------ Weights & Biases
+
+WANDB = {"project": "tests", "entity": ""}
+
+
+def config_with(**section):
+  return {"stage": "low", "log": {"wandb": WANDB | section}}
+
+
+def test_wandb_is_not_touched_unless_it_is_asked_for(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+  writer = MetricWriter(tmp_path, 0, config=config_with(project=""))
+  writer.write(1, {"loss": 0.5})
+  writer.close()
+  assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize(
+  ("section", "message"),
+  [
+    (
+      {"project": "p"},
+      r"config\.log\.wandb\.project='p' needs .* pixsigma_jax\[wandb\]",
+    ),
+    ({"project": "", "entity": "us"}, r"config\.log\.wandb\.entity='us' says whose"),
+  ],
+)
+def test_wandb_that_cannot_be_is_refused(section, message, monkeypatch):
+  monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=message):
+    metrics.check_wandb(WANDB | section)
+
+
+class FakeWandb(types.ModuleType):
+  """Takes what a writer gives it."""
+
+  def __init__(self):
+    super().__init__("wandb")
+    self.started, self.logged, self.defined, self.ended = [], [], [], 0
+    self.Image = lambda array: ("image", array.shape)
+
+  def init(self, **fields):
+    self.started.append(fields)
+    return self
+
+  def define_metric(self, name, **fields):
+    self.defined.append((name, fields))
+
+  def log(self, values):
+    self.logged.append(values)
+
+  def finish(self):
+    self.ended += 1
+
+
+def test_wandb_gets_the_same_and_a_workdir_is_one_run_there(tmp_path, monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  config = config_with()
+  for first in (0, 7):
+    writer = MetricWriter(tmp_path, first, config=config)
+    writer.write(first + 7, {"loss": 0.5, "decile_loss": np.array([0.25, np.nan])})
+    writer.rewind(first)
+    writer.write_image(first + 7, "samples", np.zeros((2, 6, 3), np.uint8))
+    writer.close()
+    writer.close()
+  one, two = fake.started
+  assert one == two  # the same id, too
+  assert len(one.pop("id")) == 12
+  assert one == {
+    "project": "tests",
+    "entity": None,
+    "resume": "allow",
+    "name": tmp_path.name,
+    "dir": str(tmp_path),
+    "config": config,
+  }
+  assert fake.logged == [
+    {"step": 7, "loss": 0.5, "decile_loss/0": 0.25},
+    {"step": 7, "samples": ("image", (2, 6, 3))},
+    {"step": 14, "loss": 0.5, "decile_loss/0": 0.25},
+    {"step": 14, "samples": ("image", (2, 6, 3))},
+  ]
+  # A step that is made anew after a rollback is no error there.
+  assert ("*", {"step_metric": "step"}) in fake.defined
+  assert fake.ended == 2
+
+
+def test_the_real_wandb_takes_it_without_a_network(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    writer = MetricWriter(tmp_path, 0, config=config_with())
+    writer.write(1, {"loss": 0.5})
+    writer.write_image(1, "samples", np.zeros((2, 6, 3), np.uint8))
+    writer.close()
+  run_id = (tmp_path / "wandb" / "run_id.txt").read_text()
+  [record] = tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+  content = record.read_bytes()
+  for written in (b"loss", b"tests", b"samples"):
+    assert written in content
 
 
 @pytest.fixture
