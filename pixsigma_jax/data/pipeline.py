@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, Literal, TypeAlias
 
 import grain
@@ -163,6 +164,7 @@ class Stream:
       if self._workers is not None:
         return next(self._batches)
       before = _children()
+      resource_tracker.ensure_running()  # else made on the way, it undoes what follows
       with _blocked(_TRAINERS):  # workers inherit it, from their first moment on
         batch = next(self._batches)
       self._workers = _children() - before
@@ -181,15 +183,15 @@ class Stream:
   def _describe(self, code: int) -> str:
     gone = sorted(map(str, (self._workers or set()) - _children()))
     named = f" (process {', '.join(gone)})" if gone else ""
-    how = f"ended with exit code {code}"
+    how = f"ended with exit code {code}; what it said stands above"
     if code < 0:
       how = f"was killed by {signal.Signals(-code).name}"
     if code == -signal.SIGKILL:
-      how += ", as the system does when memory is out"
-    return (
-      f"A worker that reads data{named}, of {self._num_workers}, {how}. "
-      "What it said stands above; fewer of config.data.num_workers take less memory."
-    )
+      how += (
+        ", as the system does when memory is out: fewer of config.data.num_workers "
+        "take less"
+      )
+    return f"A worker that reads data{named}, of {self._num_workers}, {how}."
 
 
 def _children() -> set[int | None]:

@@ -339,17 +339,17 @@ class Closing(contextlib.AbstractContextManager):
   def __init__(self):
     self._closers: list[tuple[str, Callable[[], Any]]] = []
 
-  def add(self, what: str, close: Callable[[], Any]) -> None:
+  def add(self, what: str, close: Callable[[], Any], *, last: bool = False) -> None:
     """Lets `close` be called at the end; `what` names it in a message."""
-    self._closers.append((what, close))
+    self._closers.insert(0 if last else len(self._closers), (what, close))
 
   def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-    failed: Exception | None = None
+    failed: BaseException | None = None
     while self._closers:
       what, close = self._closers.pop()
       try:
         close()
-      except Exception as another:  # whatever a library raises, the rest is closed
+      except BaseException as another:  # whatever it is, the rest is closed
         if error is None and failed is None:
           failed = another
         else:

@@ -283,7 +283,8 @@ class Run:
     self._watchdog = Watchdog(workdir / "hangs", hang_factor=hang_factor)
     self._closing.add("the watchdog", self._watchdog.close)
     self._stop = distributed.Stop(self._plan)
-    self._closing.add("the hearing of signals", self._stop.close)
+    # Closing may take its time; Ctrl-C ends that, too.
+    self._closing.add("the hearing of signals", self._stop.close, last=True)
 
     self._actions: list[actions.Action] = [actions.Profile(logs["profile"], workdir)]
     if self._held_out is not None:

@@ -167,8 +167,9 @@ def test_all_is_closed_and_the_first_error_is_the_one_that_is_raised(caplog):
     closing.add("a", lambda: closed.append("a"))
     closing.add("b", lambda: _fail("second"))
     closing.add("c", lambda: closed.append("c"))
+    closing.add("d", lambda: closed.append("d"), last=True)
     raise ValueError("first")
-  assert closed == ["c", "a"]
+  assert closed == ["c", "a", "d"]
   assert "Closing b failed too: OSError: second" in caplog.messages
 
   with pytest.raises(OSError, match="b fails"), Closing() as closing:  # noqa: PT012

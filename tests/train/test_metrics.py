@@ -1,5 +1,6 @@
 """What a run writes about itself: each step once, whatever happened in between."""
 
+import gc
 import json
 import struct
 import sys
@@ -130,6 +131,8 @@ def test_two_files_that_are_begun_in_one_second_are_two(tmp_path, monkeypatch):
   assert sorted(losses) == [1.0, 2.0]
 
 
+# tensorboardX leaves a file open that it cannot write to.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("which", ["metrics.jsonl", "tensorboard"])
 def test_a_full_disk_is_said_with_the_files_name(tmp_path, which):
   writer = MetricWriter(tmp_path, 0)
@@ -138,7 +141,10 @@ def test_a_full_disk_is_said_with_the_files_name(tmp_path, which):
     writer._file.close()
     writer._file = full
   else:
-    writer._board._events._py_recordio_writer._writer = full
+    records = writer._board._events._py_recordio_writer
+    records._writer.close()
+    records._writer = full
+    del records
   message = rf"Could not write metrics: No space left on device: '{tmp_path}/{which}"
   with pytest.raises(OSError, match=message):
     writer.write(1, {"loss": 0.5})
@@ -146,6 +152,8 @@ def test_a_full_disk_is_said_with_the_files_name(tmp_path, which):
   with pytest.raises(OSError, match=message):
     writer.close()
   writer.close()
+  del writer, full
+  gc.collect()
 
 
 # ------------------------------------------------------------------ Weights & Biases
