@@ -244,7 +244,7 @@ class Run:
     index, self._parts = sharding.batch_part(self._mesh, jax.process_index())
     self._part = {"process_index": index, "process_count": self._parts}
     self._batches = self._batches_of(self._mixture)
-    self._closing.add("the data", self._batches.close)
+    self._closing.add("the data", self._let_go)
     self._batches.start(self.at.first_example)
     self._next_batch()
     logging.info("Compiling the train step …")
@@ -379,6 +379,11 @@ class Run:
           continue
         self._rescue()
         raise
+
+  def _let_go(self) -> None:
+    """Drops the batch that is not used: it may lie in memory shared with a worker."""
+    self.at.batch = None
+    self._batches.close()
 
   def _save_last(self) -> None:
     """Returns when the step that was made last is saved, and told of."""

@@ -17,6 +17,7 @@ _SHOWN = (
   "mfu",
   "data_share",
   "validation/loss",
+  "images_seen",
   "epochs",
 )
 

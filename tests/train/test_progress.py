@@ -15,6 +15,7 @@ VALUES = {
   "data_share": 0.015,
   "norm/gradients": 0.5,
   "norm/params": 3.0,
+  "images_seen": 60,
   "epochs": 1.25,
 }
 
@@ -51,7 +52,8 @@ def test_a_line_has_step_total_metrics_and_the_time_left(lines, clock, monkeypat
   bar.close()
   assert lines == [
     "step 50/100  loss 0.123  norm/gradients 0.5  learning_rate 2e-05  "
-    "images_per_second 1.23e+03  data_share 0.015  epochs 1.25  eta 01:40"
+    "images_per_second 1.23e+03  data_share 0.015  images_seen 60  epochs 1.25  "
+    "eta 01:40"
   ]
 
 
