@@ -68,12 +68,18 @@ class Checkpoints:
 
     Args:
       mesh: whose shards `local` holds.
-      keep_last: how many of the newest steps stay.
+      keep_last: how many of the newest steps stay, at least 1.
       keep_every: steps divisible by this stay for good; 0 keeps none for good.
       local: a directory on each host's own disk, where each process keeps the shards
         that it holds, and the two newest steps stay; "" for none.
       remote: a directory or bucket (`gs://…`) for copies; "" for none.
+
+    Raises:
+      ValueError: none of the newest is to stay.
+      SavingError: a directory cannot be made.
     """
+    if keep_last < 1:  # Orbax would delete each step as soon as it is saved
+      raise ValueError(f"keep_last={keep_last} must be at least 1.")
     workdir = pathlib.Path(workdir).absolute()
     self._managers: dict[Place, ocp.CheckpointManager] = {}  # the nearest first
     if local:

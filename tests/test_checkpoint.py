@@ -215,6 +215,14 @@ def test_without_keep_every_only_the_newest_steps_stay(tmp_path):
   assert steps_in(tmp_path / "checkpoints") == [30]
 
 
+@pytest.mark.parametrize("keep_last", [0, -1])
+def test_a_run_that_would_keep_no_step_is_refused(tmp_path, keep_last):
+  save_all(tmp_path, [10, 20])
+  with pytest.raises(ValueError, match=f"keep_last={keep_last} must be at least 1"):
+    open_run(tmp_path, keep_last=keep_last)
+  assert steps_in(tmp_path / "checkpoints") == [10, 20]
+
+
 def test_before_the_first_step_there_is_no_latest(tmp_path):
   run = open_run(tmp_path)
   assert run.latest_step() is None

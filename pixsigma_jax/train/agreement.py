@@ -13,21 +13,38 @@ from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.train.config import SECTIONS, check_fields
+from pixsigma_jax.train.config import (
+  SECTIONS,
+  call,
+  check_fields,
+  check_values,
+  model_config,
+)
+from pixsigma_jax.train.ema import Ema
+from pixsigma_jax.train.guards import Guards
 from pixsigma_jax.transforms import Model, apply_transforms, summary
+from pixsigma_jax.transforms.lora import Lora
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-  """Looks at the sections that no call of their own looks at.
+  """Looks at every value, and at what fields of a section make of each other.
+
+  What needs data or devices to be judged, they judge later.
 
   Raises:
     ValueError: names what is missing, unknown or impossible.
   """
+  check_fields("", config, SECTIONS[""])
+  check_values(config)
   for section, fields in SECTIONS.items():
     have = config
     for name in filter(None, section.split(".")):
       have = have[name]
     check_fields(section, have, fields)
+  model_config(config["model"])
+  call(Ema, "ema", config["ema"], batch_size=config["batch_size"])
+  call(Guards, "guards", config["guards"])
+  call(Lora, "adapter", config["adapter"])
   logs, validation = config["log"], config["validation"]
   for place in ("local", "remote"):
     where, every = (config["checkpoint"][f] for f in (place, f"{place}_every"))
@@ -45,13 +62,6 @@ def check_config(config: Mapping[str, Any]) -> None:
     raise ValueError(
       f"config.adapter.rank={config['adapter']['rank']} trains a change of a parent, "
       "and config.init.parent is empty: name a model, or set the rank to 0."
-    )
-  if logs["every"] < 1:
-    raise ValueError(f"config.log.every={logs['every']} must be at least 1.")
-  profile = logs["profile"]
-  if profile and (len(profile) != 2 or not 0 < profile[0] <= profile[1]):
-    raise ValueError(
-      f"config.log.profile={profile} must be (first step, last step), or () for none."
     )
   looks = {
     "validation": (validation["every"], validation["examples"]),

@@ -11,6 +11,22 @@ from typing import Any
 
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import VARIANTS, PixArtConfig
+from pixsigma_jax.train.checks import (
+  Check,
+  complaints,
+  each,
+  factor_of_group,
+  named,
+  none_or,
+  number,
+  number_or_pair,
+  one_of,
+  span,
+  text,
+  truth,
+  whole,
+  zero_or,
+)
 
 # Sections and fields of a training config, read by `train/loop.py`.
 FIELDS = (
@@ -65,6 +81,127 @@ SECTIONS: dict[str, tuple[str, ...]] = {
   "log.sample_set": ("every", "count"),
   "log.wandb": ("project", "entity"),
 }
+
+
+_DECAY = number(least=0, below=1)
+_POSITIVE = number(above=0)
+_PERIOD = whole(0)  # steps between two of something; 0 for never
+_AXIS = whole(-1)
+# Dotted name of a field → what its value must be, by itself. How fields go together is
+# checked where they meet: in `agreement`, and by what a section is the call of.
+CHECKS: dict[str, Check] = {
+  "stage": text,
+  # More would be drawn from as if they were less.
+  "seed": whole(0, below=2**32),
+  "total_steps": whole(1),
+  "batch_size": whole(1),
+  "accumulation": whole(1),
+  "model.variant": text,
+  "model.base_size": whole(1),
+  "model.pe_interpolation": _POSITIVE,
+  "model.mlp_ratio": _POSITIVE,
+  "model.in_channels": whole(1),
+  "model.learn_variance": truth,
+  "model.caption_width": whole(1),
+  "model.caption_length": whole(1),
+  "model.qk_norm": truth,
+  "model.size_conditions": truth,
+  "model.kv_compression.ratio": whole(1),
+  "model.kv_compression.layers": each(whole(0)),
+  "model.kv_compression.operator": text,
+  "model.kv_compression.norm": truth,
+  "compute.dtype": one_of("float32", "bfloat16", "float16"),
+  "compute.attention": text,
+  "compute.remat": text,
+  "compute.unroll": truth,
+  "data.path": text,
+  "data.weights": each(_POSITIVE),
+  "data.holdout": number(least=0, below=1),
+  "data.hashes.autoencoder": text,
+  "data.hashes.text_encoder": text,
+  "data.hashes.crop_rule": text,
+  "data.long_caption_ratio": number(least=0, most=1),
+  "data.num_threads": whole(0),
+  "data.num_workers": whole(0),
+  "data.damaged": one_of("stop", "replace"),
+  "loss.caption_dropout": number(least=0, most=1),
+  "loss.snr_switch": truth,
+  "loss.min_snr_gamma": none_or(_POSITIVE),
+  "loss.snr_shift": _POSITIVE,
+  "optimizer.name": text,
+  "optimizer.learning_rate": number(least=0),
+  "optimizer.scale_rule": text,
+  "optimizer.schedule": text,
+  "optimizer.warmup_steps": whole(0),
+  "optimizer.weight_decay": number(least=0),
+  "optimizer.clip_norm": number(above=0, infinite=True),
+  "optimizer.groups": each(factor_of_group),
+  # Of the optimizers, wherever one has them.
+  "optimizer.b1": _DECAY,
+  "optimizer.b2": _DECAY,
+  "optimizer.b3": _DECAY,
+  "optimizer.eps": number_or_pair(_POSITIVE),
+  "optimizer.clip_threshold": number(above=0, infinite=True),
+  "optimizer.momentum_dtype": text,
+  "optimizer.decay_rate": _POSITIVE,
+  "optimizer.min_size_to_factor": whole(1),
+  "optimizer.scale_by_parameter": truth,
+  "optimizer.beta": _DECAY,
+  "optimizer.nesterov": truth,
+  "optimizer.newton_schulz_steps": whole(1),
+  "optimizer.consistent_rms": none_or(_POSITIVE),
+  "optimizer.adam_b1": _DECAY,
+  "optimizer.adam_b2": _DECAY,
+  "ema.kind": text,
+  "ema.values": each(number(least=0)),
+  "ema.unit": text,
+  "ema.offload": truth,
+  "adapter.rank": whole(0),
+  "adapter.alpha": _POSITIVE,
+  "adapter.targets": each(text),
+  "adapter.dora": truth,
+  "init.parent": text,
+  "init.transforms": each(named),
+  "mesh.slices": whole(0),
+  "mesh.data": _AXIS,
+  "mesh.fsdp": _AXIS,
+  "mesh.context": _AXIS,
+  "checkpoint.every": _PERIOD,
+  "checkpoint.keep_last": whole(
+    1,
+    way_out="it is how many of the newest checkpoints stay: for all of them give a "
+    "number that is never reached, or keep_every=1",
+  ),
+  "checkpoint.keep_every": _PERIOD,
+  "checkpoint.snapshot_every": _PERIOD,
+  "checkpoint.local": text,
+  "checkpoint.local_every": _PERIOD,
+  "checkpoint.remote": text,
+  "checkpoint.remote_every": _PERIOD,
+  "guards.bad_step": text,
+  "guards.spike_factor": zero_or(number(above=1)),
+  "guards.max_bad_steps": whole(1),
+  "guards.hang_factor": zero_or(number(above=1)),
+  "validation.every": _PERIOD,
+  "validation.examples": whole(0),
+  "log.every": whole(1),
+  "log.sample_every": _PERIOD,
+  "log.prompts": each(text),
+  "log.sample_set.every": _PERIOD,
+  "log.sample_set.count": whole(0),
+  "log.profile": span,
+  "frozen": text,
+}
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+  """Looks at every value by itself.
+
+  Raises:
+    ValueError: names all fields whose values make no sense.
+  """
+  if said := complaints(config, CHECKS):
+    raise ValueError(f"The config makes no sense: {'; '.join(said)}.")
 
 
 def check_fields(section: str, have: Mapping[str, Any], want: Any) -> None:
