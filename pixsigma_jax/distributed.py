@@ -13,6 +13,8 @@ before JAX takes it, and a line back.
 import atexit
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,7 +25,6 @@ import sys
 import threading
 import time
 import types
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -38,11 +39,12 @@ VARIABLES = {
   "process_id": "JAX_PROCESS_ID",
 }
 HOSTS_VARIABLE = "PIXSIGMA_HOSTS"  # hosts in order, each with as many processes
-_COMPARED = 256  # so many bytes of a value are told to the others, beside its hash
-_NAMED = 8  # so many processes, of those that are missing, a message names
+_SHOWN = 120  # so many characters of a value that differs are shown
+_NAMED = 8  # so many processes, or fields, of those that are to blame a message names
 # An error waits for so long whether another process has gone before it; a process has
 # so long for its last words.
 _SECONDS_FOR_OTHERS, _SECONDS_TO_END = 2.0, 5.0
+_BEATS = 8  # signs of life in the time after which a silent process is lost
 
 
 class DistributedError(RuntimeError):
@@ -154,14 +156,15 @@ def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
   Without a place there is one process, and nothing to be done. Must come before
   anything that JAX computes. Only process 0 logs what is not a warning.
 
-  A process that goes without a word (killed, out of memory, its machine lost), or in an
-  error, takes the others with it: each prints which one it was and exits with code 1.
+  A process that goes without a word (killed, out of memory, its machine lost), that is
+  frozen, or that ends in an error, takes the others with it: each prints which one it
+  was and exits with code 1.
 
   Args:
     place: of this process.
     startup_timeout: seconds to wait for all processes.
-    silence_timeout: seconds after which a machine that does not answer is lost. A
-      process that ends on a machine that goes on is noticed at once.
+    silence_timeout: seconds after which a process, or a machine, that does not answer
+      is lost. A process that ends on a machine that goes on is noticed at once.
 
   Raises:
     DistributedError: processes have not come, or two claim to be the same one.
@@ -178,7 +181,8 @@ def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
       local_device_ids=place.local_device_ids,
       cluster_detection_method="deactivate",  # done
       initialization_timeout=startup_timeout,
-      heartbeat_timeout_seconds=silence_timeout,
+      # After ours, which name the culprit; JAX aborts whoever notices.
+      heartbeat_timeout_seconds=2 * silence_timeout + 10,
       shutdown_timeout_seconds=startup_timeout,
     )
     if place.process_id:
@@ -221,27 +225,84 @@ def check_same(what: str, value: Any) -> None:
   """Compares a value of this process with those of the others, who must call it too.
 
   Raises:
-    DistributedError: `what` differs; names the processes.
+    DistributedError: `what` differs; says in which fields, and which processes have
+      what.
   """
   if jax.process_count() == 1:
     return
-  text = json.dumps(value, sort_keys=True, default=str).encode()
-  mine = np.zeros(_COMPARED + 4, np.uint8)
-  mine[:4] = np.frombuffer(zlib.crc32(text).to_bytes(4), np.uint8)
-  text = text[:_COMPARED]
-  mine[4 : 4 + len(text)] = np.frombuffer(text, np.uint8)
-  have: dict[bytes, list[int]] = {}
-  for index, row in enumerate(multihost_utils.process_allgather(mine)):
-    have.setdefault(row.tobytes(), []).append(index)
-  if len(have) > 1:
-    lines = [
-      f"{row[4:].rstrip(bytes(1)).decode(errors='replace')} in {_listed(indices, {})}"
-      for row, indices in have.items()
-    ]
-    raise DistributedError(
-      f"The processes do not have the same {what}: {'; '.join(lines[:_NAMED])}. Give "
-      "all the same command, and a disk on which they see the same files."
-    )
+  # As JSON has it, where tuples are lists.
+  text = json.dumps(value, sort_keys=True, default=str)
+  mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  hashes = multihost_utils.process_allgather(mine)
+  if (hashes == hashes[0]).all():
+    return
+  # All know that they differ, so all come here.
+  values = [json.loads(text) for text in _texts(text)]
+  raise DistributedError(
+    f"The processes do not have the same {what}: {_differences(values)}. Give "
+    "all the same command, the same code, and a disk on which they see the same files."
+  )
+
+
+def of_first(value: Any) -> Any:
+  """Process 0's value, which JSON must hold, in all; all must call it."""
+  if jax.process_count() == 1:
+    return value
+  return json.loads(_texts(json.dumps(value))[0])
+
+
+def _texts(text: str) -> list[str]:
+  """A text of each process, by number; all must call it."""
+  mine = text.encode()
+  lengths = multihost_utils.process_allgather(np.array(len(mine))).reshape(-1)
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    row[:length].tobytes().decode()
+    for row, length in zip(rows, lengths.tolist(), strict=True)
+  ]
+
+
+def _differences(values: Sequence[Any]) -> str:
+  """Fields in which the values of processes differ, each with who has what."""
+  fields = [_fields(value) for value in values]
+  names = dict.fromkeys(name for own in fields for name in own)
+  said = []
+  for name in names:
+    have: dict[str, list[int]] = {}
+    for index, own in enumerate(fields):
+      text = json.dumps(own[name]) if name in own else "nothing"
+      have.setdefault(text, []).append(index)
+    if len(have) > 1:
+      each = ", ".join(
+        f"{_shortened(text, list(have))} in {_listed(indices, {})}"
+        for text, indices in list(have.items())[:_NAMED]
+      )
+      said.append(f"{name}: {each}" if name else each)
+  more = f"; and {len(said) - _NAMED} more fields" if len(said) > _NAMED else ""
+  return "; ".join(said[:_NAMED]) + more
+
+
+def _fields(value: Any, name: str = "") -> dict[str, Any]:
+  """What a value of JSON holds, by dotted names; lists are taken whole."""
+  if not isinstance(value, dict) or not value:
+    return {name: value}
+  found: dict[str, Any] = {}
+  for key, part in value.items():
+    found |= _fields(part, f"{name}.{key}" if name else str(key))
+  return found
+
+
+def _shortened(text: str, others: Sequence[str]) -> str:
+  """A text from shortly before it begins to differ from the others, if it is long."""
+  if len(text) <= _SHOWN:
+    return text
+  letters = zip(*others, strict=False)
+  alike = itertools.takewhile(lambda column: len(set(column)) == 1, letters)
+  begin = max(sum(1 for _ in alike) - _SHOWN // 4, 0)
+  end = begin + _SHOWN
+  return f"{'…' if begin else ''}{text[begin:end]}{'…' if end < len(text) else ''}"
 
 
 def in_all(numbers: Iterable[int]) -> list[int]:
@@ -403,18 +464,29 @@ class _Links:
   """
 
   def __init__(
-    self, place: Place, hosts: dict[int, str], sockets: dict[int, socket.socket]
+    self,
+    place: Place,
+    hosts: dict[int, str],
+    sockets: dict[int, socket.socket],
+    silence_timeout: float,
   ):
     self.hosts = hosts
     self._place = place
     self._sockets = sockets
+    self._silence = silence_timeout
+    self._interval = silence_timeout / _BEATS
+    now = time.monotonic()
+    self._heard_at = dict.fromkeys(sockets, now)
+    self._suspected = False  # whether process 0 has not heard of somebody for a while
+    self._deferred: dict[str, Any] | None = None  # news that a silence may explain
     self._left: set[int] = set()  # those that said goodbye
     self._ending = threading.Event()  # this process is in an error of its own
     self._heard_of = threading.Event()  # or another one, as `_news` has it
     self._news: dict[str, Any] = {}
-    self._closed = False
+    self._closed = threading.Event()
     self._lock = threading.Lock()
     self._watch = threading.Thread(target=self._listen, daemon=True)
+    self._pulse = threading.Thread(target=self._beat, daemon=True)
 
   @classmethod
   def call_the_roll(
@@ -426,8 +498,9 @@ class _Links:
     for connection in sockets.values():
       connection.settimeout(silence_timeout)
       _keep_alive(connection, silence_timeout)
-    links = cls(place, hosts, sockets)
+    links = cls(place, hosts, sockets, silence_timeout)
     links._watch.start()
+    links._pulse.start()
     return links
 
   def say_goodbye(self) -> None:
@@ -436,11 +509,12 @@ class _Links:
 
   def close(self) -> None:
     """Ends the connections."""
-    self._closed = True
+    self._closed.set()
     for connection in self._sockets.values():
       with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     self._watch.join()
+    self._pulse.join()
     for connection in self._sockets.values():
       connection.close()
 
@@ -451,6 +525,9 @@ class _Links:
     that was left, says less than that one's.
     """
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if self._silent_since(2 * self._interval) or self._suspected:
+      # Of a collective that waited for somebody who is frozen, most likely.
+      self._heard_of.wait(self._silence)
     if self._heard_of.wait(_SECONDS_FOR_OTHERS) and self._news.get("failed") != line:
       self._watch.join()
     self._ending.set()
@@ -467,34 +544,73 @@ class _Links:
         with contextlib.suppress(OSError), self._lock:
           connection.sendall(_line(message))
 
+  def _beat(self) -> None:
+    """Says from time to time that this process is there.
+
+    The system answers for a process that is frozen, and keeps its connections alive;
+    this thread is frozen with it.
+    """
+    while not self._closed.wait(self._interval):
+      self._tell({"here": True, "suspects": self._silent_since(2 * self._interval)})
+
+  def _silent_since(self, seconds: float) -> list[int]:
+    """Processes that have not been heard for so long, and did not say goodbye."""
+    now = time.monotonic()
+    return [
+      index
+      for index, at in self._heard_at.items()
+      if now - at > seconds and index not in self._left
+    ]
+
   def _listen(self) -> None:
     """Reads what the others say until this process leaves, or one of them is gone."""
     unread = dict.fromkeys(self._sockets, b"")
     with selectors.DefaultSelector() as selector:
       for index, connection in self._sockets.items():
         selector.register(connection, selectors.EVENT_READ, index)
+      looked = time.monotonic()
       while selector.get_map():
-        for key, _ in selector.select():
+        for key, _ in selector.select(self._interval):
           index = key.data
           try:
             text = self._sockets[index].recv(1 << 16)
           except OSError:
             text = b""
-          if self._closed:
+          if self._closed.is_set():
             return
+          self._heard_at[index] = time.monotonic()
           *lines, unread[index] = (unread[index] + text).split(b"\n")
           for line in lines:
             self._heard(index, json.loads(line))
           if not text:
             selector.unregister(key.fileobj)
             if index not in self._left:
-              self._end({"gone": index})
+              self._heard_at.pop(index)
+              self._blame({"gone": index})
+        now = time.monotonic()
+        if now - looked > 2 * self._interval:
+          # This process itself was frozen, or starved, and has yet to read what came.
+          self._heard_at = dict.fromkeys(self._heard_at, now)
+        looked = now
+        if silent := self._silent_since(self._silence):
+          self._end({"silent": silent[0]})
+        elif self._deferred and not self._silent_since(2 * self._interval):
+          self._end(self._deferred)
 
   def _heard(self, index: int, message: dict[str, Any]) -> None:
     if "goodbye" in message:
       self._left.add(index)
+    elif "here" in message:
+      self._suspected = bool(message["suspects"])
     else:
-      self._end({"process": index, **message})
+      self._blame({"process": index, **message})
+
+  def _blame(self, message: dict[str, Any]) -> None:
+    """Ends in this news, unless somebody who may be frozen is the cause of it."""
+    if "silent" not in message and self._silent_since(2 * self._interval):
+      self._deferred = self._deferred or message
+    else:
+      self._end(message)
 
   def _end(self, message: dict[str, Any]) -> None:
     """Tells the others, and ends this process."""
@@ -507,6 +623,12 @@ class _Links:
       what = (
         f"Process {index} on {self.hosts[index]} is gone without a word: killed, out "
         "of memory, or its machine is lost"
+      )
+    elif "silent" in message:
+      index = message["silent"]
+      what = (
+        f"Process {index} on {self.hosts[index]} has not answered for "
+        f"{self._silence:g} s: it is frozen, or its machine hangs or is lost"
       )
     else:
       # All may be in the same error, and say so themselves.

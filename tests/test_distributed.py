@@ -107,14 +107,14 @@ def test_a_task_of_slurm_is_found(monkeypatch):
   assert find() == Place("node07:61440", 16, 9, local_device_ids=(1,))
 
 
-def call(port, count, indices, timeout=5.0):
+def call(port, count, indices, timeout=5.0, silence=5.0):
   """The roll call of some processes, each in a thread: what each got, or its error."""
   results = {}
 
   def one(index):
     place = Place(f"localhost:{port}", count, index)
     try:
-      results[index] = distributed._Links.call_the_roll(place, timeout, 5.0)
+      results[index] = distributed._Links.call_the_roll(place, timeout, silence)
     except DistributedError as error:
       results[index] = str(error)
 
@@ -160,6 +160,65 @@ def test_whoever_is_gone_is_named_by_all_who_stay(port, monkeypatch, capsys):
   assert ["Process 0 ends too" in lines[0], "Process 2 ends too" in lines[1]] == [
     True
   ] * 2
+
+
+# Where the program would end, the thread does.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_whoever_is_frozen_is_named_by_all_others(port, monkeypatch, capsys, frozen):
+  monkeypatch.setattr(distributed, "_exit", sys.exit)
+  beat = distributed._Links._beat
+  monkeypatch.setattr(
+    distributed._Links,
+    "_beat",
+    lambda links: None if links._place.process_id == frozen else beat(links),
+  )
+  links = call(port, 3, range(3), silence=1.0)
+  others = [index for index in range(3) if index != frozen]
+  # The connections of the frozen process stay open, and the error of a collective that
+  # waits for it comes first.
+  if frozen == 1:
+    time.sleep(0.5)
+    links[2]._tell({"failed": "XlaRuntimeError: timed out"})
+  for index in others:
+    links[index]._watch.join(30)
+    assert not links[index]._watch.is_alive()
+  for link in links.values():
+    link.close()
+  lines = capsys.readouterr().err.splitlines()
+  host = socket.gethostname()
+  named = f"Error: Process {frozen} on {host} has not answered for 1 s: it is frozen"
+  for index in others:
+    assert any(named in x and f"Process {index} ends too" in x for x in lines), lines
+  assert not any("ended in" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_waits_for_whoever_may_be_frozen_and_is_told_if_nobody_is(
+  port, monkeypatch, capsys
+):
+  monkeypatch.setattr(distributed, "_exit", sys.exit)
+  monkeypatch.setattr(distributed, "_SECONDS_TO_END", 0.1)
+  links = call(port, 3, range(3), silence=4.0)
+  late = links[0]._heard_at
+  late[1] -= 2.0  # not heard for a while
+  links[2]._ending.set()  # it is in that error itself
+  links[2]._tell({"failed": "OSError: no room"})
+  for index in (0, 1):
+    links[index]._watch.join(30)
+  for link in links.values():
+    link.close()
+  lines = capsys.readouterr().err.splitlines()
+  assert all("Process 2 on" in line for line in lines)
+  assert len([line for line in lines if "ended in OSError: no room" in line]) == 2
+
+
+def test_processes_that_answer_stay_together_however_long(port, capsys):
+  links = call(port, 3, range(3), silence=0.5)
+  time.sleep(1.5)
+  assert all(link._watch.is_alive() for link in links.values())
+  close(links)
+  assert not capsys.readouterr().err
 
 
 def test_those_who_have_not_come_are_named_to_all_who_have(port, monkeypatch):
@@ -354,54 +413,84 @@ def test_a_second_ctrl_c_ends_a_process_in_the_middle_of_a_step():
       process.kill()
 
 
-# Two processes of one device, without a model.
+def test_of_two_texts_that_look_alike_only_what_differs_is_said():
+  config = {"a": {"rate": 1e-3, "names": ["x"]}, "path": "/data/" + 300 * "x" + "/1"}
+  other = {"a": {"rate": 2e-3, "names": ["x"], "new": 1}, "path": config["path"] + "2"}
+  said = distributed._differences([config, other, config])
+  assert said.startswith(
+    "a.rate: 0.001 in processes 0, 2, 0.002 in process 1; path: …xxx"
+  )
+  assert 'xxx/1" in processes 0, 2, …xxx' in said
+  assert (
+    'xxx/12" in process 1; a.new: nothing in processes 0, 2, 1 in process 1' in said
+  )
+  assert len(said) < 500
+
+
+def test_many_differences_end_in_how_many_more():
+  values = [dict.fromkeys("abcdefghijk", index) for index in range(2)]
+  assert distributed._differences(values).endswith("; and 3 more fields")
+
+
+# Processes of one device, without a model.
 SCRIPT = """
+import os
+import signal
 import sys
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from pixsigma_jax import distributed
 
-address, index, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+address, index, count, what = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
 logging.set_verbosity(logging.INFO)
-place = distributed.Place(address, 2, index)
-with distributed.joined(place, startup_timeout=120, silence_timeout=30):
+place = distributed.Place(address, count, index)
+silence = 6 if what == "freeze" else 30
+with distributed.joined(place, startup_timeout=120, silence_timeout=silence):
   distributed.check_same("seed", 3 + index if what == "differ" else 3)
+  config = {"a": {"b": index if what == "config" else 0}, "c": ["x"] * 100}
+  distributed.check_same("config", config)
+  assert distributed.of_first({"index": index}) == {"index": 0}
+  if what == "freeze" and index == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
   if what == "fail" and index:
     raise OSError("No space left on the device of this host")
   for step in range(10):
-    assert multihost_utils.process_allgather(np.int32(index)).tolist() == [0, 1]
+    gathered = multihost_utils.process_allgather(np.int32(index)).tolist()
+    assert gathered == list(range(count))
 print("left")
 """
 
 
-def run_two(port, what):
-  """Codes and what was said."""
+def run(port, what, count=2, frozen=()):
+  """Codes and what was said, but of those that are frozen."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
   }
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", SCRIPT, f"localhost:{port}", str(index), what],
+      [sys.executable, "-c", SCRIPT, f"localhost:{port}", str(index), str(count), what],
       cwd=pathlib.Path(__file__).parents[1],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for index in range(2)
+    for index in range(count)
   ]
+  heard = [process for index, process in enumerate(processes) if index not in frozen]
   try:
-    said = [process.communicate(timeout=180)[0] for process in processes]
+    said = [process.communicate(timeout=180)[0] for process in heard]
   finally:
     for process in processes:
       process.kill()
-  return [process.returncode for process in processes], said
+      process.communicate()
+  return [process.returncode for process in heard], said
 
 
 def test_processes_leave_together_and_only_the_first_says_so(port):
-  codes, said = run_two(port, "nothing")
+  codes, said = run(port, "nothing")
   assert codes == [0, 0], said
   assert "Together: processes 0 (" in said[0]
   assert "Together" not in said[1]
@@ -409,7 +498,7 @@ def test_processes_leave_together_and_only_the_first_says_so(port):
 
 
 def test_an_error_in_one_process_ends_the_others_in_its_name(port):
-  codes, said = run_two(port, "fail")
+  codes, said = run(port, "fail")
   assert codes == [1, 1], said
   assert said[1].endswith("OSError: No space left on the device of this host\n")
   last = said[0].splitlines()[-1]
@@ -419,7 +508,24 @@ def test_an_error_in_one_process_ends_the_others_in_its_name(port):
 
 
 def test_processes_that_differ_all_say_in_what(port):
-  codes, said = run_two(port, "differ")
+  codes, said = run(port, "differ")
   assert codes == [1, 1], said
   for text in said:
-    assert "do not have the same seed: 3 in process 0; 4 in process 1." in text
+    assert "do not have the same seed: 3 in process 0, 4 in process 1." in text
+
+
+def test_the_field_of_a_config_in_which_processes_differ_is_said_alone(port):
+  codes, said = run(port, "config")
+  assert codes == [1, 1], said
+  for text in said:
+    assert "not have the same config: a.b: 0 in process 0, 1 in process 1. G" in text
+
+
+def test_a_frozen_process_ends_the_others_in_its_name(port):
+  codes, said = run(port, "freeze", count=3, frozen=[1])
+  assert codes == [1, 1], said
+  named = f"Process 1 on {socket.gethostname()} has not answered for 6 s: it is frozen"
+  for index, text in zip((0, 2), said, strict=True):
+    assert f"Error: {named}" in text
+    assert f"Process {index} ends too" in text
+    assert "Traceback" not in text
