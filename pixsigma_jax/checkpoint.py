@@ -29,17 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from pixsigma_jax import distributed, sharding
-from pixsigma_jax.metadata import Metadata
+from pixsigma_jax import disk, distributed, sharding, tree
+from pixsigma_jax.metadata import History, Metadata, software
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 
 _ARRAYS = "arrays"
 # What a snapshot's arrays may take in memory, on their way, beside the model itself.
 _CONCURRENT_GB = 1
 _LOCAL_KEPT = 2  # the newest may be damaged by what ended the run
+_OWNER = "run.json"  # whose checkpoints a directory on a host's own disk holds
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
@@ -61,6 +63,7 @@ class Checkpoints:
     mesh: Mesh,
     keep_last: int,
     keep_every: int,
+    history: History,
     local: str = "",
     remote: str = "",
   ):
@@ -70,25 +73,30 @@ class Checkpoints:
       mesh: whose shards `local` holds.
       keep_last: how many of the newest steps stay, at least 1.
       keep_every: steps divisible by this stay for good; 0 keeps none for good.
+      history: run, and branch of it, whose checkpoints these are.
       local: a directory on each host's own disk, where each process keeps the shards
-        that it holds, and the two newest steps stay; "" for none.
+        that it holds, and the two newest steps stay; "" for none. It is one run's.
       remote: a directory or bucket (`gs://…`) for copies; "" for none.
 
     Raises:
-      ValueError: none of the newest is to stay.
+      ValueError: none of the newest is to stay, or `local` or `remote` is another
+        run's.
       SavingError: a directory cannot be made.
     """
     if keep_last < 1:  # Orbax would delete each step as soon as it is saved
       raise ValueError(f"keep_last={keep_last} must be at least 1.")
     workdir = pathlib.Path(workdir).absolute()
     self._managers: dict[Place, ocp.CheckpointManager] = {}  # the nearest first
-    if local:
-      self._managers["local"] = _open_local(pathlib.Path(local).absolute(), mesh)
     places: dict[Place, Any] = {"workdir": workdir}
     if remote:
       places["remote"] = epath.Path(remote)
+      _check_remote(places["remote"], workdir, history)
+    if local:
+      directory = pathlib.Path(local).absolute()
+      _take_local(directory, workdir, history)
+      self._managers["local"] = _open_local(directory, mesh, history)
     for place, directory in places.items():
-      with _saving(directory / CHECKPOINTS):
+      with saving(directory / CHECKPOINTS):
         options = ocp.CheckpointManagerOptions(
           max_to_keep=keep_last,
           keep_period=keep_every or None,
@@ -131,7 +139,7 @@ class Checkpoints:
     manager = self._managers[place]
     if place == "local":
       state = jax.tree.map(_key_data, state)
-    with _saving(manager.directory):
+    with saving(manager.directory):
       # Asked first: Orbax finds a disk full in the middle, and says so in pages.
       self._check_space(state, place)
       manager.save(
@@ -140,7 +148,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(state),
           data=ocp.args.JsonSave(position),
-          metadata=ocp.args.JsonSave(metadata.to_json()),
+          metadata=ocp.args.JsonSave(_signed(metadata)),
         ),
       )
 
@@ -154,7 +162,7 @@ class Checkpoints:
       SavingError: there is too little; says how much there is, and is needed.
     """
     for place, manager in self._managers.items():
-      with _saving(manager.directory):
+      with saving(manager.directory):
         self._check_space(state, place)
 
   def _check_space(self, state: Any, place: Place) -> None:
@@ -181,7 +189,7 @@ class Checkpoints:
       SavingError: it could not be saved.
     """
     for manager in self._managers.values():
-      with _saving(manager.directory):
+      with saving(manager.directory):
         manager.wait_until_finished()
 
   def metadata(self, step: int) -> Metadata:
@@ -217,7 +225,7 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for what is being saved and lets go of the directories."""
     for manager in self._managers.values():
-      with _saving(manager.directory):
+      with saving(manager.directory):
         manager.close()
 
   def _holder(self, step: int) -> ocp.CheckpointManager:
@@ -226,7 +234,86 @@ class Checkpoints:
     return self._managers[places[0]]
 
 
-def _open_local(directory: pathlib.Path, mesh: Mesh) -> ocp.CheckpointManager:
+def _check_remote(remote: Any, workdir: pathlib.Path, history: History) -> None:
+  """Whether the newest step there is of this run, or of a version that did not say."""
+  steps = steps_in(remote / CHECKPOINTS)
+  found = stored_history(remote, steps[-1]) if steps else None
+  if found is not None and found.run != history.run:
+    raise ValueError(
+      f"config.checkpoint.remote={remote} holds checkpoints of the run {found.run}, "
+      f"and {workdir} is the run {history.run}: give each run a place of its own."
+    )
+
+
+def _take_local(
+  directory: pathlib.Path, workdir: pathlib.Path, history: History
+) -> None:
+  """Makes a directory on this host's disk this run's, unless it is another's."""
+  path = directory / _OWNER
+  way_out = "give each run a directory of its own, or delete that one"
+  if path.exists():
+    owner = json.loads(path.read_text())
+    if owner["run"] != history.run:
+      raise ValueError(
+        f"config.checkpoint.local={directory} on this host holds checkpoints of the "
+        f"run {owner['run']} (in {owner['workdir']}), and {workdir} is the run "
+        f"{history.run}: {way_out}."
+      )
+    return
+  for step, place in local_steps(directory):
+    # Written before runs had an identity.
+    own = steps_in(workdir / CHECKPOINTS)
+    before = _provenance(workdir, own[-1]) if own else None
+    if before is None or before != _provenance(place, step):
+      raise ValueError(
+        f"config.checkpoint.local={directory} on this host holds checkpoints that do "
+        f"not say of which run they are, as {place / CHECKPOINTS / str(step)}, and "
+        f"that are not known to be of {workdir}: {way_out}."
+      )
+  owner = {"run": history.run, "workdir": str(workdir)}
+  with saving(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    disk.write_whole(path, lambda partial: partial.write_text(json.dumps(owner)))
+
+
+def local_steps(
+  directory: pathlib.Path, run: str | None = None
+) -> list[tuple[int, pathlib.Path]]:
+  """Newest step of each process that has kept its shards on this host, and where.
+
+  Args:
+    run: whose they must be; None for anybody's.
+  """
+  path = directory / _OWNER
+  if run and not (path.exists() and json.loads(path.read_text())["run"] == run):
+    return []
+  found = {p: steps_in(p / CHECKPOINTS) for p in sorted(directory.glob("*_of_*"))}
+  return [(steps[-1], place) for place, steps in found.items() if steps]
+
+
+def stored_history(place: Any, step: int) -> History | None:
+  """Which run and branch has made PLACE/checkpoints/STEP; None if it does not say."""
+  history = (_stored(place, step) or {}).get("history")
+  return history and History.from_json(history)
+
+
+def _provenance(place: Any, step: int) -> Any:
+  return (_stored(place, step) or {}).get("provenance")
+
+
+def _stored(place: Any, step: int) -> dict[str, Any] | None:
+  """Metadata of a checkpoint as JSON; None if damaged, which restoring it will name."""
+  path = place / CHECKPOINTS / str(step) / "metadata" / "metadata"  # as Orbax names it
+  try:
+    fields = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  return fields if isinstance(fields, dict) else None
+
+
+def _open_local(
+  directory: pathlib.Path, mesh: Mesh, history: History
+) -> ocp.CheckpointManager:
   """The manager of this process's own shards.
 
   Shards are of use to a process that holds the same ones again. So the directory has
@@ -237,11 +324,14 @@ def _open_local(directory: pathlib.Path, mesh: Mesh) -> ocp.CheckpointManager:
   held = [n for n, d in enumerate(mesh.devices.flat) if d.process_index == me]
   part = zlib.crc32(json.dumps([dict(mesh.shape), held]).encode())
   directory = directory / f"{me}_of_{count}_{part:08x}" / CHECKPOINTS
-  with _saving(directory):
+  with saving(directory):
     directory.mkdir(parents=True, exist_ok=True)
-    # What some processes had saved, and others not yet, when the job ended.
+    # Not what some processes had saved, and others not yet, when the job ended; nor
+    # what the run has gone back from since, on another mesh.
     have = steps_in(directory)
-    for step in set(have) - set(distributed.in_all(have)):
+    made = {step: stored_history(directory.parent, step) for step in have}
+    own = [s for s in have if (h := made[s]) is None or history.has_made(h, s)]
+    for step in set(have) - set(distributed.in_all(own)):
       shutil.rmtree(directory / str(step))
     everyone = ocp.options.MultiprocessingOptions(
       primary_host=None,  # each its own
@@ -313,6 +403,8 @@ class Snapshot:
     params: EMA parameters, float32.
     null_caption: `[t e]`, what a dropped caption is replaced with; None in a converted
       model whose source does not hold it.
+    fingerprint: of the parameters that were read, see `with_fingerprint`; "" if nobody
+      has asked for it.
   """
 
   path: pathlib.Path
@@ -321,15 +413,22 @@ class Snapshot:
   config: PixArtConfig
   params: Any
   null_caption: Any
+  fingerprint: str = ""
 
   @property
   def origin(self) -> dict[str, Any]:
     """What a child's provenance says of its parent."""
+    told = {"params": self.fingerprint} if self.fingerprint else {}
     return {
       "path": str(self.path),
       "stage": self.metadata.stage,
       "step": self.step,
+      **told,
     }
+
+  def with_fingerprint(self) -> "Snapshot":
+    """The same, which knows a hash of its parameters: `tree.fingerprint`."""
+    return dataclasses.replace(self, fingerprint=tree.fingerprint(self.params))
 
 
 def save_snapshot(
@@ -342,8 +441,9 @@ def save_snapshot(
 ) -> None:
   """Writes WORKDIR/snapshots/STEP and returns when it is on the disk.
 
-  The same snapshot, by its metadata, is left as it is; another run's is replaced: a
-  workdir that never got as far as a checkpoint may be started over with other settings.
+  The same snapshot, by its metadata, is left as it is. One of another run, of other
+  settings or of a branch that the run has gone back from is replaced, and the log says
+  so: a workdir that never got as far as a checkpoint may be started over.
 
   Raises:
     SavingError: it could not be saved.
@@ -355,21 +455,24 @@ def save_snapshot(
   # In the foreground, a few arrays at a time: no copy of the model is made for it.
   options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
   with (
-    _saving(directory),
+    saving(directory),
     ocp.CheckpointManager(
       directory, options=options, item_handlers=_snapshot_handlers()
     ) as manager,
   ):
     if step in manager.all_steps():
-      if _metadata(manager, step) == metadata:
+      if _is_same(_metadata(manager, step), metadata, step):
         return
+      logging.info(
+        "Replacing %s, which is of another history of this run.", directory / str(step)
+      )
       manager.delete(step)
     manager.save(
       step,
       force=True,  # as above
       args=ocp.args.Composite(
         model=ocp.args.PyTreeSave(model),
-        metadata=ocp.args.JsonSave(metadata.to_json()),
+        metadata=ocp.args.JsonSave(_signed(metadata)),
       ),
     )
     manager.wait_until_finished()
@@ -463,7 +566,7 @@ def save_arrays(folder: pathlib.Path, arrays: Any) -> None:
     SavingError: they could not be saved.
   """
   handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=_CONCURRENT_GB)
-  with _saving(folder), ocp.Checkpointer(handler) as checkpointer:
+  with saving(folder), ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder.absolute() / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
 
 
@@ -496,6 +599,23 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:
   return Metadata.from_json(restored.metadata)
 
 
+def _signed(metadata: Metadata) -> dict[str, Any]:
+  """As JSON, with what is writing it."""
+  return dataclasses.replace(metadata, software=software()).to_json()
+
+
+def _is_same(have: Metadata, want: Metadata, step: int) -> bool:
+  """Whether a snapshot is what would be written in its place."""
+  if have.history is None or want.history is None:
+    # An older version's, or no run's: what is there is of the first branch.
+    branched = [h for h in (have.history, want.history) if h and h.branches]
+    same = all(h.has_made(History(h.run), step) for h in branched)
+  else:
+    same = want.history.has_made(have.history, step)
+  have, want = (dataclasses.replace(m, history=None) for m in (have, want))
+  return same and have == want
+
+
 def _is_snapshot(path: pathlib.Path) -> bool:
   return path.name.isdigit() and (path / "model").is_dir()
 
@@ -512,7 +632,8 @@ def steps_in(directory: Any) -> list[int]:
 
 
 @contextlib.contextmanager
-def _saving(directory: Any) -> Iterator[None]:
+def saving(directory: Any) -> Iterator[None]:
+  """Turns what fails in here into a `SavingError`, which says what is still there."""
   try:
     yield
   except Exception as error:  # Orbax and TensorStore raise many types

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from pixsigma_jax import checkpoint, sharding, tree
-from pixsigma_jax.metadata import Metadata
+from pixsigma_jax.metadata import History, Metadata
 from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.optimizer import make_optimizer
 from pixsigma_jax.train.step import init_state
@@ -39,6 +39,7 @@ TX = make_optimizer(
 EMA = Ema(
   kind="exponential", values=(0.9, 0.5), unit="updates", offload=False, batch_size=1
 )
+HISTORY = History("a-run")
 TINY = {"w": np.arange(6, dtype=np.float32)}
 
 
@@ -99,6 +100,7 @@ def open_run(workdir, keep_last=3, keep_every=0):
     mesh=sharding.single_device_mesh(),
     keep_last=keep_last,
     keep_every=keep_every,
+    history=HISTORY,
   )
 
 
@@ -440,8 +442,8 @@ def test_a_truncated_snapshot_is_named_and_the_one_before_it_can_be_read(tmp_pat
 def test_a_snapshot_of_a_later_format_is_refused_with_both_numbers(tmp_path):
   save_snapshot(tmp_path, 1)
   [path] = (tmp_path / "snapshots" / "1" / "metadata").glob("metadata")
-  path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-  with pytest.raises(ValueError, match=r"has format 2; this version .* format 1"):
+  path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+  with pytest.raises(ValueError, match=r"has format 3; this version .* format 1 and 2"):
     checkpoint.read_snapshot(tmp_path)
 
 

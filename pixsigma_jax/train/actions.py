@@ -225,10 +225,10 @@ class Save(Action):
     place: checkpoint.Place,
     checkpoints: checkpoint.Checkpoints,
     position: Callable[[LoopState], Any],
-    about: Metadata,
+    about: Callable[[], Metadata],
     total_steps: int,
   ):
-    """Takes what goes with the state: its position in the data, and the metadata."""
+    """Takes what tells what goes with the state: its position, and the metadata."""
     super().__init__(every)
     self._total = total_steps
     self._under_way: int | None = None
@@ -240,10 +240,15 @@ class Save(Action):
       return
     whole = at.state.replace(frozen=None)
     self._checkpoints.save(
-      at.step, whole, self._position(at), self._about, place=self._place
+      at.step, whole, self._position(at), self._about(), place=self._place
     )
     self.tell()  # of the one before, for which this one has waited
     at.saved[self._place] = self._under_way = at.step
+
+  def wait(self) -> None:
+    """Returns when what was being saved is whole."""
+    self._checkpoints.wait()
+    self.tell()
 
   def before(self, step: int) -> None:
     if self._under_way is not None and not self._checkpoints.is_saving(self._place):
@@ -284,6 +289,7 @@ class Snapshot(Action):
 
   def run(self, at: LoopState) -> None:
     self._save.run(at)
+    self._save.wait()  # no snapshot is ahead of the checkpoint that a run goes on from
     self._write(at.state)
 
 

@@ -270,9 +270,17 @@ def _check_adapter(
     before["config"]["adapter"], now["config"]["adapter"], "adapter"
   )
   if parent is not None:
+    # An earlier version did not say which parameters the parent had.
+    names = [n for n in ("stage", "step", "params") if n in before["parent"]]
+    if "params" not in names:
+      logging.warning(
+        "The checkpoint of this workdir, of an earlier version, does not say which "
+        "parameters its parent had: that %s is still the same is not checked.",
+        parent.path,
+      )
     lines += metadata.disagreements(
-      {name: before["parent"][name] for name in ("stage", "step")},
-      {name: parent.origin[name] for name in ("stage", "step")},
+      {name: before["parent"][name] for name in names},
+      {name: parent.origin.get(name) for name in names},
       "parent",
     )
     lines += metadata.disagreements(

@@ -22,9 +22,9 @@ def whole(least: int, *, below: int | None = None, way_out: str = "") -> Check:
   def check(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
       return "must be a whole number"
-    if value < least:
+    if int(value) < least:
       return f"must be at least {least}{way_out and f' ({way_out})'}"
-    if below is not None and value >= below:
+    if below is not None and int(value) >= below:
       return f"must be below {below}"
     return None
 
@@ -48,13 +48,14 @@ def number(
   def check(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
       return "must be a number"
-    if math.isnan(value) or (math.isinf(value) and not infinite):
-      return "must be a finite number" if not infinite else "must be a number"
+    given = float(value)
+    if math.isnan(given) or (math.isinf(given) and not infinite):
+      return "must be a number" if infinite else "must be a finite number"
     wrong = {
-      f"at least {least}": least is not None and value < least,
-      f"above {above}": above is not None and value <= above,
-      f"at most {most}": most is not None and value > most,
-      f"below {below}": below is not None and value >= below,
+      f"at least {least}": least is not None and given < least,
+      f"above {above}": above is not None and given <= above,
+      f"at most {most}": most is not None and given > most,
+      f"below {below}": below is not None and given >= below,
     }
     said = [bound for bound, broken in wrong.items() if broken]
     return f"must be {' and '.join(said)}" if said else None

@@ -190,6 +190,8 @@ CHECKS: dict[str, Check] = {
   "log.sample_set.every": _PERIOD,
   "log.sample_set.count": whole(0),
   "log.profile": span,
+  "log.wandb.project": text,
+  "log.wandb.entity": text,
   "frozen": text,
 }
 

@@ -16,9 +16,9 @@ from pixsigma_jax import checkpoint, distributed, sharding, tree
 from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.data import pipeline as data_pipeline
 from pixsigma_jax.data.mixture import open_mixture
-from pixsigma_jax.metadata import Metadata
+from pixsigma_jax.metadata import Metadata, software
 from pixsigma_jax.sample import frozen
-from pixsigma_jax.train import actions, agreement, guards, sheets
+from pixsigma_jax.train import actions, agreement, guards, run_directory, sheets
 from pixsigma_jax.train.batches import Batches
 from pixsigma_jax.train.config import call, model_config
 from pixsigma_jax.train.ema import save_snapshots
@@ -27,6 +27,7 @@ from pixsigma_jax.train.metrics import MetricWriter, Window, check_wandb
 from pixsigma_jax.train.optimizer import rate_in_words
 from pixsigma_jax.train.program import lower_step, make_program
 from pixsigma_jax.train.progress import Progress
+from pixsigma_jax.train.standing import is_cleared
 from pixsigma_jax.train.step import TrainState
 from pixsigma_jax.train.validation import Validation
 from pixsigma_jax.train.watchdog import Watchdog
@@ -44,20 +45,31 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       other; raised before anything is compiled.
     guards.BadStepError: a step was bad, see `guards.Guards`, and the policy is to stop
       or there were too many; nothing of that step has been saved.
+    run_directory.HeldError: another process trains in the workdir.
     checkpoint.SavingError: a checkpoint could not be written.
     SystemExit: after SIGTERM or SIGINT, with 128 + the signal's number as code, once
       the state is saved: a scheduler must not take it for a finished run.
   """
-  with actions.Closing() as closing:
-    run = Run(config, pathlib.Path(workdir), closing)
-    run.start()
-    if run.is_done():
-      logging.info("%s has all its %d steps already.", workdir, config["total_steps"])
-    else:
-      run.compile()
-      run.prepare_actions()
-      run.train()
-  run.finish()
+  workdir = pathlib.Path(workdir)
+  agreement.check_config(config)
+  with run_directory.held(workdir, config["checkpoint"]["remote"]):
+    if distributed.of_first(is_cleared(config, workdir)):
+      logging.info(
+        "%s has all its %d steps already, and its checkpoints were cleared away.",
+        workdir,
+        config["total_steps"],
+      )
+      return
+    with actions.Closing() as closing:
+      run = Run(config, workdir, closing)
+      run.start()
+      if run.is_done():
+        logging.info("%s has all its %d steps already.", workdir, config["total_steps"])
+      else:
+        run.compile()
+        run.prepare_actions()
+        run.train()
+    run.finish()
 
 
 class Run:
@@ -79,7 +91,6 @@ class Run:
     Args:
       closing: gets all that is to be closed when the run ends, however it does.
     """
-    agreement.check_config(config)
     check_wandb(config["log"]["wandb"])
     self.config, self.workdir, self._closing = config, workdir, closing
     self._total, self._batch_size = config["total_steps"], config["batch_size"]
@@ -129,11 +140,14 @@ class Run:
     places = program.ema.places(sharding.shardings(abstract_state, mesh))
     self._places = places
     self._placed = sharding.placed(abstract_state, places).replace(frozen=None)
+    distributed.check_same("code", software())
     distributed.check_same("config", config)
     distributed.check_same("dataset", mixture.fingerprint)
     every = config["checkpoint"]
+    history = run_directory.identify(self.workdir, every["remote"])
     self._checkpoints = checkpoint.Checkpoints(
       self.workdir,
+      history=history,
       mesh=mesh,
       keep_last=every["keep_last"],
       keep_every=every["keep_every"],
@@ -148,6 +162,7 @@ class Run:
     parent = None
     if config["init"]["parent"] and (start is None or program.lora):
       parent = checkpoint.read_snapshot(config["init"]["parent"], mesh)
+      parent = parent.with_fingerprint()
       transformed = agreement.transformed(
         parent, config["init"]["transforms"], self._model, mesh
       )
@@ -160,7 +175,8 @@ class Run:
       about = agreement.check_same_run(stored, config, self._model, mixture, parent)
     else:
       about = agreement.metadata_of(config, self._model, mixture, parent)
-    self._about: Metadata = about
+    history = run_directory.go_on_from(self.workdir, history, start or 0)
+    self._about: Metadata = dataclasses.replace(about, history=history)
 
     null_caption = self._open_captions()
     init_key, key = jax.random.split(jax.random.key(config["seed"]))
@@ -309,7 +325,7 @@ class Run:
       progress=self._progress,
     )
     self._actions.append(self._report)
-    kept = self._checkpoints, self._position, self._about, self._total
+    kept = self._checkpoints, self._position, lambda: self._about, self._total
     self._save = actions.Save(every["every"], "workdir", *kept)
     self._save_locally = actions.Save(every["local_every"], "local", *kept)
     self._save_remotely = actions.Save(every["remote_every"], "remote", *kept)
@@ -499,6 +515,11 @@ class Run:
         ) from bad
       self._rollbacks[newest] = times + 1
       logging.warning("%s Rolling back to step %d.", bad.why, newest)
+      assert self._about.history is not None
+      history = run_directory.go_on_from(
+        self.workdir, self._about.history, newest, anew=True
+      )
+      self._about = dataclasses.replace(self._about, history=history)
       left = self.at
       state, _ = self._checkpoints.restore(newest, self._placed)
       self._stand(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixsigma_jax import checkpoint
-from pixsigma_jax.train import agreement
+from pixsigma_jax.train import agreement, run_directory
 
 DONE, OPEN = "done", "open"
 
@@ -13,14 +13,57 @@ DONE, OPEN = "done", "open"
 def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   """A line that begins with `done` or with `open`, and what `train` would do.
 
-  A stage is done when its last snapshot is there: that is written after everything
-  else.
+  A stage is done when its last snapshot is there and no checkpoint says that the run
+  has gone back since: that snapshot is written after everything else.
+
+  Checkpoints on hosts' own disks count where all processes have theirs, on the mesh
+  that they were made on. Of these, what this host has is told beside the rest.
 
   Raises:
-    ValueError: the config lacks fields, or the workdir is another stage's.
+    ValueError: the config has values without sense or lacks fields, or the workdir is
+      another stage's.
   """
   agreement.check_config(config)
   workdir, total = pathlib.Path(workdir), config["total_steps"]
+  _check_stage(config, workdir)
+  saved, local = _steps(config, workdir)
+  if _has_last(config, workdir) and (not saved or saved[-1] >= total):
+    return f"{DONE}: {workdir} has all its {total} steps"
+  start = saved[-1] if saved else 0
+  if later := run_directory.models_after(workdir, start):
+    names = ", ".join(str(path.relative_to(workdir)) for path in later)
+    aside = f"; {names}, of another history, move to {run_directory.ABANDONED}/"
+  else:
+    aside = ""
+  nearer = f", or from step {local} if all hosts have it as this one" if local else ""
+  if saved:
+    return f"{OPEN}: {workdir} goes on from step {start} of {total}{nearer}{aside}"
+  parent = config["init"]["parent"]
+  if not parent:
+    return f"{OPEN}: {workdir} starts from fresh parameters{nearer}{aside}"
+  try:
+    parent = checkpoint.find_snapshot(parent)
+  except FileNotFoundError:
+    parent = f"{parent}, which is not there yet"
+  names = [transform["name"] for transform in config["init"]["transforms"]]
+  through = f" through {', '.join(names)}" if names else ""
+  return f"{OPEN}: {workdir} starts from {parent}{through}{nearer}{aside}"
+
+
+def is_cleared(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
+  """Whether a stage is done, and nothing but its models was kept."""
+  return _has_last(config, workdir) and not checkpoint.saved_steps(
+    workdir, config["checkpoint"]["remote"]
+  )
+
+
+def _has_last(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
+  """Whether the snapshot of a stage's last step, or of a later one, is there."""
+  snapshots = checkpoint.steps_in(workdir / checkpoint.SNAPSHOTS)
+  return bool(snapshots) and snapshots[-1] >= config["total_steps"]
+
+
+def _check_stage(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
   snapshots = checkpoint.steps_in(workdir / checkpoint.SNAPSHOTS)
   if snapshots:
     last = workdir / checkpoint.SNAPSHOTS / str(snapshots[-1])
@@ -30,15 +73,18 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
         f"{workdir} is a run of the stage {stage!r}, and this is {config['stage']!r}: "
         "give it a --workdir of its own."
       )
-  if snapshots and snapshots[-1] >= total:
-    return f"{DONE}: {workdir} has all its {total} steps"
-  if steps := checkpoint.saved_steps(workdir, config["checkpoint"]["remote"]):
-    return f"{OPEN}: {workdir} goes on from step {steps[-1]} of {total}"
-  parent = config["init"]["parent"]
-  if not parent:
-    return f"{OPEN}: {workdir} starts from fresh parameters"
-  try:
-    parent = checkpoint.find_snapshot(parent)
-  except FileNotFoundError:
-    parent = f"{parent}, which is not there yet"
-  return f"{OPEN}: {workdir} starts from {parent}"
+
+
+def _steps(
+  config: Mapping[str, Any], workdir: pathlib.Path
+) -> tuple[list[int], int | None]:
+  """Steps to go on from; and a newer one that lies on this host's own disk."""
+  places = config["checkpoint"]
+  saved = checkpoint.saved_steps(workdir, places["remote"])
+  history = run_directory.known(workdir, places["remote"])
+  if not places["local"] or history is None:
+    return saved, None
+  directory = pathlib.Path(places["local"]).absolute()
+  newest = [step for step, _ in checkpoint.local_steps(directory, history.run)]
+  local = max(newest, default=0)
+  return saved, local if local > (saved[-1] if saved else 0) else None

@@ -110,6 +110,7 @@ def main(arguments: list[str]) -> None:
     after.metadata,
     stage=target.name,
     provenance=(*snapshot.metadata.provenance, entry),
+    history=None,  # no run's
   )
   metadata = Metadata.from_json(metadata.to_json())  # as it will be read
   if _is_there(target):

@@ -142,6 +142,7 @@ def test_what_an_adapter_changes_may_be_split_over_devices(
     ({"adapter__dora": True}, r"adapter\.dora: False → True"),
     ({"adapter__rank": 0}, r"adapter\.rank: 3 → 0"),
     ({"init__parent": "OTHER"}, r"parent\.step: 6 → 3 .*the parent was .*Give what"),
+    ({"init__parent": "RETRAINED"}, r"parent\.params: '\w+' → '\w+' .*parent was "),
     (
       {"init__transforms": ({"name": "interpolate_pe", "base_size": 4},)},
       r"init\.transforms: ",
@@ -153,9 +154,65 @@ def test_a_run_goes_on_with_its_own_adapter_and_parent_alone(
 ):
   other = tmp_path / "other"
   shutil.copytree(done / "snapshots" / "6", other / "snapshots" / "3")
-  changes = {k: str(other) if v == "OTHER" else v for k, v in changes.items()}
+  # Of the same stage and step, by its metadata the same model.
+  retrained = tmp_path / "retrained"
+  parent = checkpoint.read_snapshot(done)
+  checkpoint.save_snapshot(
+    retrained,
+    6,
+    params=jax.tree.map(lambda leaf: leaf * (1 + 2**-23), parent.params),
+    null_caption=parent.null_caption,
+    metadata=parent.metadata,
+  )
+  parents = {"OTHER": str(other), "RETRAINED": str(retrained)}
+  changes = {
+    k: parents.get(v, v) if k == "init__parent" else v for k, v in changes.items()
+  }
   with pytest.raises(ValueError, match=message):
     runs.train(config_of(data, done, total_steps=5, **changes), adapted)
+
+
+def test_a_parent_that_has_moved_is_the_same_and_an_old_checkpoint_does_not_say(
+  adapted, data, done, tmp_path, caplog
+):
+  workdir, moved = tmp_path / "run", tmp_path / "moved"
+  shutil.copytree(adapted, workdir)
+  shutil.copytree(done / "snapshots", moved / "snapshots")
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  path = workdir / "checkpoints" / "2" / "metadata" / "metadata"
+  fields = json.loads(path.read_text())
+  assert fields["provenance"][-1]["parent"].pop("params")
+  runs.train(config_of(data, str(moved)), workdir)
+  runs.assert_same(runs.arrays(workdir, 4), runs.arrays(adapted, 4))
+  assert not [line for line in caplog.messages if "of an earlier version" in line]
+
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  path.write_text(json.dumps(fields))
+  runs.train(config_of(data, str(moved)), workdir)
+  runs.assert_same(runs.arrays(workdir, 4), runs.arrays(adapted, 4))
+  assert [line for line in caplog.messages if "of an earlier version" in line]
+
+
+def test_adapters_of_steps_that_a_run_went_back_from_are_not_its_own(
+  adapted, data, done, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(adapted, workdir)
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  before = params(adapted, 4)
+  config = config_of(data, done, data__long_caption_ratio=0.0)
+  runs.train(config, workdir)
+  assert (
+    runs.steps(workdir, "adapters") == runs.steps(workdir, "snapshots")[1:] == [2, 4]
+  )
+  snapshot = checkpoint.read_snapshot(done)
+  adapter = read_lora(workdir / "adapters" / "4", snapshot.config)
+  _, after = merge_lora(snapshot.config, snapshot.params, adapter=adapter)
+  for name, array in params(workdir, 4).items():
+    np.testing.assert_allclose(runs.named(after)[name], array, rtol=0, atol=1e-6)
+  (aside,) = (workdir / "abandoned").iterdir()
+  runs.assert_same(params(aside, 4), before)
+  assert runs.steps(aside, "adapters") == [4]
 
 
 def test_an_adapter_without_a_parent_is_refused(data, tmp_path):
@@ -170,6 +227,9 @@ def test_after_a_bad_step_the_parent_is_still_there(data, done, tmp_path, monkey
   monkeypatch.setattr(mixture, "open_dataset", lambda _: dataset)
   runs.train(config_of(data, done, guards__bad_step="rollback"), tmp_path)
   assert runs.metrics(tmp_path)[-1]["rollbacks"] == 1
+  # What was made after it is of a branch of its own.
+  history = checkpoint.read_metadata(tmp_path).history
+  assert [after for _, after in history.branches] == [2]
   after, parent = params(tmp_path, 4), params(done, 6)
   for name, array in parent.items():
     assert np.array_equal(after[name], array) != targeted(name), name

@@ -1,5 +1,6 @@
 """Other places for checkpoints: a bucket, and the hosts' own disks."""
 
+import json
 import shutil
 
 import pytest
@@ -54,9 +55,13 @@ def test_shards_on_the_own_disk_are_nearer_than_the_workdir(
     return [line for line in caplog.messages if line.startswith("Resuming")]
 
   train(total_steps=5)
-  (own,) = local.iterdir()
+  (own,) = local.glob("0_of_1_*")
   assert runs.steps(own) == [4, 5]
   shutil.rmtree(workdir / "checkpoints" / "5")
+  stands = standing(runs.low(data, **changes).to_dict(), workdir)
+  assert stands.startswith(
+    f"open: {workdir} goes on from step 4 of 6, or from step 5 if all hosts have it"
+  )
   (line,) = train()
   assert line.endswith("from step 5.")
   assert runs.steps(own) == [5, 6]
@@ -71,6 +76,27 @@ def test_shards_on_the_own_disk_are_nearer_than_the_workdir(
   (line,) = train()
   assert line.endswith("from step 4.")
   assert runs.steps(own) == [5, 6]
+
+
+def test_a_place_of_another_run_is_refused_and_both_are_named(data, tmp_path):
+  local, remote, first, second = (tmp_path / n for n in ("l", "r", "first", "second"))
+  at_local = {"checkpoint__local": str(local), "checkpoint__local_every": 1}
+  at_remote = {"checkpoint__remote": str(remote), "checkpoint__remote_every": 1}
+  runs.train(runs.low(data, total_steps=2, **at_local, **at_remote), first)
+  runs.train(runs.low(data, total_steps=1, optimizer__warmup_steps=0), second)
+  names = [json.loads((w / "run.json").read_text())["run"] for w in (first, second)]
+  for changes, place in ((at_local, local), (at_remote, remote)):
+    message = rf"{place} .*the run {names[0]}.* {second} is the run {names[1]}: give"
+    with pytest.raises(ValueError, match=message):
+      runs.train(runs.low(data, **changes), second)
+  assert runs.steps(second) == [1]
+
+  # Of a version that did not say whose they are: known by their provenance, or not.
+  (local / "run.json").unlink()
+  with pytest.raises(ValueError, match="do not say of which run they are"):
+    runs.train(runs.low(data, **at_local), second)
+  runs.train(runs.low(data, total_steps=3, **at_local, **at_remote), first)
+  assert json.loads((local / "run.json").read_text())["run"] == names[0]
 
 
 @pytest.mark.parametrize(
