@@ -251,8 +251,7 @@ def _take_local(
   """Makes a directory on this host's disk this run's, unless it is another's."""
   path = directory / _OWNER
   way_out = "give each run a directory of its own, or delete that one"
-  if path.exists():
-    owner = json.loads(path.read_text())
+  if (owner := _owner(directory)) is not None:
     if owner["run"] != history.run:
       raise ValueError(
         f"config.checkpoint.local={directory} on this host holds checkpoints of the "
@@ -276,6 +275,21 @@ def _take_local(
     disk.write_whole(path, lambda partial: partial.write_text(json.dumps(owner)))
 
 
+def _owner(directory: pathlib.Path) -> dict[str, Any] | None:
+  """Whose a directory on a host's own disk is; None if nobody has taken it."""
+  path = directory / _OWNER
+  if not path.exists():
+    return None
+  try:
+    owner = json.loads(path.read_text())
+    return {name: str(owner[name]) for name in ("run", "workdir")}
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} does not say whose checkpoints are beside it ({error}): it is damaged. "
+      f"Delete {directory}."
+    ) from error
+
+
 def local_steps(
   directory: pathlib.Path, run: str | None = None
 ) -> list[tuple[int, pathlib.Path]]:
@@ -284,8 +298,7 @@ def local_steps(
   Args:
     run: whose they must be; None for anybody's.
   """
-  path = directory / _OWNER
-  if run and not (path.exists() and json.loads(path.read_text())["run"] == run):
+  if run and (_owner(directory) or {}).get("run") != run:
     return []
   found = {p: steps_in(p / CHECKPOINTS) for p in sorted(directory.glob("*_of_*"))}
   return [(steps[-1], place) for place, steps in found.items() if steps]

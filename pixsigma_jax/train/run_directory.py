@@ -137,10 +137,20 @@ def identify(workdir: pathlib.Path, remote: str = "") -> History:
 
 
 def known(workdir: pathlib.Path, remote: str = "") -> History | None:
-  """The same without leaving anything behind; None where no run is."""
+  """The same without leaving anything behind; None where no run is.
+
+  Raises:
+    ValueError: the file that says it is damaged.
+  """
   path = workdir / IDENTITY
   if path.exists():
-    return History.from_json(json.loads(path.read_text()))
+    try:
+      return History.from_json(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{path} does not say which run this is ({error}): it is damaged. Delete it; "
+        "the newest checkpoint says it too."
+      ) from error
   places: list[Any] = [workdir, *([epath.Path(remote)] if remote else [])]
   newest = {
     place: steps[-1]

@@ -44,10 +44,11 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   try:
     parent = checkpoint.find_snapshot(parent)
   except FileNotFoundError:
-    parent = f"{parent}, which is not there yet"
+    parent = f"{parent}, which is not there yet,"
   names = [transform["name"] for transform in config["init"]["transforms"]]
   through = f" through {', '.join(names)}" if names else ""
-  return f"{OPEN}: {workdir} starts from {parent}{through}{nearer}{aside}"
+  parent = f"{parent}{through}".removesuffix(",")
+  return f"{OPEN}: {workdir} starts from {parent}{nearer}{aside}"
 
 
 def is_cleared(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:

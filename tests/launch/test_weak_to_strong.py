@@ -278,5 +278,5 @@ def test_the_trainer_says_it_with_dry_run(tmp_path):
     text=True,
     check=True,
   )
-  parent = f"{tmp_path}/2k, which is not there yet"
+  parent = f"{tmp_path}/2k, which is not there yet, through interpolate_pe"
   assert done.stdout == f"open: {tmp_path} starts from {parent}\n"

@@ -255,6 +255,13 @@ def test_a_new_machine_goes_on_as_the_run_that_the_bucket_holds(tmp_path):
   assert run_directory.identify(tmp_path / "new") == found  # it says so itself now
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"run": "a", "branches": 3}'])
+def test_a_damaged_identity_is_named(tmp_path, text):
+  (tmp_path / "run.json").write_text(text)
+  with pytest.raises(ValueError, match=f"{tmp_path}/run.json does not say .* Delete"):
+    run_directory.identify(tmp_path)
+
+
 def test_processes_of_different_code_do_not_go_on_together(data, tmp_path, monkeypatch):
   compared = {}
 
