@@ -145,7 +145,7 @@ def known(workdir: pathlib.Path, remote: str = "") -> History | None:
   path = workdir / IDENTITY
   if path.exists():
     try:
-      return History.from_json(json.loads(path.read_text()))
+      return History.from_json(dict(json.loads(path.read_text())))
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
         f"{path} does not say which run this is ({error}): it is damaged. Delete it; "
