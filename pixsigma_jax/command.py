@@ -1,7 +1,7 @@
 """What all commands share: how they start, show how far they are, and end in an error.
 
 A mistake in what the user gave ends in one line on stderr and exit code 1; a mistake in
-the program keeps its traceback.
+the program keeps its traceback. Ctrl-C ends in one line, too, and exit code 130.
 """
 
 import functools
@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -25,7 +25,13 @@ _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show where in the program an error arose."
 )
 
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
+
 T = TypeVar("T")
+
+
+class Interrupted(KeyboardInterrupt):
+  """Ctrl-C where a command can say what is done and how to go on: its message."""
 
 
 def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> None:
@@ -33,7 +39,8 @@ def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> No
 
   One line instead of a traceback is all that a user sees of: a file that cannot be
   opened or written (OSError), a ValueError that this package raised itself, and an
-  exception of a type that this package defines. `--traceback` shows the rest.
+  exception of a type that this package defines. Ctrl-C is one line too, of what
+  `Interrupted` says if `main` raises that. `--traceback` shows the rest.
   """
   handler = logging.get_absl_handler()
   if handler is not None:
@@ -83,12 +90,23 @@ def _run(
     raise app.UsageError(f"Missing: {' '.join(positional[len(arguments) :])}")
   try:
     main(arguments)
+  except KeyboardInterrupt as interrupt:
+    if _TRACEBACK.value:
+      raise
+    if sys.stderr.isatty():  # where ^C, and perhaps a bar, stand in the line
+      print(file=sys.stderr)
+    said = str(interrupt) if isinstance(interrupt, Interrupted) else "by Ctrl-C."
+    _end(f"Interrupted: {said}", INTERRUPTED)
   except Exception as error:
     if _TRACEBACK.value or not _is_users(error):
       raise
-    logging.flush()
-    print("Error:", " ".join(str(error).splitlines()), file=sys.stderr)
-    sys.exit(1)
+    _end(f"Error: {error}", 1)
+
+
+def _end(message: str, code: int) -> NoReturn:
+  logging.flush()
+  print(" ".join(message.splitlines()), file=sys.stderr)
+  sys.exit(code)
 
 
 def _is_users(error: Exception) -> bool:

@@ -1,10 +1,15 @@
 """Files that are whole or not there: written beside their place, synced, then named."""
 
+import errno
 import os
 import pathlib
 import uuid
 from collections.abc import Callable
 from typing import Any
+
+_ROOM = 2**20  # bytes; a disk that has no more is full
+# What file systems without links answer: FAT, some that lie on a network.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
@@ -26,6 +31,59 @@ def publish(partial: pathlib.Path, path: pathlib.Path) -> None:
   sync(partial)
   partial.rename(path)
   sync(path.parent)
+
+
+def publish_new(partial: pathlib.Path, path: pathlib.Path) -> None:
+  """As `publish`, but never in place of another file, whoever else is writing.
+
+  Raises:
+    FileExistsError: there is a file of that name; the partial one is left, too.
+  """
+  sync(partial)
+  try:
+    try:
+      os.link(partial, path)
+    except OSError as error:
+      if error.errno not in _NO_LINKS:
+        raise
+      # Only one process gets the name, and no other writes over it from then on.
+      os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+      partial.replace(path)
+    else:
+      partial.unlink()
+  except FileExistsError:
+    raise FileExistsError(f"{path} exists already and is left as it is.") from None
+  sync(path.parent)
+
+
+def check_writable(folder: pathlib.Path) -> None:
+  """Refuses a folder that nothing can be written to, before work for it is begun.
+
+  The folder need not exist. Whatever this writes is gone when it returns.
+
+  Raises:
+    NotADirectoryError: it is a file, or lies below one.
+    OSError: it is read-only, its disk is full, or it may not be written to.
+  """
+  there = folder
+  while not os.path.lexists(there):
+    there = there.parent
+  if not there.is_dir():
+    raise NotADirectoryError(f"{there} is a file: give a directory.")
+  probe = partial_path(there / "writable")
+  try:
+    with probe.open("xb") as file:
+      try:
+        file.write(bytes(_ROOM))
+        file.flush()
+        os.fsync(file.fileno())
+      finally:
+        probe.unlink()
+  except OSError as error:
+    raise OSError(
+      f"Nothing can be written to {there}: {error.strerror}. Give another directory, "
+      "or make room or rights there."
+    ) from error
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:

@@ -1,6 +1,7 @@
 """Commands: one line for a mistake of the user's, a traceback for one of ours."""
 
 import logging
+import signal
 import sys
 import types
 
@@ -88,6 +89,50 @@ def test_where_it_arose_is_shown_to_those_who_ask(run):
 def test_a_mistake_of_ours_keeps_its_traceback(run, main, kind):
   with pytest.raises(kind):
     run(main)
+
+
+def interrupted(_):
+  raise KeyboardInterrupt
+
+
+def interrupted_on_the_way(_):
+  try:
+    raise KeyboardInterrupt
+  except KeyboardInterrupt:
+    raise command.Interrupted("2 of 3 are done.\nGo on by …") from None
+
+
+@pytest.mark.parametrize(
+  ("main", "message"),
+  [
+    (interrupted, "Interrupted: by Ctrl-C.\n"),
+    (interrupted_on_the_way, "Interrupted: 2 of 3 are done. Go on by …\n"),
+  ],
+)
+def test_ctrl_c_ends_in_one_line_and_exit_code_130(run, capsys, main, message):
+  with pytest.raises(SystemExit) as exit_:
+    run(main)
+  assert exit_.value.code == 130
+  assert capsys.readouterr() == ("", message)
+
+
+def test_a_handler_of_a_commands_own_decides_what_ctrl_c_is(run, capsys):
+  def main(_):
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    sys.exit(128 + heard[0] + 1)
+
+  with pytest.raises(SystemExit) as exit_:
+    run(main)
+  assert exit_.value.code == 131
+  assert capsys.readouterr() == ("", "")
+
+
+def test_where_ctrl_c_came_is_shown_to_those_who_ask(run):
+  with pytest.raises(KeyboardInterrupt):
+    run(interrupted, "--traceback")
 
 
 def test_what_is_not_a_flag_is_refused(run, capsys):

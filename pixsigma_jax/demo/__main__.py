@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
   )
   server = page.serve(pipeline, _HOST.value, _PORT.value)
   print(f"Open {server.local_url}   Ctrl-C ends it.", flush=True)
-  server.block_thread()
+  page.wait(server)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pathlib
 import secrets
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -18,9 +19,9 @@ import gradio as gr
 
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.pipeline import Pipeline
+from pixsigma_jax.sample.settings import SETTINGS, Choice, Settings
 
 # What the gallery, the settings and the seed show next.
 Shown: TypeAlias = tuple[list[tuple[str, str]], dict[str, Any], int]
@@ -54,13 +55,15 @@ def draw(
   negative_prompt: str,
   size: str,
   sampler: str,
-  steps: int,
-  guidance: float | int,
-  seed: int | None,
+  steps: float | int | None,
+  guidance: float | int | None,
+  seed: float | int | None,
   random_seed: bool,
-  count: int,
+  count: float | int | None,
 ) -> Iterator[Shown]:
   """Draws, and hands over what to show whenever another picture is ready.
+
+  A field that was emptied is None.
 
   Args:
     size: a key of `sizes`.
@@ -72,37 +75,45 @@ def draw(
     picture; and the seed. The files are there until the next is asked for.
 
   Raises:
-    gr.Error: what the pipeline refuses, in its own words, and an empty seed.
+    gr.Error: what the pipeline refuses, in its own words, an empty seed, and a picture
+      that cannot be written.
   """
-  if random_seed:
-    seed = secrets.randbelow(_SEEDS - count + 1)
-  elif seed is None:
+  if seed is None and not random_seed:
     raise _error("There is no seed: give a number, or tick the box beside it.")
   bucket = sizes(pipeline.resolution)[size]
   with tempfile.TemporaryDirectory() as folder:
     gallery, shown = [], {}
     try:
+      total: int = SETTINGS["num_images_per_prompt"].check(count)
+      if random_seed:
+        seed = secrets.randbelow(_SEEDS - total + 1)
+      first: int = SETTINGS["seed"].check(seed)
       drawn = pipeline.stream(
         prompt,
         negative_prompt=negative_prompt,
         height=bucket.height,
         width=bucket.width,
         num_inference_steps=steps,
-        guidance_scale=float(guidance),
-        seed=seed,
+        guidance_scale=guidance,
+        seed=first,
         sampler=sampler,
-        num_images_per_prompt=count,
+        num_images_per_prompt=total,
       )
-      _tell(0, count)
+      _tell(0, total)
       for _, picture, settings in drawn:
         path = pathlib.Path(folder, f"seed-{settings['seed']}.png")
         pictures.save(path, picture, settings)
         gallery.append((str(path), f"seed {settings['seed']}"))
         shown = shown or settings
-        yield list(gallery), shown, seed
-        _tell(len(gallery), count)
-    except ValueError as error:
+        yield list(gallery), shown, first
+        _tell(len(gallery), total)
+    except (ValueError, OSError) as error:
       raise _error(str(error)) from error
+
+
+def guidance_of(sampler: str) -> float:
+  """The guidance that a sampler has unless another is asked for."""
+  return Settings(sampler=sampler).guidance_scale
 
 
 def settings_of(gallery: list[tuple[str, str]], event: gr.SelectData) -> dict[str, Any]:
@@ -113,6 +124,7 @@ def settings_of(gallery: list[tuple[str, str]], event: gr.SelectData) -> dict[st
 def build(pipeline: Pipeline) -> gr.Blocks:
   """The page of a pipeline, not yet served."""
   offered = list(sizes(pipeline.resolution))
+  defaults: Any = Settings()
   square = f"{pipeline.resolution} × {pipeline.resolution}"
   with gr.Blocks(
     title="PixArt-Σ", analytics_enabled=False, delete_cache=(_HOUR, _DAY)
@@ -122,29 +134,41 @@ def build(pipeline: Pipeline) -> gr.Blocks:
       with gr.Column(scale=1):
         prompt = gr.Textbox(label="Prompt", autofocus=True, elem_id="prompt")
         negative_prompt = gr.Textbox(
-          label="Negative prompt", info="What guidance leads away from."
+          label="Negative prompt", info=SETTINGS["negative_prompt"].help
         )
         size = gr.Dropdown(
           offered, value=square, label="Size (height × width)", elem_id="size"
         )
         with gr.Row():
-          sampler = gr.Dropdown(list(SAMPLERS), value="dpm++", label="Sampler")
+          sampler = gr.Dropdown(
+            list(_choices("sampler")),
+            value=defaults.sampler,
+            label="Sampler",
+            elem_id="sampler",
+          )
           steps = gr.Slider(
-            1, _MOST_STEPS, value=20, step=1, precision=0, label="Steps"
+            *(1, _MOST_STEPS),
+            value=defaults.num_inference_steps,
+            step=1,
+            precision=0,
+            label="Steps",
           )
         guidance = gr.Slider(
           *(1, _MOST_GUIDANCE),
-          value=4.5,
+          value=defaults.guidance_scale,
           step=0.1,
           label="Guidance",
-          info="1 draws without, as lcm and dmd are to be used.",
+          info=SETTINGS["guidance_scale"].help,
+          elem_id="guidance",
         )
         with gr.Row():
-          seed = gr.Number(value=0, precision=0, label="Seed", elem_id="seed")
+          seed = gr.Number(
+            value=defaults.seed, precision=0, label="Seed", elem_id="seed"
+          )
           random_seed = gr.Checkbox(value=False, label="Random seed")
         count = gr.Slider(
           *(1, _MOST_PICTURES),
-          value=1,
+          value=defaults.num_images_per_prompt,
           step=1,
           precision=0,
           label="Pictures",
@@ -179,6 +203,7 @@ def build(pipeline: Pipeline) -> gr.Blocks:
       show_progress_on=settings,
       api_visibility="private",
     )
+    sampler.input(guidance_of, sampler, guidance, api_visibility="private")
     gallery.select(settings_of, gallery, settings, api_visibility="private")
   return page
 
@@ -210,6 +235,23 @@ def serve(pipeline: Pipeline, host: str, port: int) -> gr.Blocks:
     quiet=True,
   )
   return page
+
+
+def wait(server: gr.Blocks) -> None:
+  """Lets a served page be until Ctrl-C, which ends it and is handed on.
+
+  Gradio's own `block_thread` keeps the interrupt to itself.
+  """
+  try:
+    threading.Event().wait()
+  finally:
+    server.close(verbose=False)
+
+
+def _choices(name: str) -> tuple[str, ...]:
+  kind = SETTINGS[name].kind
+  assert isinstance(kind, Choice)
+  return kind.names
 
 
 def _tell(done: int, count: int) -> None:

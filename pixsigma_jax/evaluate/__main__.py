@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 import pixsigma_jax
-from pixsigma_jax import checkpoint, command
+from pixsigma_jax import checkpoint, command, disk
 from pixsigma_jax.evaluate import accuracy
 from pixsigma_jax.evaluate.digits import evaluation_prompts
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
+from pixsigma_jax.sample.setting_flags import SettingFlags
+from pixsigma_jax.sample.settings import Settings
 
 _CHECKPOINTS = flags.DEFINE_list(
   "checkpoints", None, "Workdirs or snapshots, separated by commas.", required=True
@@ -25,11 +27,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=Tr
 _PER_TASK = flags.DEFINE_integer(
   "per_task", 100, "Prompts of each task, of seen and of unseen scenes each."
 )
-_NUM_INFERENCE_STEPS = flags.DEFINE_integer(
-  "num_inference_steps", 14, "Calls of the network."
-)
-_GUIDANCE_SCALE = flags.DEFINE_float(
-  "guidance_scale", 4.5, "How far guidance goes; 1 draws without."
+_SETTINGS = SettingFlags(
+  "num_inference_steps", "guidance_scale", num_inference_steps=14
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the prompts, and of the first picture.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn at once.")
@@ -48,43 +47,51 @@ def main(_: list[str]) -> None:
   output = pathlib.Path(_OUTPUT.value)
   if output.is_dir():
     raise IsADirectoryError(f"--output={output} is a directory: give a file.")
+  disk.check_writable(output.parent)
+  asked = Settings.of(_SETTINGS.values() | {"seed": _SEED.value})
+  asked.of_prompts(1)
 
   prompts = evaluation_prompts(_SEED.value, _PER_TASK.value)
   results, counts_by_name = [], {}
-  for name, path in zip(names, paths, strict=True):
-    logging.info("Drawing %d prompts with %s.", len(prompts), name)
-    pipeline = Pipeline.from_checkpoint(
-      path,
-      compute=compute_here(_DTYPE.value),
-      batch_size=_BATCH_SIZE.value,
-    )
-    counts = accuracy.count_right(
-      pipeline,
-      prompts,
-      num_inference_steps=_NUM_INFERENCE_STEPS.value,
-      guidance_scale=_GUIDANCE_SCALE.value,
-      seed=_SEED.value,
-    )
-    counts_by_name[name] = counts
-    about = {"name": name, **pipeline.origin, "resolution": pipeline.resolution}
-    results.append({**about, "counts": counts, "accuracy": accuracy.totals(counts)})
+  try:
+    for name, path in zip(names, paths, strict=True):
+      logging.info("Drawing %d prompts with %s.", len(prompts), name)
+      pipeline = Pipeline.from_checkpoint(
+        path,
+        compute=compute_here(_DTYPE.value),
+        batch_size=_BATCH_SIZE.value,
+      )
+      counts = accuracy.count_right(
+        pipeline,
+        prompts,
+        num_inference_steps=asked.num_inference_steps,
+        guidance_scale=asked.guidance_scale,
+        seed=_SEED.value,
+      )
+      counts_by_name[name] = counts
+      about = {"name": name, **pipeline.origin, "resolution": pipeline.resolution}
+      results.append({**about, "counts": counts, "accuracy": accuracy.totals(counts)})
+  except KeyboardInterrupt:
+    if results:
+      print(accuracy.table(counts_by_name))
+    raise command.Interrupted(
+      f"{len(results)} of {len(paths)} checkpoints are measured, and {output} is not "
+      "written. Give the same command again, or --checkpoints without those above."
+    ) from None
   print(accuracy.table(counts_by_name))
 
   settings = {
     "task": _TASK.value,
     "per_task": _PER_TASK.value,
-    "num_inference_steps": _NUM_INFERENCE_STEPS.value,
-    "guidance_scale": _GUIDANCE_SCALE.value,
+    "num_inference_steps": asked.num_inference_steps,
+    "guidance_scale": asked.guidance_scale,
     "seed": _SEED.value,
     "batch_size": _BATCH_SIZE.value,
     "dtype": _DTYPE.value,
     "pixsigma_jax": pixsigma_jax.__version__,
   }
   text = json.dumps({"settings": settings, "checkpoints": results}, indent=2) + "\n"
-  output.parent.mkdir(parents=True, exist_ok=True)
-  partial = output.with_name(f"{output.name}.partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(output)
+  disk.write_whole(output, lambda part: part.write_text(text, encoding="utf-8"))
   print(output)
 
 

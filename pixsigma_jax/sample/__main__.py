@@ -2,32 +2,35 @@
 
   python -m pixsigma_jax.sample --checkpoint=DIR --prompt=TEXT --output=DIR
 
-Files are numbered on from the highest number that is there. Each carries its prompt,
-seed and all settings: in text chunks of a PNG, in the EXIF comment of a WebP or JPEG.
+Files are numbered on from the highest number that is there, also where several such
+commands write to one folder. Each carries its prompt, seed and all settings: in text
+chunks of a PNG, in the EXIF comment of a WebP or JPEG. After Ctrl-C the pictures that
+are written stay, and the last line is the command that draws the others.
 """
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import pathlib
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from pixsigma_jax import checkpoint, command, sharding
-from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax import checkpoint, command, disk, sharding
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import captions, pictures
 from pixsigma_jax.sample.frozen import RememberedCaptions, load_text_encoder
-from pixsigma_jax.sample.pipeline import (
-  QUANTIZATIONS,
-  UNCONDITIONAL_MASKS,
-  Output,
-  Pipeline,
-)
+from pixsigma_jax.sample.pipeline import QUANTIZATIONS, Output, Pipeline
 from pixsigma_jax.sample.program import compute_here
+from pixsigma_jax.sample.setting_flags import SettingFlags
+from pixsigma_jax.sample.settings import SETTINGS, Settings, check_prompts
 from pixsigma_jax.sample.timing import Timing
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -47,50 +50,7 @@ _PROMPTS_FILE = flags.DEFINE_string(
   "Prompts after those of --prompt, one a line; - for standard input. In a .jsonl file "
   "a line is an object: prompt, and its own negative_prompt, height, width or seed.",
 )
-_NEGATIVE_PROMPT = flags.DEFINE_string(
-  "negative_prompt", "", "What guidance leads away from."
-)
-_HEIGHT = flags.DEFINE_multi_integer(
-  "height", None, "Pixels: once for all prompts, or once for each; the training's else."
-)
-_WIDTH = flags.DEFINE_multi_integer("width", None, "As --height.")
-_NUM_INFERENCE_STEPS = flags.DEFINE_integer(
-  "num_inference_steps", 20, "Calls of the network."
-)
-_GUIDANCE_SCALE = flags.DEFINE_float(
-  "guidance_scale", 4.5, "How far guidance goes; 1 draws without (lcm, dmd)."
-)
-_GUIDANCE_RESCALE = flags.DEFINE_float(
-  "guidance_rescale", 0.0, "Share of guidance's added contrast to take back."
-)
-_GUIDANCE_INTERVAL = flags.DEFINE_list(
-  "guidance_interval", ["0", "1"], "LOW,HIGH: where guidance acts; 1 is pure noise."
-)
-_STEP_CACHING = flags.DEFINE_float(
-  "step_caching",
-  0.0,
-  "Relative change of the first block below which a step reuses the others' results of "
-  "an earlier one; 0 computes every step.",
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the first picture; the next has one more.")
-_SAMPLER = flags.DEFINE_enum("sampler", "dpm++", list(SAMPLERS), "Solver.")
-_NUM_IMAGES_PER_PROMPT = flags.DEFINE_integer(
-  "num_images_per_prompt", 1, "Pictures of each prompt."
-)
-_USE_RESOLUTION_BINNING = flags.DEFINE_bool(
-  "use_resolution_binning",
-  True,
-  "Draw at the nearest size of the training, then resize and crop.",
-)
-_UNCONDITIONAL_MASK = flags.DEFINE_enum(
-  "unconditional_mask",
-  "caption",
-  list(UNCONDITIONAL_MASKS),
-  "Tokens that the empty negative prompt shows: as the official code, or as diffusers.",
-)
-_CAPTION_CLEANING = flags.DEFINE_enum(
-  "caption_cleaning", "raw", list(captions.MODES), "What is done to prompts."
-)
+_SETTINGS = SettingFlags()
 _SAVE_CAPTIONS = flags.DEFINE_string(
   "save_captions", None, "Also write the prompts' embeddings to this .safetensors file."
 )
@@ -126,7 +86,7 @@ _FORMAT = flags.DEFINE_enum(
 )
 _GRID = flags.DEFINE_bool("grid", False, "Also write all pictures in one, grid.*.")
 
-_OWN_SETTINGS = ("negative_prompt", "height", "width", "seed")
+_OWN_SETTINGS = [name for name, setting in SETTINGS.items() if setting.of_a_prompt]
 
 
 def main(_: list[str]) -> None:
@@ -136,19 +96,46 @@ def main(_: list[str]) -> None:
     requests += _read_prompts(_PROMPTS_FILE.value)
   if not requests:
     raise ValueError("Give --prompt=TEXT, once or more, or --prompts_file=FILE.")
+  prompts = check_prompts([request["prompt"] for request in requests])
+  settings = Settings.of(_settings(requests))
+  own = settings.of_prompts(len(prompts))
+  for sides in own:
+    pictures.check_sides(_FORMAT.value, sides["height"] or 0, sides["width"] or 0)
   directory = pathlib.Path(_OUTPUT.value)
-  if directory.exists() and not directory.is_dir():
-    raise NotADirectoryError(f"--output={directory} is a file: give a directory.")
+  disk.check_writable(directory)
+  if _SAVE_CAPTIONS.value is not None:
+    disk.check_writable(pathlib.Path(_SAVE_CAPTIONS.value).parent)
 
+  rest = [
+    {"prompt": prompt, **about, "seed": about["seed"] + copy}
+    for prompt, about in zip(prompts, own, strict=True)
+    for copy in range(settings.num_images_per_prompt)
+  ]
+  written: dict[int, pathlib.Path] = {}
+  try:
+    _draw(prompts, settings, directory, written)
+  except KeyboardInterrupt:
+    raise command.Interrupted(_way_on(rest, written, directory)) from None
+
+
+def _draw(
+  prompts: list[str],
+  settings: Settings,
+  directory: pathlib.Path,
+  written: dict[int, pathlib.Path],
+) -> None:
+  """Draws and writes all pictures; `written` has, at any time, those that are there."""
   command.keep_compiled()
-  prompts, settings = _settings(requests)
   compute = compute_here(_DTYPE.value, _ATTENTION.value)
   mesh, timing = _mesh(), Timing()
-  texts = prompts + settings["negative_prompt"]
+  asked = dataclasses.asdict(settings)
+  texts = prompts + [
+    about["negative_prompt"] for about in settings.of_prompts(len(prompts))
+  ]
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
     frozen=_FROZEN.value,
-    text_encoder=_remembered(texts, compute, mesh, timing),
+    text_encoder=_remembered(texts, settings.caption_cleaning, compute, mesh, timing),
     compute=compute,
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
@@ -156,70 +143,101 @@ def main(_: list[str]) -> None:
     quantize=_QUANTIZE.value,
     timing=timing,
   )
-  drawn = pipeline.stream(prompts, **settings)
-  directory.mkdir(parents=True, exist_ok=True)
-  first = pictures.next_number(directory)
+  drawn = pipeline.stream(prompts, **asked)
+  folder = pictures.PictureFolder(directory, _FORMAT.value)
   output = Output([], [])
-  total = len(prompts) * _NUM_IMAGES_PER_PROMPT.value
+  total = len(prompts) * settings.num_images_per_prompt
   for number, picture, about in command.progress(drawn, total, "Pictures"):
-    path = directory / f"{first + number:05d}.{_FORMAT.value}"
-    pictures.save(path, picture, about)
+    written[number] = path = folder.save(number, picture, about)
     print(path, flush=True)
     if _GRID.value:
       output.images.append(picture)
       output.settings.append(about)
   print(f"Spent: {timing}.", file=sys.stderr)
   if _GRID.value:
-    path = directory / f"grid.{_FORMAT.value}"
-    if path.exists():
-      path = directory / f"grid-{first:05d}.{_FORMAT.value}"
-      logging.info("The grid of earlier pictures stays; this one is %s.", path.name)
-    name = f"{first:05d}.{_FORMAT.value}"
-    pictures.save(path, output.grid(), {"prompts": prompts, "first": name})
-    print(path)
+    print(_save_grid(output, prompts, written[0]))
 
 
-def _settings(requests: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-  """Prompts, and the arguments of `Pipeline.stream`: flags, or what a line has."""
-  count, copies = len(requests), _NUM_IMAGES_PER_PROMPT.value
+def _save_grid(output: Output, prompts: list[str], first: pathlib.Path) -> pathlib.Path:
+  grid, about = output.grid(), {"prompts": prompts, "first": first.name}
+  path = first.with_stem("grid")
+  try:
+    pictures.save(path, grid, about)
+  except FileExistsError:
+    path = first.with_stem(f"grid-{first.stem}")
+    logging.info("The grid of earlier pictures stays; this one is %s.", path.name)
+    pictures.save(path, grid, about)
+  return path
 
-  def each(name: str, values: list[Any]) -> list[Any]:
-    return [
-      request.get(name, value) for request, value in zip(requests, values, strict=True)
+
+def _way_on(
+  rest: Sequence[dict[str, Any]], written: Mapping[int, Any], directory: pathlib.Path
+) -> str:
+  """How many pictures are written, and the command that draws the others."""
+  count = f"{len(written)} of {len(rest)} pictures are written to {directory}."
+  if not written:
+    return f"{count} The same command draws them."
+  lines = [
+    json.dumps({k: v for k, v in about.items() if v is not None}, ensure_ascii=False)
+    for number, about in enumerate(rest)
+    if number not in written
+  ]
+  if not lines:
+    return count
+  path = _save_rest("".join(f"{line}\n" for line in lines), directory)
+  # Captions are saved before the first picture, and would be written over by fewer.
+  replaced = {"prompt", "prompts_file", "num_images_per_prompt", "save_captions"}
+  given = [
+    flag.serialize()
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    if flag.present and flag.name not in replaced.union(_OWN_SETTINGS)
+  ]
+  words = ["python", "-m", "pixsigma_jax.sample", *given, f"--prompts_file={path}"]
+  return f"{count} This draws the others: {shlex.join(words)}"
+
+
+def _save_rest(text: str, directory: pathlib.Path) -> pathlib.Path:
+  """A new file of prompts."""
+  partial = disk.partial_path(directory / "rest.jsonl")
+  try:
+    partial.write_text(text, encoding="utf-8")
+    for i in itertools.count():
+      path = directory / f"rest-{i:05d}.jsonl"
+      with contextlib.suppress(FileExistsError):
+        disk.publish_new(partial, path)
+        return path
+  finally:
+    partial.unlink(missing_ok=True)
+  raise AssertionError("numbers do not end")
+
+
+def _settings(requests: list[dict[str, Any]]) -> dict[str, Any]:
+  """What the flags say, and lines of their own prompts."""
+  values = _SETTINGS.values()
+  for name in _OWN_SETTINGS:
+    flag = values[name]
+    if isinstance(flag, list) and len(flag) == 1:
+      values[name] = flag = flag[0]
+    if not any(name in request for request in requests):
+      continue
+    if isinstance(flag, list):
+      raise ValueError(
+        f"Some prompts have a {name} of their own: give --{name} once, for the others."
+      )
+    step = values["num_images_per_prompt"] if name == "seed" else 0
+    values[name] = [
+      request.get(name, flag + i * step if step else flag)
+      for i, request in enumerate(requests)
     ]
-
-  settings = {
-    "negative_prompt": each("negative_prompt", [_NEGATIVE_PROMPT.value] * count),
-    "seed": each("seed", [_SEED.value + i * copies for i in range(count)]),
-    "num_inference_steps": _NUM_INFERENCE_STEPS.value,
-    "guidance_scale": _GUIDANCE_SCALE.value,
-    "guidance_rescale": _GUIDANCE_RESCALE.value,
-    "guidance_interval": _interval(_GUIDANCE_INTERVAL.value),
-    "step_caching": _STEP_CACHING.value,
-    "sampler": _SAMPLER.value,
-    "num_images_per_prompt": copies,
-    "use_resolution_binning": _USE_RESOLUTION_BINNING.value,
-    "unconditional_mask": _UNCONDITIONAL_MASK.value,
-    "caption_cleaning": _CAPTION_CLEANING.value,
-  }
-  for name, flag in (("height", _HEIGHT.value), ("width", _WIDTH.value)):
-    if any(name in request for request in requests):
-      if flag is None or len(flag) != 1:
-        missing = [r["prompt"] for r in requests if name not in r]
-        if flag is not None or missing:
-          raise ValueError(
-            f"Some prompts have a {name} of their own: give --{name} once, for the "
-            f"others{f' such as {missing[0]!r}' if missing else ''}."
-          )
-        flag = [0]
-      settings[name] = each(name, flag * count)
-    else:
-      settings[name] = flag[0] if flag is not None and len(flag) == 1 else flag
-  return [request["prompt"] for request in requests], settings
+  return values
 
 
 def _remembered(
-  texts: list[str], compute: Compute, mesh: Mesh | None, timing: Timing
+  texts: list[str],
+  cleaning: str,
+  compute: Compute,
+  mesh: Mesh | None,
+  timing: Timing,
 ) -> Any:
   """The captions by heart, where the text encoder is too large to stay in memory.
 
@@ -230,7 +248,7 @@ def _remembered(
   metadata = checkpoint.read_metadata(_CHECKPOINT.value)
   encoder = load_text_encoder(metadata, _FROZEN.value, dtype=compute.dtype, mesh=mesh)
   length = metadata.model["caption_length"]
-  cleaned = [captions.clean_caption(text, _CAPTION_CLEANING.value) for text in texts]
+  cleaned = [captions.clean_caption(text, cleaning) for text in texts]
   with timing.part("text encoder"):
     known = RememberedCaptions.of(encoder, cleaned, length)
   if _SAVE_CAPTIONS.value is not None:
@@ -247,23 +265,15 @@ def _mesh() -> Mesh | None:
   return sharding.make_mesh(data=-1, fsdp=1, context=1)
 
 
-def _interval(values: list[str]) -> tuple[float, float]:
-  try:
-    low, high = map(float, values)
-  except ValueError:
-    raise ValueError(
-      f"--guidance_interval={','.join(values)} must be two numbers, LOW,HIGH."
-    ) from None
-  return low, high
-
-
 def _read_prompts(name: str) -> list[dict[str, Any]]:
   path = pathlib.Path(name)
+  content = sys.stdin.buffer.read() if name == "-" else path.read_bytes()
   try:
-    text = sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
+    text = content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not a text file in UTF-8: {error}.") from error
-  lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1)]
+  # Not `splitlines`, which ends lines at characters that a prompt may have in it.
+  lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1)]
   lines = [(i, line) for i, line in lines if line]
   if not lines:
     raise ValueError(f"--prompts_file={name} has no prompt in it.")
@@ -280,15 +290,18 @@ def _request(where: str, line: str) -> dict[str, Any]:
     raise ValueError(f"{where} is not JSON: {error}.") from error
   if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
     raise ValueError(f'{where} is not an object with a "prompt".')
-  kinds = dict(zip(_OWN_SETTINGS, (str, int, int, int), strict=True))
   for name, value in request.items():
-    if name != "prompt" and name not in kinds:
+    if name == "prompt":
+      continue
+    if name not in _OWN_SETTINGS:
       raise ValueError(
         f"{where} has {name!r}, which is no setting of a prompt: known are prompt, "
         f"{', '.join(_OWN_SETTINGS)}."
       )
-    if name in kinds and (not isinstance(value, kinds[name]) or value is True):
-      raise ValueError(f"{where}: {name} is {value!r}, not {kinds[name].__name__}.")
+    try:
+      request[name] = SETTINGS[name].check_one(value)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
   return request
 
 

@@ -12,12 +12,16 @@ from jaxtyping import Float
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from pixsigma_jax import disk
+
 # Ending of a file → how it is written. Nothing that shows is lost in the lossy ones.
 FORMATS: dict[str, dict[str, Any]] = {
   "png": {},
   "webp": {"quality": 95, "method": 6},
   "jpeg": {"quality": 95, "subsampling": 0},
 }
+# Longest side in pixels that a format can have.
+_LONGEST_SIDES = {"png": 2**31 - 1, "webp": 16383, "jpeg": 65500}
 _UNICODE_COMMENT = b"UNICODE\0"  # how EXIF marks the encoding of a comment
 
 _GAP = 2  # pixels between the pictures of a grid
@@ -55,6 +59,20 @@ def next_number(directory: pathlib.Path) -> int:
   return max(numbers, default=-1) + 1
 
 
+def check_sides(form: str, height: int, width: int) -> None:
+  """Refuses a picture that files of a format cannot hold.
+
+  Raises:
+    ValueError: a side is too long.
+  """
+  longest = _LONGEST_SIDES[form]
+  if max(height, width) > longest:
+    raise ValueError(
+      f"A {form} holds no picture of {height} x {width} pixels (height x width): its "
+      f"sides end at {longest}. Take the format png, or a smaller size."
+    )
+
+
 def save(path: pathlib.Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:
   """Writes a picture, whole or not at all, with what it takes to make it again.
 
@@ -66,7 +84,61 @@ def save(path: pathlib.Path, picture: Image.Image, settings: Mapping[str, Any]) 
     FileExistsError: there is a file of that name.
     OSError: the file cannot be written.
   """
-  form = path.suffix.removeprefix(".")
+  partial = disk.partial_path(path)
+  try:
+    _write(partial, path.suffix.removeprefix("."), picture, settings)
+    disk.publish_new(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+class PictureFolder:
+  """A folder that pictures are added to under the next free numbers.
+
+  Other processes may add theirs at the same time: no file is ever written over, and no
+  picture lost. As long as none does, pictures have their call's order, in whatever
+  order they are ready.
+
+  Attributes:
+    directory: made if there is none.
+    form: of the files, a key of `FORMATS`.
+  """
+
+  def __init__(self, directory: pathlib.Path, form: str = "png"):
+    directory.mkdir(parents=True, exist_ok=True)
+    self.directory, self.form = directory, form
+    self._first = next_number(directory)
+
+  def save(
+    self, number: int, picture: Image.Image, settings: Mapping[str, Any]
+  ) -> pathlib.Path:
+    """Writes a picture as `save` does, and says under which name.
+
+    Args:
+      number: of the picture in its call, from 0 on.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    partial = disk.partial_path(self.directory / f"picture.{self.form}")
+    try:
+      _write(partial, self.form, picture, settings)
+      while True:
+        path = self.directory / f"{self._first + number:05d}.{self.form}"
+        try:
+          disk.publish_new(partial, path)
+        except FileExistsError:
+          # Somebody else's: on behind all that are there by now.
+          self._first = max(self._first + 1, next_number(self.directory) - number)
+        else:
+          return path
+    finally:
+      partial.unlink(missing_ok=True)
+
+
+def _write(
+  path: pathlib.Path, form: str, picture: Image.Image, settings: Mapping[str, Any]
+) -> None:
   note = json.dumps(dict(settings), ensure_ascii=False)
   options = dict(FORMATS[form])
   if form == "png":
@@ -82,14 +154,7 @@ def save(path: pathlib.Path, picture: Image.Image, settings: Mapping[str, Any]) 
       _UNICODE_COMMENT + note.encode("utf-16-be")
     )
     options["exif"] = exif
-  partial = path.with_name(f"{path.name}.partial")
-  try:
-    picture.save(partial, format=form, **options)
-    if path.exists():
-      raise FileExistsError(f"{path} exists already and is left as it is.")
-    partial.rename(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  picture.save(path, format=form, **options)
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:

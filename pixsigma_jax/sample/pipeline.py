@@ -1,18 +1,38 @@
 """From a trained model and prompts to pictures.
 
-Names and defaults are those of diffusers' `PixArtSigmaPipeline`, with two differences.
-The unconditional half of the default negative prompt sees the null caption under the
-mask of the picture's own caption, as the published training and sampling code do
-(`PixArt_blocks.py: CaptionEmbedder.token_drop`), not under a mask of one token:
-`unconditional_mask` chooses. And prompts are taken as they are, as Σ was trained:
-`caption_cleaning` chooses.
+Names and defaults are those of diffusers' `PixArtSigmaPipeline`. These are all the
+differences:
+
+- The unconditional half of the default negative prompt sees the null caption under the
+  mask of the picture's own caption, as the published training and sampling code do
+  (`PixArt_blocks.py: CaptionEmbedder.token_drop`), not under a mask of one token:
+  `unconditional_mask` chooses.
+- Prompts are taken as they are, as Σ was trained: `caption_cleaning` chooses, in place
+  of `clean_caption`. One that is too long is refused, not cut at `max_sequence_length`.
+- The samplers `lcm` and `dmd` draw without guidance by default; a negative
+  `guidance_scale` is refused, not taken for none.
+- `seed` and `sampler` stand in place of `generator`, `latents`, `eta`, `timesteps`,
+  `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds give
+  other pictures.
+- `height`, `width`, `seed` and `negative_prompt` can be each prompt's own. Sides are
+  multiples of a token's, where diffusers asks for multiples of 8; sizes far from the
+  training's are remarked upon or refused.
+- `use_resolution_binning` has no effect where there is no table of sizes, which
+  diffusers refuses; 2880 and 4096 have tables too. A picture is resized in eight bits,
+  by Lanczos' filter, not as floating-point numbers, bilinearly.
+- `guidance_rescale`, `guidance_interval` and `step_caching` are more than it has.
+- The network learns nothing of embeddings made elsewhere (`prompt_embeds`,
+  `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`),
+  but from a `text_encoder` such as `frozen.RememberedCaptions`.
+- `stream` hands over whole pictures; there is no `callback`, `callback_steps`,
+  `output_type` or `return_dict`.
 """
 
 import dataclasses
-import math
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +54,14 @@ from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance
+from pixsigma_jax.sample.settings import (
+  SETTINGS,
+  UNGUIDED_SAMPLERS,
+  Settings,
+  check_prompts,
+)
 from pixsigma_jax.sample.timing import Timing
 
-Sides: TypeAlias = int | Sequence[int] | None
-Texts: TypeAlias = str | Sequence[str]
-Seeds: TypeAlias = int | Sequence[int]
-
-UNCONDITIONAL_MASKS = ("caption", "own")
 # What is made of a checkpoint's parameters before they draw.
 QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
   "none": lambda params: params,
@@ -53,6 +74,9 @@ _LENGTHS_PER_GRID = 16
 # Areas, relative to the training resolution's, beyond which a size is remarked upon,
 # or refused because the positions of its tokens lie too far from any that were learned.
 _UNUSUAL_AREA, _IMPOSSIBLE_AREA = 2.0, 4.5
+# Share of a picture that is cropped away, beyond which it is remarked upon; between two
+# sizes of a table it is 0.15 at most.
+_UNUSUAL_CROP = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +147,9 @@ class Pipeline:
   text_encoder: Any
   resolution: int
   compute: Compute = dataclasses.field(default_factory=program.compute_here)
-  batch_size: int = 1
+  batch_size: int | np.integer[Any] = 1
   mesh: Mesh | None = None
-  guidance_passes: int | None = None
+  guidance_passes: int | np.integer[Any] | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   timing: Timing = dataclasses.field(default_factory=Timing)
 
@@ -144,6 +168,10 @@ class Pipeline:
           f"The model has {name} {ours} and the {whose} {theirs}: these are not the "
           "parts that were trained together."
         )
+    for name in ("batch_size", "guidance_passes"):
+      # They are written into files, which know no numbers of NumPy.
+      if isinstance(getattr(self, name), np.integer):
+        object.__setattr__(self, name, int(getattr(self, name)))
     if self.batch_size < 1:
       raise ValueError(f"batch_size {self.batch_size} must be at least 1.")
     if self.guidance_passes not in (None, 1, 2):
@@ -167,9 +195,9 @@ class Pipeline:
     frozen: str | os.PathLike[str] | None = None,
     text_encoder: Any = None,
     compute: Compute | None = None,
-    batch_size: int = 1,
+    batch_size: int | np.integer[Any] = 1,
     mesh: Mesh | None = None,
-    guidance_passes: int | None = None,
+    guidance_passes: int | np.integer[Any] | None = None,
     quantize: str = "none",
     timing: Timing | None = None,
   ) -> "Pipeline":
@@ -230,29 +258,13 @@ class Pipeline:
     """
     return dataclasses.replace(self, **fields)
 
-  def __call__(self, prompt: Texts, **settings: Any) -> Output:
+  def __call__(self, prompt: Any, **settings: Any) -> Output:
     """Draws the prompts; settings, their defaults and errors are those of `stream`."""
     drawn = sorted(self.stream(prompt, **settings), key=lambda item: item[0])
     return Output([item[1] for item in drawn], [item[2] for item in drawn])
 
   def stream(
-    self,
-    prompt: Texts,
-    *,
-    negative_prompt: Texts = "",
-    height: Sides = None,
-    width: Sides = None,
-    num_inference_steps: int = 20,
-    guidance_scale: float | int = 4.5,
-    guidance_rescale: float | int = 0.0,
-    guidance_interval: Sequence[float | int] = (0.0, 1.0),
-    step_caching: float | int = 0.0,
-    seed: Seeds = 0,
-    sampler: str = "dpm++",
-    num_images_per_prompt: int = 1,
-    use_resolution_binning: bool = True,
-    unconditional_mask: str = "caption",
-    caption_cleaning: str = "raw",
+    self, prompt: Any, **settings: Any
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
     """Draws the prompts and hands over (number, picture, settings) as they are ready.
 
@@ -260,141 +272,77 @@ class Pipeline:
 
     Args:
       prompt: one or several.
-      negative_prompt: what guidance leads away from, one for all or one for each
-        prompt; "" is the null caption of the training.
-      height, width: in pixels, one for all or one for each prompt; None for the
-        resolution of the training.
-      num_inference_steps: calls of the network.
-      guidance_scale: how far guidance goes; 1 draws without, in half the time, and is
-        what `lcm` and `dmd` are for.
-      guidance_rescale: share of the contrast added by guidance that is taken back (Lin
-        et al. 2023).
-      guidance_interval: where guidance acts, as fractions of the schedule, of which 1
-        is pure noise (Kynkäänniemi et al. 2024).
-      step_caching: relative change of what the first block adds, below which a step
-        reuses what the other blocks added before, see `step_caching.py`; 0 computes
-        every step. A picture's settings then say how many were, `computed_steps`.
-      seed: of the first picture, picture i having seed + i; or one for each prompt,
-        whose pictures have it and the next ones.
-      sampler: a key of `SAMPLERS`.
-      num_images_per_prompt: pictures of each prompt, one after the other.
-      use_resolution_binning: draw at the nearest size that the model was trained at,
-        then resize and crop. Without effect at resolutions that have no such table.
-      unconditional_mask: which tokens the unconditional half of an empty negative
-        prompt sees: as many as the "caption" has, or its "own" one, as in diffusers.
-      caption_cleaning: what is done to prompts, see `captions.MODES`.
+      settings: any of `settings.SETTINGS`, which says what they are; numbers may be
+        Python's or scalars of NumPy or JAX.
 
     Raises:
+      TypeError: there is no setting of a name.
       ValueError: an argument is out of its range, a size does not go with the model, or
         a caption is too long. All before the first picture is begun.
       ValueError: a picture is not made of finite numbers.
     """
-    _check_choice("sampler", sampler, SAMPLERS)
-    _check_choice("unconditional_mask", unconditional_mask, UNCONDITIONAL_MASKS)
-    _check_choice("caption_cleaning", caption_cleaning, captions.MODES)
-    if not math.isfinite(guidance_scale):
-      raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale}.")
-    low, high = guidance_interval
-    if not 0 <= low <= high <= 1:
-      raise ValueError(
-        f"guidance_interval {low} … {high} must lie between 0 and 1, in this order."
-      )
-    if not 0 <= guidance_rescale <= 1:
-      raise ValueError(f"{guidance_rescale=} must lie between 0 and 1.")
-    if not 0 <= step_caching < math.inf:
-      raise ValueError(f"{step_caching=} must be a number, 0 or more.")
-    requests = self._requests(
-      [prompt] if isinstance(prompt, str) else list(prompt),
-      negative_prompt,
-      height,
-      width,
-      seed,
-      num_images_per_prompt,
-      use_resolution_binning,
-      caption_cleaning,
-    )
+    asked = Settings.of(settings)
+    requests = self._requests(check_prompts(prompt), asked)
     self._check_captions([text for r in requests for text in (r.negative, r.caption)])
-    table = SAMPLERS[sampler](program.SCHEDULE, num_inference_steps)
+    table = SAMPLERS[asked.sampler](program.SCHEDULE, asked.num_inference_steps)
     if table.spread is not None and not self.config.learn_variance:
       raise ValueError(
-        f"The sampler {sampler} needs a model that has learned variances, and this one "
-        f"has not: choose another, such as dpm++."
+        f"The sampler {asked.sampler} needs a model that has learned variances, and "
+        f"this one has not: choose another, such as dpm++."
       )
     guidance = None
-    if guidance_scale != 1:
-      numbers = (guidance_scale, low, high, guidance_rescale)
+    if asked.guided:
+      numbers = (asked.guidance_scale, *asked.guidance_interval, asked.guidance_rescale)
       guidance = Guidance(*map(jnp.float32, numbers))
-    settings = {
-      "num_inference_steps": num_inference_steps,
-      "guidance_scale": guidance_scale,
-      "guidance_rescale": guidance_rescale,
-      "guidance_interval": list(guidance_interval),
-      "step_caching": step_caching,
-      "sampler": sampler,
-      "use_resolution_binning": use_resolution_binning,
-      "unconditional_mask": unconditional_mask,
-      "caption_cleaning": caption_cleaning,
+      if asked.sampler in UNGUIDED_SAMPLERS:
+        logging.warning(
+          "The models that the sampler %s is for have guidance in them: expect "
+          "guidance_scale=%g to draw worse than 1, its default.",
+          asked.sampler,
+          asked.guidance_scale,
+        )
+    about = asked.of_all() | {
       "dtype": jnp.dtype(self.compute.dtype).name,
       "batch_size": self.batch_size,
       "pixsigma_jax": pixsigma_jax.__version__,
       **self.origin,
     }
-    threshold = jnp.float32(step_caching) if step_caching else None
+    threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
     return self._draw(
-      requests, table, guidance, threshold, unconditional_mask, settings
+      requests, table, guidance, threshold, asked.unconditional_mask, about
     )
 
-  def _requests(
-    self,
-    prompts: list[str],
-    negative_prompt: Texts,
-    height: Sides,
-    width: Sides,
-    seed: Seeds,
-    num_images_per_prompt: int,
-    use_resolution_binning: bool,
-    caption_cleaning: str,
-  ) -> list[_Request]:
+  def _requests(self, prompts: list[str], asked: Settings) -> list[_Request]:
     """One request a picture, its size checked."""
-    if not prompts:
-      raise ValueError("There is no prompt to draw.")
-    if num_images_per_prompt < 1:
-      raise ValueError(f"{num_images_per_prompt=} must be at least 1.")
-    count = len(prompts)
-    heights = _each("height", self.resolution if height is None else height, count)
-    widths = _each("width", self.resolution if width is None else width, count)
-    negatives = _each("negative_prompt", negative_prompt, count)
-    if isinstance(seed, int):
-      seeds = [seed + i * num_images_per_prompt for i in range(count)]
-    else:
-      seeds = _each("seed", seed, count)
-    binned = use_resolution_binning and self.resolution in buckets.BUCKETS
-    sizes = list(zip(heights, widths, strict=True))
-    places = {size: self._place(*size, binned) for size in dict.fromkeys(sizes)}
+    binned = asked.use_resolution_binning and self.resolution in buckets.BUCKETS
+    places: dict[tuple[int, int], tuple[Bucket, Grid]] = {}
     requests = []
-    for i, prompt in enumerate(prompts):
-      caption, negative = (
-        captions.clean_caption(text, caption_cleaning)
-        for text in (prompt, negatives[i])
+    for prompt, own in zip(prompts, asked.of_prompts(len(prompts)), strict=True):
+      height, width = (
+        self.resolution if own[name] is None else own[name]
+        for name in ("height", "width")
       )
-      for copy in range(num_images_per_prompt):
-        request = _Request(
+      if (height, width) not in places:
+        places[height, width] = self._place(height, width, binned)
+      drawn, grid = places[height, width]
+      caption, negative = (
+        captions.clean_caption(text, asked.caption_cleaning)
+        for text in (prompt, own["negative_prompt"])
+      )
+      requests += [
+        _Request(
           prompt=prompt,
-          negative_prompt=negatives[i],
+          negative_prompt=own["negative_prompt"],
           caption=caption,
           negative=negative,
-          seed=seeds[i] + copy,
-          height=heights[i],
-          width=widths[i],
-          drawn=places[sizes[i]][0],
-          grid=places[sizes[i]][1],
+          seed=own["seed"] + copy,
+          height=height,
+          width=width,
+          drawn=drawn,
+          grid=grid,
         )
-        if not 0 <= request.seed < 2**32:
-          raise ValueError(
-            f"Picture {len(requests)} has seed {request.seed}: seeds must lie in "
-            f"0 … {2**32 - 1}."
-          )
-        requests.append(request)
+        for copy in range(asked.num_images_per_prompt)
+      ]
     return requests
 
   def _place(self, height: int, width: int, binned: bool) -> tuple[Bucket, Grid]:
@@ -402,7 +350,10 @@ class Pipeline:
     drawn = Bucket(height, width)
     if binned and min(height, width) > 0:
       drawn = buckets.nearest(buckets.sampling_buckets(self.resolution), height, width)
-    return drawn, self._grid(*drawn)
+    grid = self._grid(*drawn)
+    if drawn != (height, width):
+      _remark_upon_fitting(drawn, height, width)
+    return drawn, grid
 
   def _grid(self, height: int, width: int) -> Grid:
     """The token grid of pictures of this size, if the model can draw them."""
@@ -497,13 +448,15 @@ class Pipeline:
           )
         for row, number in enumerate(chosen):
           request = requests[number]
-          picture = self._decode(sequences[row], request)
+          picture = self._decode(sequences[row], request, number)
           about = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,
             "height": request.height,
             "width": request.width,
+            "drawn_height": request.drawn.height,
+            "drawn_width": request.drawn.width,
             "guidance_passes": passes,
           }
           if computed is not None:
@@ -518,8 +471,8 @@ class Pipeline:
   def _passes(self, length: int) -> int:
     """In how many passes the halves of guidance go through the network."""
     if self.guidance_passes is not None:
-      return self.guidance_passes
-    return program.passes_by_size(self.batch_size, length, self.mesh)
+      return int(self.guidance_passes)
+    return program.passes_by_size(int(self.batch_size), length, self.mesh)
 
   def _captions(self, requests: list[_Request]) -> Batch:
     """What the network is to draw, a row a request."""
@@ -568,40 +521,70 @@ class Pipeline:
     return _padded(tokens.to_tokens(latents, patch, self.config.window), length)
 
   def _decode(
-    self, sequence: Float32[np.ndarray, "n c"], request: _Request
+    self, sequence: Float32[np.ndarray, "n c"], request: _Request, number: int
   ) -> Image.Image:
     latents = tokens.from_tokens(
       sequence, request.grid, self.config.patch_size, self.config.window
     )
+    which = f"Picture {number}, of {request.prompt!r} (seed {request.seed}),"
     if not np.isfinite(latents).all():
       raise ValueError(
-        f"The picture of {request.prompt!r} (seed {request.seed}) is not made of "
-        "finite numbers: the parameters have diverged, or the dtype overflows. Try an "
-        "earlier step of the checkpoint, or float32."
+        f"{which} is not made of finite numbers: the parameters have diverged, or the "
+        "dtype overflows. Try an earlier step of the checkpoint, or float32."
       )
     # One at a time: pictures may differ in size, and large ones fill the memory.
     with self.timing.part("autoencoder"):
       latents = latents[None] / self.autoencoder.scaling_factor
       image = np.asarray(self.autoencoder.decode(latents)[0], np.float32)
+    if not np.isfinite(image).all():
+      raise ValueError(
+        f"{which} is not made of finite numbers once it is decoded, though its latents "
+        "are: the autoencoder's weights are damaged, or its dtype overflows. Try "
+        "float32, or another copy of the autoencoder."
+      )
     picture = pictures.to_picture(image)
     return pictures.fit(picture, request.height, request.width)
+
+
+# What help() and notebooks show, in place of **settings.
+Pipeline.stream.__signature__ = Pipeline.__call__.__signature__ = inspect.Signature(  # pyright: ignore
+  [
+    inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+    inspect.Parameter("prompt", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+    *(
+      inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=setting.default)
+      for name, setting in SETTINGS.items()
+    ),
+  ]
+)
+
+
+def _remark_upon_fitting(drawn: Bucket, height: int, width: int) -> None:
+  """Says what resizing and cropping do to a picture, unless it is hardly anything."""
+  scale = max(height / drawn.height, width / drawn.width)
+  cropped = 1 - height * width / (scale**2 * drawn.height * drawn.width)
+  remarks = []
+  if scale**2 > _UNUSUAL_AREA:
+    remarks.append(f"enlarged {scale:.3g} times, with no more detail than it had")
+  if scale**2 < 1 / _UNUSUAL_AREA:
+    remarks.append(f"reduced {1 / scale:.3g} times")
+  if cropped > _UNUSUAL_CROP:
+    remarks.append(f"cropped by {100 * cropped:.0f} %")
+  if remarks:
+    logging.warning(
+      "A picture of %d x %d pixels is drawn at %d x %d, the nearest size of this "
+      "checkpoint's training, and then %s. use_resolution_binning=False draws at the "
+      "size itself, if the model can.",
+      height,
+      width,
+      *drawn,
+      " and ".join(remarks),
+    )
 
 
 def _check_choice(name: str, value: str, known: Any) -> None:
   if value not in known:
     raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
-
-
-def _each(name: str, values: Any, count: int) -> list[Any]:
-  """One value for each of `count` prompts."""
-  if isinstance(values, int | str):
-    return [values] * count
-  if len(values) != count:
-    raise ValueError(
-      f"{name} has {len(values)} values for {count} prompts: give one for all, or one "
-      "for each."
-    )
-  return list(values)
 
 
 def _padded(sequence: np.ndarray, length: int) -> np.ndarray:

@@ -1,15 +1,20 @@
 """The demo page: what its button does, and that it does so in a browser."""
 
 import asyncio
+import inspect
+import os
 import pathlib
 import shutil
+import signal
 import socket
 import sys
+import threading
 import urllib.parse
 
 import gradio as gr
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pixsigma_jax import checkpoint
@@ -17,6 +22,7 @@ from pixsigma_jax.data import buckets
 from pixsigma_jax.demo import page
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample.settings import SETTINGS
 from tests import commands
 from tests.demo.browser import Browser
 from tests.sample import models
@@ -125,6 +131,12 @@ def test_a_random_seed_leaves_room_for_the_pictures_after_it(pipeline, monkeypat
     ({"seed": -1}, "has seed -1: seeds must lie in"),
     ({"seed": 2**32 - 1, "count": 2}, "has seed 4294967296"),
     ({"seed": None}, "There is no seed"),
+    ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+    ({"steps": None}, "num_inference_steps must be a whole number, not None"),
+    ({"guidance": None, "sampler": "euler"}, "Unknown sampler 'euler'"),
+    ({"guidance": -1}, "guidance_scale=-1.0 must be 0 or more"),
+    ({"count": None}, "num_images_per_prompt must be a whole number"),
+    ({"count": None, "random_seed": True}, "num_images_per_prompt must be a whole"),
     ({"sampler": "dmd"}, "A DMD student takes 1 step, not num_steps=2."),
   ],
 )
@@ -135,9 +147,27 @@ def test_what_the_pipeline_refuses_is_told_in_its_own_words(pipeline, asked, mes
   assert error.value.duration is None  # it stays until it is read
 
 
+def test_a_picture_that_cannot_be_written_is_told_too(pipeline, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(page.pictures, "save", full)
+  with pytest.raises(gr.Error, match="No space left on device"):
+    drawn(pipeline)
+
+
+def test_pixels_that_went_wrong_are_told_too(pipeline):
+  class Damaged(models.Tracing):
+    def decode(self, latents):
+      return latents * np.nan
+
+  with pytest.raises(gr.Error, match=r"seed 5\), is not made of finite numbers once"):
+    drawn(pipeline.replace(autoencoder=Damaged()))
+
+
 def test_a_picture_that_went_wrong_is_told_too(pipeline):
   params = jax.tree.map(lambda leaf: leaf * jnp.nan, pipeline.params)
-  with pytest.raises(gr.Error, match=r"seed 5. is not made of finite numbers"):
+  with pytest.raises(gr.Error, match=r"seed 5\), is not made of finite numbers:"):
     drawn(pipeline.replace(params=params))
 
 
@@ -184,6 +214,15 @@ def test_the_page_offers_all_samplers_and_starts_at_the_pipelines_defaults(pipel
   assert fields["Size (height × width)"]["value"] == "8 × 8"
   defaults = {name: fields[name]["value"] for name in ("Steps", "Guidance", "Seed")}
   assert defaults == {"Steps": 20, "Guidance": 4.5, "Seed": 0}
+  hints = {name: fields[name]["info"] for name in ("Guidance", "Negative prompt")}
+  assert hints == {
+    "Guidance": SETTINGS["guidance_scale"].help,
+    "Negative prompt": SETTINGS["negative_prompt"].help,
+  }
+
+
+def test_samplers_of_few_steps_set_the_field_to_no_guidance():
+  assert [page.guidance_of(name) for name in ("lcm", "dmd", "ddim")] == [1, 1, 4.5]
 
 
 # ---------------------------------------------------------------------- as it is served
@@ -279,6 +318,15 @@ def test_a_prompt_that_is_typed_becomes_its_picture(serve, browser, pipeline, tm
   assert hosts - {None} == {"127.0.0.1"}
 
 
+def test_a_sampler_that_is_chosen_brings_its_guidance(serve, browser):
+  open_page(browser, serve())
+  for sampler, scale in (("lcm", "1"), ("ddim", "4.5")):
+    browser.choose("#sampler", sampler)
+    browser.wait(
+      f"document.querySelector('#guidance input[type=number]').value == '{scale}'"
+    )
+
+
 def test_a_mistake_is_written_on_the_page_letter_by_letter(serve, browser):
   open_page(browser, serve())
   browser.type("#prompt textarea", "a b c d e f g <b>h</b>")
@@ -304,31 +352,62 @@ def workdir(tmp_path):
   return tmp_path
 
 
-def test_the_command_serves_the_model_of_the_checkpoint(capsys, monkeypatch, workdir):
-  served = []
+@pytest.fixture
+def interrupt():
+  """Ctrl-C in a moment, even in a suite that a shell has in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+  yield timer.start
+  timer.cancel()
+  signal.signal(signal.SIGINT, before)
 
-  class Server:
-    local_url = "http://somewhere/"
 
-    def block_thread(self):
-      served.append("until it is ended")
+class Server:
+  """Stands for a page that is served."""
+
+  local_url = "http://somewhere/"
+
+  def __init__(self):
+    self.closed = []
+
+  def close(self, verbose=True):
+    self.closed.append(verbose)
+
+
+def test_the_command_serves_the_model_of_the_checkpoint_until_ctrl_c(
+  capsys, monkeypatch, workdir, interrupt
+):
+  served, server = [], Server()
 
   def serve(*arguments):
     served.extend(arguments)
-    return Server()
+    interrupt()
+    return server
 
   monkeypatch.setattr(page, "serve", serve)
+  monkeypatch.setattr(page, "wait", inspect.unwrap(page.wait))  # of a stand-in
   done = commands.run(
     *(capsys, monkeypatch, "demo", f"--checkpoint={workdir}", "--host=0.0.0.0"),
     *("--port=80", "--batch_size=2", "--dtype=float32", "--attention=chunked"),
   )
-  assert done.code == 0, done.err
-  assert "Open http://somewhere/" in done.out
+  assert done.code == 130
+  assert done.out == "Open http://somewhere/   Ctrl-C ends it.\n"
+  assert done.err == "Interrupted: by Ctrl-C.\n"
+  assert server.closed == [False]  # which would print a line of its own
   pipeline, *others = served
-  assert others == ["0.0.0.0", 80, "until it is ended"]
+  assert others == ["0.0.0.0", 80]
   assert pipeline.origin["checkpoint"] == str(workdir / "snapshots" / "3")
   assert (pipeline.batch_size, pipeline.compute.attention) == (2, "chunked")
   assert pipeline.compute.dtype == jnp.float32
+
+
+def test_ctrl_c_closes_a_page_that_is_served(interrupt):
+  page_, closed = in_a_loop(page.build, models.pipeline()), []
+  page_.close = lambda verbose: closed.append(verbose)
+  interrupt()
+  with pytest.raises(KeyboardInterrupt):
+    page.wait(page_)
+  assert closed == [False]
 
 
 def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch, workdir):

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from pixsigma_jax import checkpoint
+from pixsigma_jax.evaluate import accuracy
+from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.sample import models
 
@@ -104,12 +106,40 @@ def test_a_missing_checkpoint_is_named_before_the_first_is_drawn(
     (["low", "low"], [], "twice"),
     (["low"], ["--per_task=0"], "--per_task=0 must be at least 1"),
     (["low"], ["--output=."], "is a directory: give a file"),
+    (["low"], ["--output=/proc/a.json"], "Nothing can be written to /proc"),
+    (["low"], ["--guidance_scale=-1"], "guidance_scale=-1.0 must be 0 or more"),
+    (["low"], ["--num_inference_steps=0"], "num_inference_steps=0 must be at least 1"),
+    (["low"], ["--seed=-1"], "Picture 0 has seed -1"),
   ],
 )
-def test_what_cannot_be_measured_is_refused(
-  evaluate, runs, tmp_path, paths, arguments, message
+def test_what_cannot_be_measured_is_refused_before_weights_are_read(
+  evaluate, runs, tmp_path, monkeypatch, paths, arguments, message
 ):
+  monkeypatch.setattr(Pipeline, "from_checkpoint", None)
   done = evaluate([runs / path for path in paths], tmp_path / "a.json", *arguments)
   assert (done.code, done.out) == (1, "")
   assert done.err.count("\n") == 1
   assert message in done.err
+
+
+def test_ctrl_c_says_how_far_it_came_and_shows_it(
+  evaluate, runs, tmp_path, monkeypatch
+):
+  count, measured = accuracy.count_right, []
+
+  def interrupt(*arguments, **more):
+    if measured:
+      raise KeyboardInterrupt
+    measured.append(True)
+    return count(*arguments, **more)
+
+  monkeypatch.setattr(accuracy, "count_right", interrupt)
+  output = tmp_path / "accuracy.json"
+  output.write_text("of an earlier time")
+  done = evaluate([runs / "low", runs / "high"], output)
+  assert done.code == 130
+  assert [line.split()[0] for line in done.out.splitlines()] == ["single", "low"]
+  assert "Interrupted: 1 of 2 checkpoints are measured, and " in done.err
+  assert done.err.endswith("or --checkpoints without those above.\n")
+  assert output.read_text() == "of an earlier time"
+  assert list(tmp_path.iterdir()) == [output]

@@ -1,13 +1,17 @@
 """The command: files that say how they were made, and messages that say what to do."""
 
+import io
 import json
+import os
 import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pixsigma_jax import checkpoint
+from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.sample import models
@@ -88,6 +92,8 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
   assert settings.pop("checkpoint") == str(workdir / "snapshots" / "12")  # the newest
   assert settings.pop("dtype") == "float32"
   how = {name: settings.pop(name) for name in ("batch_size", "guidance_passes")}
+  drawn = [settings.pop(f"drawn_{side}") for side in ("height", "width")]
+  assert drawn == [16, 8]
   assert how["guidance_passes"] == 2
   assert settings.pop("quantize") == "none"
   for name in ("step", "stage", "pixsigma_jax"):
@@ -202,3 +208,189 @@ def test_a_prompts_file_that_is_no_text_is_refused(sample, tmp_path):
   done = sample(f"--prompts_file={file}", f"--output={tmp_path / 'out'}")
   assert (done.code, done.err.count("\n")) == (1, 1)
   assert "prompts.txt is not a text file in UTF-8" in done.err
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"\xef\xbb\xbfa one\na two\n",
+    b"a one\r\na two\r\n\r\n",
+    b"\n  a one \n\ta two",
+  ],
+  ids=["byte order mark", "CRLF", "blanks"],
+)
+def test_prompts_are_the_lines_of_a_file_without_what_editors_add(
+  sample, tmp_path, monkeypatch, content
+):
+  (tmp_path / "prompts.txt").write_bytes(content)
+  stdin = io.TextIOWrapper(io.BytesIO(content), encoding="ascii")
+  monkeypatch.setattr("sys.stdin", stdin)
+  for name in (tmp_path / "prompts.txt", "-"):
+    out = tmp_path / f"out{name == '-'}"
+    done = sample(f"--prompts_file={name}", f"--output={out}")
+    assert done.code == 0, done.err
+    said = [settings_of(path)["prompt"] for path in sorted(out.iterdir())]
+    assert said == ["a one", "a two"]
+
+
+def test_characters_that_are_no_line_feed_stay_in_their_prompt(sample, tmp_path):
+  prompts = ["a one\u2028a two", "a\x85b", "a\x0bb\x1cc"]
+  text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+  text.write_bytes("\n".join(prompts).encode())
+  lines.write_bytes(
+    "\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts).encode(
+      "utf-8-sig"
+    )
+  )
+  for file in (text, lines):
+    out = tmp_path / file.suffix
+    done = sample(f"--prompts_file={file}", f"--output={out}")
+    assert done.code == 0, done.err
+    assert [settings_of(path)["prompt"] for path in sorted(out.iterdir())] == prompts
+
+
+def test_a_lines_own_settings_stand_in_for_the_flags(sample, tmp_path):
+  lines = [
+    {"prompt": "a", "height": 16, "seed": 7.0},
+    {"prompt": "b", "negative_prompt": None, "height": None},
+    {"prompt": "c", "negative_prompt": "grey"},
+  ]
+  (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  out = tmp_path / "out"
+  done = sample(f"--prompts_file={tmp_path / 'p.jsonl'}", f"--output={out}")
+  assert done.code == 0, done.err
+  said = [settings_of(path) for path in sorted(out.iterdir())]
+  names = ("negative_prompt", "height", "width", "seed")
+  assert [tuple(about[name] for name in names) for about in said] == [
+    ("", 16, 8, 7),
+    ("", 8, 8, 1),
+    ("grey", 8, 8, 2),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("line", "arguments", "message"),
+  [
+    ({"seed": "7"}, (), "p.jsonl:1: seed must be a whole number, not '7'"),
+    ({"height": 8.5}, (), "p.jsonl:1: height must be a whole number, not 8.5"),
+    ({"steps": 8}, (), "'steps', which is no setting .* known are prompt, negative_pr"),
+    ({"height": 8}, ("--height=8", "--height=16"), "height of their own: give --heigh"),
+    ({}, ("--height=8", "--height=16"), "height has 2 values for 1 prompts"),
+    ({}, ("--guidance_scale=-1",), "guidance_scale=-1.0 must be 0 or more"),
+    ({}, ("--guidance_interval=0,x",), "--guidance_interval=0,x must be two numbers"),
+    ({}, ("--format=webp", "--height=20000"), "A webp holds no picture of 20000 x 0"),
+  ],
+)
+def test_a_wrong_setting_is_named_before_weights_are_looked_for(
+  sample, tmp_path, line, arguments, message
+):
+  (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"} | line))
+  done = sample(
+    f"--prompts_file={tmp_path / 'p.jsonl'}",
+    f"--output={tmp_path / 'out'}",
+    *arguments,
+    checkpoint=tmp_path / "nowhere",
+  )
+  assert (done.code, done.err.count("\n")) == (1, 1)
+  assert re.search(message, done.err), done.err
+
+
+# ------------------------------------------------------- what is written, stays written
+
+
+def test_a_number_that_another_process_took_meanwhile_costs_no_picture(
+  sample, tmp_path, monkeypatch
+):
+  write = pictures._write
+
+  def beaten(*arguments):
+    write(*arguments)
+    for name in ("00000.png", "grid.png"):  # after the numbers were looked up
+      if not (tmp_path / name).exists():
+        (tmp_path / name).write_text("another's")
+
+  monkeypatch.setattr(pictures, "_write", beaten)
+  done = sample("--prompt=a", "--prompt=b", "--grid", f"--output={tmp_path}")
+  assert done.code == 0, done.err
+  wanted = ["00001.png", "00002.png", "grid-00001.png"]
+  assert done.out.splitlines() == [str(tmp_path / name) for name in wanted]
+  assert names(tmp_path) == sorted(["00000.png", *wanted, "grid.png"])
+  assert [settings_of(tmp_path / n)["prompt"] for n in wanted[:2]] == ["a", "b"]
+  assert settings_of(tmp_path / wanted[2])["first"] == wanted[0]
+  for name in ("00000.png", "grid.png"):
+    assert (tmp_path / name).read_text() == "another's"
+
+
+def test_an_output_that_takes_no_files_is_named_before_weights_are_looked_for(
+  sample, tmp_path, monkeypatch
+):
+  nowhere = tmp_path / "nowhere"
+  done = sample("--prompt=a", "--output=/proc/pictures", checkpoint=nowhere)
+  assert (done.code, done.err.count("\n")) == (1, 1)
+  assert "Nothing can be written to /proc" in done.err
+  done = sample(
+    *("--prompt=a", f"--output={tmp_path}", "--save_captions=/proc/a.safetensors"),
+    checkpoint=nowhere,
+  )
+  assert "Nothing can be written to /proc" in done.err
+
+  def full(_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  done = sample("--prompt=a", f"--output={tmp_path / 'out'}", checkpoint=nowhere)
+  assert (done.code, done.err.count("\n")) == (1, 1)
+  assert "No space left on device" in done.err
+  assert not (tmp_path / "out").exists()
+
+
+def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
+  sample, capsys, monkeypatch, tmp_path
+):
+  arguments = (
+    *("--prompt=a one", "--prompt=it's a \u2028 two", "--num_images_per_prompt=2"),
+    *("--height=8", "--height=16", "--seed=40", "--negative_prompt=grey"),
+    *("--guidance_scale=3", "--nouse_resolution_binning"),
+  )
+  assert sample(*arguments, f"--output={tmp_path / 'whole'}").code == 0
+  whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+
+  save, out = pictures.PictureFolder.save, tmp_path / "a folder"
+
+  def interrupt(folder, number, *more):
+    if number == 3:
+      raise KeyboardInterrupt
+    return save(folder, number, *more)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pictures.PictureFolder, "save", interrupt)
+    done = sample(*arguments, f"--output={out}")
+  assert done.code == 130
+  assert names(out) == ["00000.png", "00001.png", "00002.png", "rest-00000.jsonl"]
+  (line,) = [x for x in done.err.splitlines() if x.startswith("Interrupted: ")]
+  assert done.err.endswith(f"{line}\n")
+  assert "Traceback" not in done.err
+  said, _, way_on = line.partition(" This draws the others: ")
+  assert said == f"Interrupted: 3 of 4 pictures are written to {out}."
+
+  python, dash_m, module, *words = shlex.split(way_on)
+  assert (python, dash_m, module) == ("python", "-m", "pixsigma_jax.sample")
+  done = commands.run(capsys, monkeypatch, "sample", *words)
+  assert done.code == 0, done.err
+  assert {p.name: p.read_bytes() for p in out.glob("*.png")} == whole
+
+
+def test_after_ctrl_c_before_the_first_picture_the_same_command_draws_them(
+  sample, monkeypatch, tmp_path
+):
+  def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(Pipeline, "from_checkpoint", interrupt)
+  done = sample("--prompt=a", f"--output={tmp_path / 'out'}")
+  assert (done.code, done.out) == (130, "")
+  assert done.err.endswith(
+    f"Interrupted: 0 of 1 pictures are written to {tmp_path / 'out'}. The same command "
+    "draws them.\n"
+  )
+  assert not (tmp_path / "out").exists()

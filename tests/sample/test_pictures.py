@@ -1,6 +1,7 @@
 """Pictures: eight bits, PNG files that remember, and sheets of many."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -66,6 +67,48 @@ def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="No space left"):
     pictures.save(tmp_path / "00000.png", plain("red"), SETTINGS)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", list(pictures.FORMATS))
+def test_two_that_write_to_one_folder_lose_no_picture(tmp_path, form):
+  folders = [pictures.PictureFolder(tmp_path / "new", form) for _ in range(2)]
+  together, written = threading.Barrier(2), []
+
+  def write(who):
+    for number in range(10):
+      together.wait()
+      about = SETTINGS | {"who": who, "number": number}
+      path = folders[who].save(number, plain("red"), about)
+      written.append((path, who, number))
+
+  threads = [threading.Thread(target=write, args=(who,)) for who in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(written) == 20
+  names = [path.name for path, _, _ in written]
+  assert sorted(names) == sorted(p.name for p in (tmp_path / "new").iterdir())
+  assert sorted(names) == [f"{i:05d}.{form}" for i in range(20)]
+  for path, who, number in written:
+    said = pictures.settings_of(path)
+    assert (said["who"], said["number"]) == (who, number)
+
+
+def test_alone_pictures_have_their_calls_order_in_whatever_order_they_come(tmp_path):
+  (tmp_path / "00006.webp").touch()
+  folder = pictures.PictureFolder(tmp_path)
+  names = [folder.save(i, plain("red"), SETTINGS).name for i in (2, 0, 1)]
+  assert names == ["00009.png", "00007.png", "00008.png"]
+
+
+def test_a_picture_that_a_format_cannot_hold_is_refused():
+  pictures.check_sides("png", 20000, 70000)
+  pictures.check_sides("webp", 16383, 16383)
+  with pytest.raises(ValueError, match=r"webp holds no .* 16384 x 8 .* end at 16383"):
+    pictures.check_sides("webp", 16384, 8)
+  with pytest.raises(ValueError, match=r"jpeg holds no .* 8 x 65501"):
+    pictures.check_sides("jpeg", 8, 65501)
 
 
 def test_numbers_go_on_after_the_highest(tmp_path):

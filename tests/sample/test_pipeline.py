@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import dpm_solver_pp
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArt, abstract_params
+from pixsigma_jax.models.pixels import PixelAutoencoder
 from pixsigma_jax.sample import pictures, program
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests.sample import models
@@ -210,7 +212,7 @@ def mean_under(embeddings, mask):
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "some blue"])
-@pytest.mark.parametrize("scale", [0.0, 4.5])
+@pytest.mark.parametrize("scale", [1.5, 4.5])
 def test_guidance_leads_from_the_negative_caption_to_the_prompt_and_beyond(
   drawn_by, scale, negative_prompt
 ):
@@ -243,7 +245,9 @@ def test_each_picture_of_a_batch_has_its_own_captions_mask(drawn_by):
     np.testing.assert_allclose(picture, truth, rtol=0, atol=10 * EXACT)
 
 
-@pytest.mark.parametrize(("scale", "rows"), [(1.0, 3), (1, 3), (2.0, 6)])
+@pytest.mark.parametrize(
+  ("scale", "rows"), [(1.0, 3), (1, 3), (0, 3), (0.5, 3), (2, 6)]
+)
 def test_without_guidance_there_is_no_unconditional_half(drawn_by, scale, rows):
   seen = []
 
@@ -255,7 +259,7 @@ def test_without_guidance_there_is_no_unconditional_half(drawn_by, scale, rows):
     clean, "a seven", guidance_scale=scale, fields={"batch_size": 3}
   )
   assert set(seen) == {rows}
-  if scale == 1:
+  if scale <= 1:
     embeddings, mask = ENCODER.encode(["a seven"], models.nano().caption_length)
     truth = mean_under(embeddings, mask) / SCALING_FACTOR
     np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=EXACT)
@@ -383,6 +387,8 @@ def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(draw
   assert output.settings[0] == {
     "height": 8,
     "width": 8,
+    "drawn_height": 8,
+    "drawn_width": 8,
     "negative_prompt": "c",
     "guidance_rescale": 0.0,
     "guidance_interval": [0.0, 1.0],
@@ -413,8 +419,91 @@ def test_the_reference_sampler_leaves_a_hundredth_of_noise(drawn_by):
 
 
 def test_a_picture_that_is_not_finite_is_refused(drawn_by):
-  with pytest.raises(ValueError, match=r"picture of 'a' \(seed 5\) is not made of fin"):
+  with pytest.raises(ValueError, match=r"Picture 0, of 'a' \(seed 5\), is not made of"):
     drawn_by(lambda inputs: jnp.full((1, 1, 1), jnp.nan), "a", seed=5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_picture_whose_pixels_are_not_finite_is_refused(value):
+  decoded = itertools.count()
+
+  class DamagedByTheSecond(PixelAutoencoder):
+    def decode(self, latents):
+      images = np.array(latents)
+      if next(decoded) == 1:
+        images[0, 1, 2, 0] = value
+      return images
+
+  subject = models.pipeline(autoencoder=DamagedByTheSecond())
+  drawn = subject.stream(["a", "b"], seed=5, num_inference_steps=STEPS)
+  assert next(drawn)[0] == 0
+  with pytest.raises(
+    ValueError,
+    match=r"Picture 1, of 'b' \(seed 6\), is not made of finite numbers once it is "
+    "decoded.* Try float32",
+  ):
+    next(drawn)
+
+
+# ---------------------------------------------------------------- what is remarked upon
+
+
+@pytest.fixture
+def binned():
+  """A model of 256 pixels, the least that has a table of sizes."""
+  return models.pipeline(models.nano(base_size=128), params={}, resolution=256)
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "message"),
+  [
+    (2048, 2048, "2048 x 2048 pixels is drawn at 256 x 256, .* enlarged 8 times, with"),
+    (400, 400, "enlarged 1.56 times"),
+    (128, 128, "128 x 128 pixels is drawn at 256 x 256, .* and then reduced 2 times"),
+    (64, 512, "64 x 512 pixels is drawn at 128 x 512, .* and then cropped by 50 %"),
+    (128, 2048, "enlarged 4 times, .* and cropped by 75 %"),
+  ],
+)
+def test_resizing_that_shows_is_remarked_upon(binned, caplog, height, width, message):
+  binned.stream("a", height=height, width=width)
+  assert re.search(message, caplog.text), caplog.text
+  assert len(caplog.messages) == 1
+
+
+def test_resizing_that_hardly_shows_is_not_remarked_upon(binned, caplog):
+  sizes = [(256, 256), (300, 300), (200, 390), (140, 490), (150, 500)]
+  heights, widths = zip(*sizes, strict=True)
+  binned.stream(["a"] * len(sizes), height=heights, width=widths)
+  assert caplog.text == ""
+
+
+def test_settings_say_at_what_size_a_picture_was_drawn(drawn_by):
+  _, output = drawn_by(
+    landscape_tokens,
+    "a",
+    config=models.nano(base_size=128),
+    fields={"resolution": 256},
+    height=600,
+    width=300,
+  )
+  said = output.settings[0]
+  assert output.images[0].size == (300, 600)
+  assert (said["height"], said["width"]) == (600, 300)
+  assert (said["drawn_height"], said["drawn_width"]) == (352, 176)
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "dmd"])
+def test_guidance_of_a_model_that_has_learned_it_is_remarked_upon(
+  real, caplog, sampler
+):
+  steps = {"num_inference_steps": 1, "sampler": sampler}
+  real.stream("a", **steps)
+  real.stream("a", guidance_scale=1, **steps)
+  real.stream("a", guidance_scale=0, **steps)
+  real.stream("a", guidance_scale=2, num_inference_steps=1, sampler="dpm++")
+  assert caplog.text == ""
+  real.stream("a", guidance_scale=2, **steps)
+  assert f"sampler {sampler} is for have guidance in them" in caplog.text
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -432,11 +521,11 @@ def test_a_picture_that_is_not_finite_is_refused(drawn_by):
       "or .* interpolate_pe with base_size=9",
     ),
     ({"height": 2, "width": 4}, "1 x 2 tokens, .* base_size=4"),
-    ({"num_inference_steps": 0}, "at least 1 step, not num_steps=0"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
     ({"sampler": "euler"}, r"Unknown sampler 'euler'; choose one of dpm\+\+, dpm"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
-    ({"step_caching": -0.1}, "step_caching=-0.1 must be a number, 0 or more"),
-    ({"step_caching": float("nan")}, "step_caching=nan must be a number"),
+    ({"step_caching": -0.1}, "step_caching=-0.1 must be 0 or more"),
+    ({"step_caching": float("nan")}, "step_caching must be a finite number, not nan"),
     ({"seed": -1}, "Picture 0 has seed -1: seeds must lie in 0"),
     ({"seed": 2**32}, "seeds must lie in 0 … 4294967295"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),

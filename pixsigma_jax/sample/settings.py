@@ -1,0 +1,378 @@
+"""What can be asked of a pipeline: each setting's name, default, meaning and limits.
+
+`Settings` is the one list. The arguments of `Pipeline.stream`, flags of commands, keys
+of JSON lines, fields of the demo page and the table in docs/sampling.md come from it,
+and values are checked nowhere else: numbers of NumPy and JAX become Python's, so that a
+picture's file can say them.
+"""
+
+import contextlib
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
+
+from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.sample import captions
+
+GUIDANCE_SCALE = 4.5
+# What these draw with has learned guidance from its teacher.
+UNGUIDED_SAMPLERS = ("lcm", "dmd")
+UNCONDITIONAL_MASKS = ("caption", "own")
+_SEEDS = 2**32
+
+# Arguments of diffusers' pipeline that there are none of here, and what to do instead.
+NOT_OF_DIFFUSERS: dict[str, str] = {
+  "timesteps": "give num_inference_steps and sampler",
+  "sigmas": "give num_inference_steps and sampler",
+  "eta": "give a sampler: ddim adds no noise, iddpm and sa-solver do",
+  "generator": "give seed",
+  "latents": "give seed",
+  **dict.fromkeys(
+    (
+      "prompt_embeds",
+      "prompt_attention_mask",
+      "negative_prompt_embeds",
+      "negative_prompt_attention_mask",
+    ),
+    "give the pipeline a text_encoder of its own, such as RememberedCaptions",
+  ),
+  "output_type": "pictures are PIL images",
+  "return_dict": "calling a pipeline returns an Output",
+  "callback": "take pictures from Pipeline.stream as they are ready",
+  "callback_steps": "take pictures from Pipeline.stream as they are ready",
+  "clean_caption": "give caption_cleaning",
+  "max_sequence_length": "it is the model's caption_length",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A text that can be written in UTF-8."""
+
+  def check(self, name: str, value: Any) -> str:
+    """The value as Python's own; see `Setting.check`."""
+    if not isinstance(value, str):
+      raise ValueError(f"{name} must be a text, not {value!r}.")
+    try:
+      value.encode()
+    except UnicodeEncodeError:
+      # Such as Python makes of an argument that is not in UTF-8.
+      raise ValueError(
+        f"{name} {value!r} holds half a character, which no file can: give it in UTF-8."
+      ) from None
+    return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  """A whole number, `least` or more; 512.0 is one."""
+
+  least: int | None = None
+
+  def check(self, name: str, value: Any) -> int:
+    """The value as Python's own; see `Setting.check`."""
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+      value = float(value)
+      value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+      raise ValueError(f"{name} must be a whole number, not {value!r}.")
+    number = int(value)
+    if self.least is not None and number < self.least:
+      raise ValueError(f"{name}={number} must be at least {self.least}.")
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+  """A finite number, 0 or more, `most` or less."""
+
+  most: float = math.inf
+
+  def check(self, name: str, value: Any) -> float:
+    """The value as Python's own; see `Setting.check`."""
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+      with contextlib.suppress(OverflowError):  # an integer beyond all floats
+        number = float(value)
+    if not math.isfinite(number):
+      raise ValueError(f"{name} must be a finite number, not {value!r}.")
+    if not 0 <= number <= self.most:
+      limits = "be 0 or more" if self.most == math.inf else f"lie in 0 … {self.most:g}"
+      raise ValueError(f"{name}={number} must {limits}.")
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """Two numbers between 0 and 1, the lower first."""
+
+  def check(self, name: str, value: Any) -> tuple[float, float]:
+    """The value as Python's own; see `Setting.check`."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+      raise ValueError(f"{name} must be two numbers, low and high, not {value!r}.")
+    low, high = (Number(1.0).check(name, plain(end)) for end in value)
+    if low > high:
+      raise ValueError(f"{name} {low} … {high} must have the lower number first.")
+    return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One of several names."""
+
+  names: tuple[str, ...]
+
+  def check(self, name: str, value: Any) -> str:
+    """The value as Python's own; see `Setting.check`."""
+    if value not in self.names:
+      raise ValueError(
+        f"Unknown {name} {value!r}; choose one of {', '.join(self.names)}."
+      )
+    return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+  """On or off."""
+
+  def check(self, name: str, value: Any) -> bool:
+    """The value as Python's own; see `Setting.check`."""
+    if not isinstance(value, bool):
+      raise ValueError(f"{name} must be True or False, not {value!r}.")
+    return value
+
+
+Kind: TypeAlias = Text | Whole | Number | Interval | Choice | Switch
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One thing that can be asked for.
+
+  Attributes:
+    name: of the argument, the flag and the key.
+    default: in Python.
+    kind: what values it takes.
+    help: what it is, in a sentence.
+    of_a_prompt: each prompt of a call, and each JSON line, can have its own.
+    optional: None stands for the default.
+    default_is: the default in words, where the value does not say it.
+  """
+
+  name: str
+  default: Any
+  kind: Kind
+  help: str
+  of_a_prompt: bool = False
+  optional: bool = False
+  default_is: str = ""
+
+  def check(self, value: Any) -> Any:
+    """The value as one of Python's own; a tuple, if each prompt has one.
+
+    Raises:
+      ValueError: it is none that the setting takes.
+    """
+    value = plain(value)
+    if self.of_a_prompt and isinstance(value, list | tuple | range):
+      return tuple(self.check_one(one) for one in value)
+    return self.check_one(value)
+
+  def check_one(self, value: Any) -> Any:
+    """As `check`, of one prompt."""
+    value = plain(value)
+    if value is None and self.optional:
+      return self.default
+    return self.kind.check(self.name, value)
+
+
+def plain(value: Any) -> Any:
+  """An array or a scalar of NumPy, JAX or torch in Python's own lists and numbers."""
+  if hasattr(value, "dtype") and hasattr(value, "tolist"):
+    return value.tolist()
+  return value
+
+
+def _setting(default: Any, kind: Kind, help: str, **more: Any) -> Any:
+  return dataclasses.field(
+    default=default, metadata={"setting": {"kind": kind, "help": help, **more}}
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """How prompts are to be drawn, checked.
+
+  The fields are described by `SETTINGS`. Those that can be a prompt's own are one value
+  for all prompts or a tuple of one for each.
+
+  Raises:
+    ValueError: a value is none that its setting takes.
+  """
+
+  # What is given here may be of NumPy still; the suite's checker would refuse it.
+  __no_type_check__: ClassVar[bool] = True
+
+  negative_prompt: str | tuple[str, ...] = _setting(
+    "",
+    Text(),
+    'What guidance leads away from; "" is the null caption of the training.',
+    of_a_prompt=True,
+    optional=True,
+  )
+  height: int | tuple[int | None, ...] | None = _setting(
+    None,
+    Whole(),
+    "Height in pixels.",
+    of_a_prompt=True,
+    optional=True,
+    default_is="the training's resolution",
+  )
+  width: int | tuple[int | None, ...] | None = _setting(
+    None,
+    Whole(),
+    "Width in pixels.",
+    of_a_prompt=True,
+    optional=True,
+    default_is="the training's resolution",
+  )
+  num_inference_steps: int = _setting(20, Whole(1), "Calls of the network.")
+  guidance_scale: float = _setting(
+    None,
+    Number(),
+    "How far guidance goes; up to 1 draws without, in half the time.",
+    optional=True,
+    default_is=f"{GUIDANCE_SCALE}; 1 with {' and '.join(UNGUIDED_SAMPLERS)}",
+  )
+  guidance_rescale: float = _setting(
+    0.0,
+    Number(1.0),
+    "Share of the contrast added by guidance to take back (Lin et al. 2023).",
+  )
+  guidance_interval: tuple[float, float] = _setting(
+    (0.0, 1.0),
+    Interval(),
+    "Where guidance acts, low and high, as fractions of the schedule, of which 1 is "
+    "pure noise (Kynkäänniemi et al. 2024).",
+  )
+  step_caching: float = _setting(
+    0.0,
+    Number(),
+    "Relative change of the first block below which a step reuses the other blocks' "
+    "results of an earlier one; 0 computes every step.",
+  )
+  seed: int | tuple[int, ...] = _setting(
+    0,
+    Whole(),
+    "Of the first picture, the next has one more; or one for each prompt, whose "
+    "further pictures have the next ones.",
+    of_a_prompt=True,
+  )
+  sampler: str = _setting("dpm++", Choice(tuple(SAMPLERS)), "Solver.")
+  num_images_per_prompt: int = _setting(
+    1, Whole(1), "Pictures of each prompt, one after the other."
+  )
+  use_resolution_binning: bool = _setting(
+    True,
+    Switch(),
+    "Draw at the nearest size of the training, then resize and crop; without effect at "
+    "resolutions that have no table of sizes.",
+  )
+  unconditional_mask: str = _setting(
+    "caption",
+    Choice(UNCONDITIONAL_MASKS),
+    'Tokens that an empty negative prompt shows: as many as the "caption" has, as the '
+    'official code, or its "own" one, as diffusers.',
+  )
+  caption_cleaning: str = _setting(
+    "raw", Choice(tuple(captions.MODES)), "What is done to prompts."
+  )
+
+  def __post_init__(self):
+    for name, setting in SETTINGS.items():
+      object.__setattr__(self, name, setting.check(getattr(self, name)))
+    if self.guidance_scale is None:
+      scale = 1.0 if self.sampler in UNGUIDED_SAMPLERS else GUIDANCE_SCALE
+      object.__setattr__(self, "guidance_scale", scale)
+
+  @classmethod
+  def of(cls, values: Mapping[str, Any]) -> "Settings":
+    """The settings of these names, and the defaults of all others.
+
+    Raises:
+      TypeError: there is none of a name.
+      ValueError: a value is none that its setting takes.
+    """
+    for name in values:
+      if name not in SETTINGS:
+        way_out = NOT_OF_DIFFUSERS.get(name, f"known are {', '.join(SETTINGS)}")
+        raise TypeError(f"There is no setting {name!r}: {way_out}.")
+    return cls(**values)
+
+  @property
+  def guided(self) -> bool:
+    """Whether the network sees an unconditional half as well."""
+    return self.guidance_scale > 1
+
+  def of_prompts(self, count: int) -> list[dict[str, Any]]:
+    """What each of `count` prompts has of its own; the seed is its first picture's.
+
+    Raises:
+      ValueError: there are more or fewer values than prompts, or a seed is too large.
+    """
+    columns = {}
+    for name, setting in SETTINGS.items():
+      if setting.of_a_prompt:
+        values = getattr(self, name)
+        if not isinstance(values, tuple):
+          step = self.num_images_per_prompt if name == "seed" else 0
+          values = [values + i * step if step else values for i in range(count)]
+        if len(values) != count:
+          raise ValueError(
+            f"{name} has {len(values)} values for {count} prompts: give one for all, "
+            "or one for each."
+          )
+        columns[name] = values
+    copies = self.num_images_per_prompt
+    for i, first in enumerate(columns["seed"]):
+      for copy in (0, copies - 1):
+        if not 0 <= first + copy < _SEEDS:
+          raise ValueError(
+            f"Picture {i * copies + copy} has seed {first + copy}: seeds must lie in "
+            f"0 … {_SEEDS - 1}."
+          )
+    return [
+      dict(zip(columns, row, strict=True))
+      for row in zip(*columns.values(), strict=True)
+    ]
+
+  def of_all(self) -> dict[str, Any]:
+    """What all pictures share, as their files say it: one alone is drawn by it."""
+    return {
+      name: list(value) if isinstance(value, tuple) else value
+      for name, value in dataclasses.asdict(self).items()
+      if not (SETTINGS[name].of_a_prompt or name == "num_images_per_prompt")
+    }
+
+
+SETTINGS: dict[str, Setting] = {
+  field.name: Setting(field.name, field.default, **field.metadata["setting"])
+  for field in dataclasses.fields(Settings)
+}
+
+
+def check_prompts(prompt: Any) -> list[str]:
+  """One prompt or several as a list.
+
+  Raises:
+    ValueError: there is none, or one is no text.
+  """
+  prompt = plain(prompt)
+  prompts = [prompt] if isinstance(prompt, str) else prompt
+  if not isinstance(prompts, list | tuple):
+    raise ValueError(f"prompt must be a text or a list of texts, not {prompt!r}.")
+  if not prompts:
+    raise ValueError("There is no prompt to draw.")
+  return [Text().check("prompt", plain(one)) for one in prompts]
