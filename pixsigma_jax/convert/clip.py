@@ -303,9 +303,9 @@ def _load_tokenizer(folder: pathlib.Path, config: ClipConfig) -> Any:
     raise FileNotFoundError(
       f"{folder} has no tokenizer: neither {' nor '.join(names)}."
     )
-  from transformers import CLIPTokenizerFast
+  from transformers import CLIPTokenizer
 
-  tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+  tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
   largest = max(tokenizer.get_vocab().values())
   if largest >= config.vocabulary:
     raise ValueError(
