@@ -342,7 +342,9 @@ def _of_a_folder(
           None if owner == name else f"has the id of another file: {owner}",
         )
       )
-    elif _extension(name) not in CAPTION_ENDINGS and name not in image_tables.NAMES:
+    elif name in image_tables.NAMES:
+      passed_over[_beside_no_image(name)] += 1  # until it is known to be beside one
+    elif _extension(name) not in CAPTION_ENDINGS:
       passed_over[_what(name)] += 1
   orphans = {file for files in beside.values() for file in files} - of_an_image
   passed_over.update(_beside_no_image(file) for file in orphans)
@@ -381,8 +383,9 @@ def _what(name: str) -> str:
   return extension.lower() or "no extension"
 
 
-def _beside_no_image(name: str) -> str:
-  return f".{_extension(name)} beside no image"
+def _beside_no_image(path: str) -> str:
+  name = posixpath.basename(path)
+  return f"{name if name in image_tables.NAMES else _what(name)} beside no image"
 
 
 def _folder_units(
@@ -406,12 +409,11 @@ def _folder_units(
       f"{source} holds {len(tars)} tars and {loose} images beside them, which may be "
       "the same: move the ones or the others to a folder of their own."
     )
-  passed_over += named.passed_over()
+  named.count(passed_over)
   if (tars or loose) and not named:
     _refuse_image_field(source, reading)
-  if (
-    tars or loose
-  ) and tables:  # what img2dataset leaves beside its tars, or a list of the images
+  if (tars or loose) and tables:
+    # What img2dataset leaves beside its tars, or a list of the images.
     passed_over[".parquet"] += len(tables)
     tables = []
   units_of_tables = (
@@ -456,13 +458,14 @@ class _NamedImages:
         numbers = table.numbers(_relative_to_table(file.path, path))
         self._missed[path][numbers] = False
 
-  def passed_over(self) -> PassedOver:
-    found = collections.Counter(self._refused)
+  def count(self, passed_over: PassedOver) -> None:
+    """Counts the rows that say nothing, and takes back that their tables do."""
+    passed_over += self._refused
+    passed_over -= collections.Counter(map(_beside_no_image, self._missed))
     for path, missed in self._missed.items():
       if missed.any():
         what = f"row of {posixpath.basename(path)} that names no image"
-        found[what] += int(missed.sum())
-    return found
+        passed_over[what] += int(missed.sum())
 
 
 def _relative_to_table(path: str, table: str) -> str:

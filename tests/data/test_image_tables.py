@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -25,7 +27,7 @@ ROWS = [
 
 
 def write_table(path, rows, format, encoding="utf-8"):
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path.mkdir(parents=True, exist_ok=True)
   name = path / f"metadata.{format}"
   if format == "jsonl":
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -86,6 +88,13 @@ def test_rows_that_are_none_are_counted_once(images):
   }
 
 
+def test_a_table_of_no_images_is_counted(images):
+  write_table(images / "train", ROWS[:1], "csv")
+  write_table(images / "test", ROWS, "csv")  # whose images are not here
+  _, passed_over = found_and_passed_over(images)
+  assert passed_over == {"metadata.csv beside no image": 1}
+
+
 def test_a_csv_of_something_else_takes_nothing_away(images):
   write(images / "train" / "metadata.csv", "when,where\n1999,here\n2001,there,twice\n")
   all_found, passed_over = found_and_passed_over(images)
@@ -114,10 +123,29 @@ def test_a_table_alone_asks_for_its_folder(images):
     found(images / "train" / "metadata.csv")
 
 
+def test_a_table_that_cannot_be_read_is_named_before_any_work(images, tmp_path):
+  (tmp_path / "secret.csv").write_text("file_name,text\n1.png,a secret\n")
+  os.symlink(tmp_path / "secret.csv", images / "train" / "metadata.csv")
+  with pytest.raises(
+    ValueError, match=r"train/metadata.csv of .* cannot be read: its path leads outside"
+  ):
+    found(images)
+
+
 def test_two_names_of_one_hash_are_told_apart(images, monkeypatch):
   write_table(images / "train", ROWS, "jsonl")
   monkeypatch.setattr(image_tables, "_HASH_MASK", 0)
   assert captions_by_id(images)["train/sub/2"] == ["zwei Bären", "two again"]
+
+
+def test_a_table_may_lie_where_only_fsspec_reaches():
+  fs = fsspec.filesystem("memory")
+  fs.pipe_file("/tables/1.png", picture())
+  fs.pipe_file("/tables/metadata.csv", b"file_name,text\n1.png,one\n")
+  try:
+    assert captions_by_id("memory://tables") == {"1": ["one"]}
+  finally:
+    fs.rm("/tables", recursive=True)
 
 
 def test_a_row_costs_sixteen_bytes(images):

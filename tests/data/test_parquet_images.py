@@ -2,6 +2,7 @@
 
 import random
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -58,6 +59,18 @@ def test_a_folder_of_parquet_is_a_source(tmp_path):
   assert all_found[-1].id == f"data/train-00001-of-00002/{COUNT - 1}"
   for number, entry in enumerate(all_found):
     assert read_bytes(str(tmp_path / "repo"), entry.location) == picture(number)
+
+
+def test_parquet_may_lie_where_only_fsspec_reaches(tmp_path):
+  fs = fsspec.filesystem("memory")
+  path = write_parquet(tmp_path / "a.parquet", rows())
+  fs.pipe_file("/hub/data/a.parquet", path.read_bytes())
+  try:
+    all_found = found("memory://hub")
+    assert [e.id for e in all_found] == [f"data/a/{n}" for n in range(COUNT)]
+    assert read_bytes("memory://hub", all_found[4].location) == picture(4)
+  finally:
+    fs.rm("/hub", recursive=True)
 
 
 def test_rows_may_be_read_in_any_order(tmp_path):
