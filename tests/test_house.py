@@ -120,11 +120,13 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
   }
   extras = settings["project"]["optional-dependencies"]
   rooms = [
-    pin for room in ("convert", "curate", "demo", "int8") for pin in extras[room]
+    pin
+    for room in ("convert", "curate", "demo", "heif", "int8")
+    for pin in extras[room]
   ]
   pins = requirement_lines() + extras["dev"] + rooms
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
-  pins.remove("pixsigma-jax[convert,curate,demo,int8,plan]")
+  pins.remove("pixsigma-jax[convert,curate,demo,heif,int8,plan]")
   assert [pin for pin in pins if not exact.fullmatch(pin)] == []
 
 
@@ -132,7 +134,9 @@ def test_what_the_package_imports_is_a_declared_dependency():
   # The extra of a room goes for that room alone: import-linter sees to it.
   extras = pyproject()["project"]["optional-dependencies"]
   rooms = [
-    pin for room in ("convert", "curate", "demo", "int8") for pin in extras[room]
+    pin
+    for room in ("convert", "curate", "demo", "heif", "int8")
+    for pin in extras[room]
   ]
   lines = requirement_lines() + rooms
   declared = {distribution_name(line) for line in lines}

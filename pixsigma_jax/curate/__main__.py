@@ -22,7 +22,9 @@ from typing import Any
 from absl import flags
 
 from pixsigma_jax import command
+from pixsigma_jax.data import ingest
 from pixsigma_jax.data.index import open_index
+from pixsigma_jax.data.rows import Reading
 
 _BEAM = flags.DEFINE_string(
   "beam",
@@ -36,6 +38,18 @@ _IMAGES = flags.DEFINE_string("images", None, "Where the images are.")
 _PER_PART = flags.DEFINE_integer("per_part", 1000, "Images of one part of the index.")
 _NEAR_DISTANCE = flags.DEFINE_integer(
   "near_distance", 4, "Bits in which the perceptual hashes of duplicates may differ."
+)
+_CAPTION_FIELD = flags.DEFINE_list(
+  "caption_field",
+  [],
+  "Fields that hold captions, in place of the usual names; short ones, unless it is "
+  "NAME:long.",
+)
+_IMAGE_FIELD = flags.DEFINE_string(
+  "image_field", None, "Field of a manifest that holds the images or their paths."
+)
+_CAPTION_PER_LINE = flags.DEFINE_bool(
+  "caption_per_line", False, "Each line of a text file beside an image is a caption."
 )
 # score
 _CLIP = flags.DEFINE_string("clip", None, "CLIP ViT-L/14: a folder or hub id.")
@@ -93,12 +107,17 @@ _STEP = flags.DEFINE_integer("step", None, "Pixels by which the sides of a table
 def _scan(index: str) -> None:
   from pixsigma_jax.curate import scan
 
+  reading = Reading(
+    tuple(_CAPTION_FIELD.value), _IMAGE_FIELD.value, _CAPTION_PER_LINE.value
+  )
+  ingest.check(_beam_options())
   found = scan.scan(
     index,
     _needed("scan", _IMAGES),
     per_part=_PER_PART.value,
     near_distance=_NEAR_DISTANCE.value,
     beam_options=_beam_options(),
+    reading=reading,
   )
   _show(scan.report(found))
 
@@ -121,7 +140,9 @@ def _caption(index: str) -> None:
       "`curate caption` takes captions from --import or from --captioner: give one."
     )
   if _IMPORT.value is not None:
-    report = captions.import_captions(open_index(index), _IMPORT.value)
+    report = captions.import_captions(
+      open_index(index), _IMPORT.value, caption_fields=_CAPTION_FIELD.value
+    )
   else:
     report = captions.write_captions(
       open_index(index),
@@ -187,10 +208,18 @@ _FILTER_FLAGS = (
   _MIN_CAPTION_WORDS,
   _KEEP_DUPLICATES,
 )
-_CAPTION_FLAGS = (_IMPORT, _CAPTIONER, _INSTRUCTION, _KIND, _MAX_NEW_TOKENS)
+_SCAN_FLAGS = (_IMAGES, _PER_PART, _NEAR_DISTANCE, _CAPTION_FIELD, _IMAGE_FIELD)
+_CAPTION_FLAGS = (
+  _IMPORT,
+  _CAPTION_FIELD,
+  _CAPTIONER,
+  _INSTRUCTION,
+  _KIND,
+  _MAX_NEW_TOKENS,
+)
 # What a step does, and its flags.
 _STEPS: dict[str, tuple[Callable[[str], None], tuple[flags.FlagHolder, ...]]] = {
-  "scan": (_scan, (_BEAM, _IMAGES, _PER_PART, _NEAR_DISTANCE)),
+  "scan": (_scan, (_BEAM, *_SCAN_FLAGS, _CAPTION_PER_LINE)),
   "score": (_score, (_BEAM, _CLIP, _HEAD)),
   "caption": (_caption, (_BEAM, *_CAPTION_FLAGS)),
   "filter": (_filter, (_BEAM, *_FILTER_FLAGS)),
@@ -223,7 +252,10 @@ def _needed(step: str, flag: flags.FlagHolder) -> Any:
 
 
 def _beam_options() -> list[str]:
-  return shlex.split(_BEAM.value)
+  try:
+    return shlex.split(_BEAM.value)
+  except ValueError as error:  # a quotation without an end
+    raise ValueError(f"--beam={_BEAM.value} is not understood: {error}.") from error
 
 
 def _show(report: Any) -> None:

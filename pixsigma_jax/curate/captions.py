@@ -13,7 +13,6 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fsspec.core
 import numpy as np
 import pyarrow as pa
 
@@ -21,6 +20,13 @@ from pixsigma_jax import command
 from pixsigma_jax.curate.score import decoded
 from pixsigma_jax.data import ingest, sources
 from pixsigma_jax.data.index import SCHEMAS, Index, open_index
+from pixsigma_jax.data.rows import (
+  Reading,
+  captions_of,
+  clean_captions,
+  lines,
+  parse_json,
+)
 
 _NAME_FIELDS = ("id", "path", "file_name")
 _NAMED = 5  # of the lines that name no image
@@ -30,12 +36,17 @@ _SUPPLIERS = b"captions_from"  # in a part's metadata
 _SUFFIXES = [f".{end}" for e in sources.EXTENSIONS for end in (e, e.upper())]
 
 
-def import_captions(index: Index, files: Sequence[str]) -> dict[str, Any] | None:
+def import_captions(
+  index: Index, files: Sequence[str], *, caption_fields: Sequence[str] = ()
+) -> dict[str, Any] | None:
   """Adds the captions in JSON-lines files to the images that they name.
 
   A line names its image by `id`, `path` or `file_name`, with or without the extension,
-  and has captions as `sources.captions_of` reads them. Several files, several lines and
+  and has captions as `captions_of` reads them. Several files, several lines and
   several captions of one image are all its captions.
+
+  Args:
+    caption_fields: what is read in place of the usual, as `Reading.caption_fields`.
 
   Returns:
     The report that is also written to captions/report.json; None if the captions of
@@ -47,10 +58,12 @@ def import_captions(index: Index, files: Sequence[str]) -> dict[str, Any] | None
     FileNotFoundError: there is no such file.
     ValueError: a file has no line that can be used.
   """
-  suppliers = [f"import:{_sha256(file)}" for file in files]
+  reading = Reading(tuple(caption_fields))
+  fields = f":{','.join(caption_fields)}" if caption_fields else ""
+  suppliers = [f"import:{_sha256(file)}{fields}" for file in files]
   if not set(suppliers) - set(_suppliers_of_all(index)):
     return None
-  book = _Book(files, index.source)
+  book = _Book(files, index.source, reading)
   used: set[int] = set()
   counts: collections.Counter[str] = collections.Counter()
   for part in command.progress(range(index.num_parts), index.num_parts, "Captions"):
@@ -155,7 +168,7 @@ def add_captions(
   for old, new in zip(rows, captions, strict=True):
     kinds = {caption["text"]: caption["kind"] for caption in old}
     for caption in new:
-      cleaned = sources.clean_captions([caption])
+      cleaned = clean_captions([caption])
       if not cleaned:
         counts["empty"] += 1
       elif cleaned[0][0] in kinds:
@@ -201,7 +214,7 @@ def _finish(
 
 
 def _sha256(file: str) -> str:
-  fs, path = fsspec.core.url_to_fs(file)
+  fs, path = sources.file_system(file)
   if not fs.isfile(path):
     raise FileNotFoundError(f"There are no captions at {file}: no such file.")
   with fs.open(path, "rb") as content:
@@ -217,11 +230,10 @@ class _Book:
   Places stay in memory, about 200 bytes a line; the captions themselves do not.
   """
 
-  def __init__(self, files: Sequence[str], source: str):
+  def __init__(self, files: Sequence[str], source: str, reading: Reading):
+    self._fields = reading.caption_fields
     _, self._root = sources.folder_of(source)
-    self._files = [
-      fs.open(path, "rb") for fs, path in map(fsspec.core.url_to_fs, files)
-    ]
+    self._files = [fs.open(path, "rb") for fs, path in map(sources.file_system, files)]
     self._places: dict[str, tuple[int, ...]] = {}  # name → its lines
     self.names: dict[int, str] = {}  # line → the first of its names
     self.lines = 0
@@ -241,18 +253,18 @@ class _Book:
     """The captions in a line, as they stand there."""
     file = self._files[place >> _OFFSET_BITS]
     file.seek(place & (1 << _OFFSET_BITS) - 1)
-    line, _ = next(sources.lines(file))
-    return sources.captions_of(_row(line))
+    line, _ = next(lines(file))
+    return captions_of(_row(line), self._fields)
 
   def _enter(self, number: int, name: str) -> None:
     start, of_this_file = 0, 0
-    for line, end in sources.lines(self._files[number]):
+    for line, end in lines(self._files[number]):
       place, start = number << _OFFSET_BITS | start, end
       self.lines += 1
       try:
         row = _row(line)
         names = self._names(row)
-        if not sources.captions_of(row):
+        if not captions_of(row, self._fields):
           raise ValueError("no caption")
       except ValueError as problem:
         self.refused[str(problem).partition(":")[0]] += 1
@@ -264,7 +276,8 @@ class _Book:
     if not of_this_file:
       raise ValueError(
         f"{name} has no captions: none of its lines is a JSON object with "
-        f"{' or '.join(_NAME_FIELDS)} and a caption. {dict(self.refused)}"
+        f"{' or '.join(_NAME_FIELDS)} and a caption (--caption_field names where it "
+        f"is). {dict(self.refused)}"
       )
 
   def _names(self, row: Mapping[str, Any]) -> list[str]:
@@ -284,7 +297,7 @@ class _Book:
 def _row(line: bytes | None) -> Mapping[str, Any]:
   if line is None:
     raise ValueError("a line of many megabytes")
-  row = sources.parse_json(line)
+  row = parse_json(line)
   if not isinstance(row, Mapping):
     raise ValueError("not an object of fields")
   return row

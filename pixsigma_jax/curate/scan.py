@@ -1,9 +1,12 @@
 """What is there: sizes, hashes, captions and damage of images, and which are alike."""
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import itertools
+import json
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +21,7 @@ from pixsigma_jax.data import index as index_module
 from pixsigma_jax.data import ingest, sources
 from pixsigma_jax.data.image_bytes import image_header, open_image
 from pixsigma_jax.data.index import SCHEMAS, Index, open_index
+from pixsigma_jax.data.rows import Reading
 from pixsigma_jax.data.sources import Entry
 
 HASH_BITS = 64
@@ -25,6 +29,8 @@ _HASH_SIDE, _GRAY_SIDE = 8, 32
 # What rounding a picture to 256 levels leaves in a coefficient has a deviation of 0.3.
 _NOISE = 1.0
 _FEWEST_COEFFICIENTS = 32  # of 63 that must be more than noise
+_PASSED_OVER = "scan/passed_over.json"  # in listing the source
+_PASSED_OVER_KEY = b"passed_over"  # in a part's metadata: in reading it
 _NAMED = 20  # of the images with an error
 _MOST_PAIRS = 2**24  # compared at once
 
@@ -36,12 +42,14 @@ def scan(
   per_part: int,
   near_distance: int,
   beam_options: Sequence[str],
+  reading: Reading = Reading(),
 ) -> Index:
   """Lists a source into an index, and marks duplicates; goes on where it was killed.
 
   Raises:
     FileNotFoundError: there is no such source.
-    FileExistsError: the directory holds the index of another source.
+    FileExistsError: the directory holds the index of another source, or of this one
+      read in another way.
     ValueError: the source holds no images, or the distance is none.
   """
   if not 0 <= near_distance < HASH_BITS // 2:
@@ -51,8 +59,18 @@ def scan(
     )
   # Of an index that is there the units stay: the source is not listed again.
   is_new = not index_module.exists(directory)
-  units = sources.list_units(images, per_unit=per_part) if is_new else []
+  units: list[sources.Unit] = []
+  if is_new:
+    passed_over: sources.PassedOver = collections.Counter()
+    units = sources.list_units(
+      images, per_unit=per_part, reading=reading, passed_over=passed_over
+    )
+    # Before there is an index: one that is there has both.
+    new = Index(sources.absolute(directory), sources.absolute(images), tuple(units))
+    new.note("scan", dataclasses.asdict(reading))
+    new.write_json(_PASSED_OVER, passed_over)
   index = index_module.create_index(directory, images, units)
+  _check_reading(index, reading)
   missing = index.missing("scan")
   ingest.run_parts(
     functools.partial(scan_part, directory),
@@ -70,14 +88,50 @@ def scan(
   return index
 
 
+def reading_of(index: Index) -> Reading:
+  """How an index's source is read; one of before fields could be named, by default."""
+  settings = index.settings("scan") or {}
+  return Reading(
+    tuple(settings.get("caption_fields", ())),
+    settings.get("image_field"),
+    settings.get("caption_per_line", False),
+  )
+
+
+def _check_reading(index: Index, reading: Reading) -> None:
+  found = reading_of(index)
+  if found != reading:
+    raise FileExistsError(
+      f"{index.directory} was scanned with {_flags(found)}, not with "
+      f"{_flags(reading)}: give the same, or another directory for the index."
+    )
+
+
+def _flags(reading: Reading) -> str:
+  given = {
+    "caption_field": ",".join(reading.caption_fields),
+    "image_field": reading.image_field,
+  }
+  shown = [f"--{name}={value}" for name, value in given.items() if value]
+  shown += ["--caption_per_line"] if reading.caption_per_line else []
+  return " ".join(shown) or "no flag of fields"
+
+
 def scan_part(directory: str, part: int) -> None:
   """Reads the images of one part."""
-  index = open_index(directory)
+  index, passed_over = open_index(directory), collections.Counter[str]()
   rows = [
     scanned(index.source, entry)
-    for entry in sources.entries(index.source, index.units[part])
+    for entry in sources.entries(
+      index.source,
+      index.units[part],
+      reading=reading_of(index),
+      passed_over=passed_over,
+    )
   ]
-  index.write("scan", part, pa.Table.from_pylist(rows, schema=SCHEMAS["scan"]))
+  table = pa.Table.from_pylist(rows, schema=SCHEMAS["scan"])
+  metadata = {_PASSED_OVER_KEY: json.dumps(dict(sorted(passed_over.items())))}
+  index.write("scan", part, table.replace_schema_metadata(metadata))
 
 
 def scanned(source: str, entry: Entry) -> dict[str, Any]:
@@ -268,17 +322,24 @@ def _write_duplicates(directory: str, of_a_part: tuple[int, Any]) -> None:
 def report(index: Index) -> dict[str, Any]:
   """How many images there are, how many cannot be used and why, and which come first.
 
-  The reason is an error's text up to the colon.
+  The reason is an error's text up to the colon. `without_caption` are images that can
+  be used and have none; `passed_over` is what else there is, by extension or by reason.
   """
-  images, duplicates = 0, 0
+  images, duplicates, without = 0, 0, 0
+  passed_over = _passed_over_in_listing(index)
   reasons: collections.Counter[str] = collections.Counter()
   first: list[dict[str, str]] = []
   for part in range(index.num_parts):
-    columns = ["id", "error", "duplicate_of"]
+    columns = ["id", "error", "captions", "duplicate_of"]
     table = index.read(part, "scan", "duplicates", columns=columns)
     images += len(table)
     duplicates += len(table) - table["duplicate_of"].null_count
     failed = table.filter(table["error"].is_valid()).to_pylist()
+    fine = table.filter(table["error"].is_null())
+    without += sum(not captions for captions in fine["captions"].to_pylist())
+    passed_over.update(
+      json.loads(index.metadata(part, "scan").get(_PASSED_OVER_KEY, b"{}"))
+    )
     reasons.update(row["error"].partition(":")[0] for row in failed)
     room = _NAMED - len(first)
     first += [{"id": row["id"], "error": row["error"]} for row in failed[:room]]
@@ -288,4 +349,13 @@ def report(index: Index) -> dict[str, Any]:
     "duplicates": duplicates,
     "errors": errors,
     "first_errors": first,
+    "without_caption": without,
+    "passed_over": dict(sorted(passed_over.items())),
   }
+
+
+def _passed_over_in_listing(index: Index) -> collections.Counter[str]:
+  fs, path = sources.file_system(posixpath.join(index.directory, _PASSED_OVER))
+  # An index of before this was counted has none.
+  counted = json.loads(fs.cat_file(path)) if fs.exists(path) else {}
+  return collections.Counter(counted)

@@ -9,6 +9,15 @@ from PIL import Image
 # Pillow's own limit, above which it suspects a decompression bomb: 9459 x 9459.
 MOST_PIXELS = 89_478_485
 
+_HEIF = "HEIF"  # by the extra `heif`, which registers it with Pillow
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# How files begin that are images and cannot be read.
+_NOT_READ = {
+  b"\xff\x0a": "JPEG XL",
+  b"\0\0\0\x0cJXL ": "JPEG XL",
+  b"8BPS": "a Photoshop file",
+  b"FUJIFILMCCD-RAW": "a raw photograph",
+}
 # Not every plug-in of Pillow: the one for EPS starts Ghostscript on what it is given.
 # JPEG's also opens MPO, which is what many phones and cameras write.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
@@ -59,7 +68,8 @@ def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
   """
   image, orientation = _opened(data)
   try:
-    if at_least is not None:
+    # HEIF would give a thumbnail, whatever the picture itself is like.
+    if at_least is not None and image.format != _HEIF:
       image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
     image.load()
     image = _rgb(image)
@@ -78,7 +88,7 @@ def _opened(data: bytes) -> tuple[Image.Image, int]:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     raise ValueError(f"too many pixels: more than {MOST_PIXELS}") from None
   except Exception:  # as below
-    raise ValueError("not an image") from None
+    image = _opened_heif(data)
   width, height = image.size
   if width * height > MOST_PIXELS:
     raise ValueError(f"too many pixels: {height}x{width}")
@@ -87,8 +97,35 @@ def _opened(data: bytes) -> tuple[Image.Image, int]:
   return image, _orientation(image, data)
 
 
+def _opened_heif(data: bytes) -> Image.Image:
+  """An image that Pillow cannot open by itself.
+
+  Raises:
+    ValueError: none can be opened; it names the format if it is known, and a way out.
+  """
+  if data[4:8] != b"ftyp" or data[8:12] not in _HEIF_BRANDS:
+    for start, name in _NOT_READ.items():
+      if data.startswith(start):
+        raise ValueError(f"{name}, which is not read: save it as JPEG or PNG")
+    raise ValueError("not an image")
+  try:
+    import pillow_heif
+  except ImportError:
+    raise ValueError(
+      'HEIC, which needs pillow-heif: pip install "pixsigma-jax[heif]" and scan anew, '
+      "or save it as JPEG"
+    ) from None
+  pillow_heif.register_heif_opener()
+  try:
+    return Image.open(io.BytesIO(data), formats=(_HEIF,))
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise ValueError(f"too many pixels: more than {MOST_PIXELS}") from None
+  except Exception as error:  # as above
+    raise ValueError(f"damaged: HEIC: {type(error).__name__}") from None
+
+
 def _orientation(image: Image.Image, data: bytes) -> int:
-  if image.format == "TIFF":  # Pillow turns these itself
+  if image.format in ("TIFF", _HEIF):  # these are turned already
     return 1
   # To look for EXIF behind the pixels, Pillow decodes a whole PNG.
   if image.format == "PNG" and not any(mark in data for mark in _MARKS_OF_EXIF):

@@ -220,7 +220,7 @@ def open_index(directory: str) -> Index:
     ValueError: it is damaged, or of a newer version.
   """
   path = posixpath.join(directory, _INDEX)
-  fs, name = fsspec.core.url_to_fs(path)
+  fs, name = sources.file_system(path)
   if not fs.exists(name):
     raise FileNotFoundError(
       f"{directory} is not an index: it has no {_INDEX}. `curate scan` makes one."
@@ -269,7 +269,7 @@ def create_index(directory: str, source: str, units: Sequence[Unit]) -> Index:
 
 def exists(directory: str) -> bool:
   """Whether there is an index in a directory."""
-  fs, path = fsspec.core.url_to_fs(posixpath.join(directory, _INDEX))
+  fs, path = sources.file_system(posixpath.join(directory, _INDEX))
   return fs.exists(path)
 
 

@@ -7,6 +7,7 @@ over with what is missing, on any runner and any number of workers.
 
 import collections
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -87,7 +88,7 @@ def run(
   here as itself. Of runners elsewhere Beam tells both in its own way.
   """
   options = _options(beam_options)
-  pipeline = beam().Pipeline(options=options)
+  pipeline = _pipeline(options)
   if options.get_all_options()["runner"] not in _LOCAL:
     yield pipeline, _unchanged
     pipeline.run().wait_until_finish()
@@ -100,11 +101,61 @@ def run(
       raise pickle.loads(path.read_bytes())
 
 
+def check(beam_options: Sequence[str]) -> None:
+  """Refuses options of Beam that cannot be used, before there is work for it.
+
+  Raises:
+    ValueError: there is no such runner or option here, or its value is none.
+  """
+  _pipeline(_options(beam_options))
+
+
 def _options(beam_options: Sequence[str]) -> Any:
   beam()
   from apache_beam.options.pipeline_options import PipelineOptions
 
-  return PipelineOptions([f"--runner={_HERE}", *beam_options])
+  said, discarded = io.StringIO(), _Discarded()
+  log = logging.getLogger(PipelineOptions.__module__)
+  log.addFilter(discarded)
+  try:
+    with contextlib.redirect_stderr(said):
+      options = PipelineOptions([f"--runner={_HERE}", *beam_options])
+      runner = options.get_all_options()["runner"]
+  except SystemExit:  # argparse prints how Beam is called, and what is wrong at the end
+    problem = said.getvalue().strip().rpartition("error: ")[2]
+    raise ValueError(f"--beam: {problem}.") from None
+  finally:
+    log.removeFilter(discarded)
+  # Other runners hand what Beam does not know to their cluster.
+  if runner in _LOCAL and discarded.arguments:
+    raise ValueError(f"--beam: Beam has no {' '.join(discarded.arguments)}.")
+  return options
+
+
+class _Discarded(logging.Filter):
+  """What Beam says in its log, and only there, that it did not understand."""
+
+  def __init__(self):
+    super().__init__()
+    self.arguments: dict[str, None] = {}
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    if not str(record.msg).startswith("Discarding"):
+      return True
+    for given in record.args or ():
+      several = given if isinstance(given, list) else [given]
+      self.arguments |= dict.fromkeys(map(str, several))
+    return False
+
+
+def _pipeline(options: Any) -> Any:
+  try:
+    return beam().Pipeline(options=options)
+  except (ValueError, ImportError, AttributeError, RuntimeError) as error:
+    runner = options.get_all_options()["runner"]
+    raise ValueError(
+      f"--beam: --runner={runner} cannot be used: {str(error).rstrip('.')}."
+    ) from error
 
 
 def _unchanged(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -7,6 +7,14 @@ from typing import Any, NamedTuple
 
 _MOST_NAME_BYTES = 2**16  # of one long name in a tar
 _BLOCK = 512  # of a tar
+# How files begin that are compressed, or no tar at all.
+_OTHERS = {
+  b"\x1f\x8b": "gzip",
+  b"BZh": "bzip2",
+  b"\xfd7zXZ\0": "xz",
+  b"\x28\xb5\x2f\xfd": "zstd",
+  b"PK\x03\x04": "zip",
+}
 FOLDER = tarfile.DIRTYPE
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_CONTENT = (
@@ -42,6 +50,9 @@ def members(file: Any, size: int) -> Iterator[Member]:
     try:
       header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
+      kind = next((k for start, k in _OTHERS.items() if block.startswith(start)), None)
+      if not position and kind:
+        raise ValueError(f"it is a {kind}, not a tar: unpack it first") from None
       what = "damaged" if len(block) == _BLOCK else "truncated"
       raise ValueError(f"the tar is {what} at byte {position}") from None
     offset = position + _BLOCK

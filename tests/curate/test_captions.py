@@ -209,3 +209,23 @@ def test_duplicates_are_not_looked_at_again(index, tmp_path):
   marks = pa.table({"duplicate_of": pa.array(["a/2", None, None], pa.string())})
   index.write("duplicates", 0, marks)
   assert list(score.decoded(index, 0, 2)) == []
+
+
+def test_captions_are_imported_from_the_fields_that_are_asked_for(index, tmp_path):
+  lines = [
+    {"id": "a/1", "alt": ["one", "uno"], "story": "once upon a time", "caption": "c"},
+    {"id": "a/2", "text": "two", "caption": "c"},
+  ]
+  file = write_lines(tmp_path / "c.jsonl", *lines)
+  report = captions.import_captions(index, [file], caption_fields=["story:long", "alt"])
+  assert (report["added"], report["lines_refused"]) == (3, {"no caption": 1})
+  assert captions_of(index)["a/1"] == [
+    *[("old", "short"), ("once upon a time", "long"), ("one", "short")],
+    ("uno", "short"),
+  ]
+  assert captions.import_captions(
+    index, [file], caption_fields=["story:long", "alt"]
+  ) is (None)
+  # The same file by other fields is another supplier.
+  assert captions.import_captions(index, [file], caption_fields=["text"])["added"] == 1
+  assert captions_of(index)["a/2"] == [("two", "short")]

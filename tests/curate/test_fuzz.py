@@ -149,7 +149,10 @@ values = st.recursive(
   max_leaves=6,
 )
 fields = st.sampled_from(
-  ["path", "file_name", "id", "caption", "kind", "captions", "caption_long", "prompt"]
+  [
+    *("path", "file_name", "image", "id", "caption", "kind", "captions"),
+    *("caption_long", "prompt", "text"),
+  ]
 )
 manifest_rows = st.one_of(
   st.dictionaries(fields, st.one_of(texts, values), max_size=5), values
@@ -212,6 +215,46 @@ def test_any_parquet_is_refused_or_rows(folder, data):
   path = folder / "fuzz.parquet"
   path.write_bytes(data.draw(mutated(parquet())))
   scan_all(path)
+
+
+@functools.cache
+def parquet_of_images():
+  file = io.BytesIO()
+  images = [
+    {"bytes": picture("PNG"), "path": "a.png"},
+    {"bytes": None, "path": "../secret.png"},
+    {"bytes": None, "path": "fine.png"},
+    None,
+  ]
+  table = pa.table({"image": images, "text": ["a", None, "c", "d"]})
+  pq.write_table(table, file, row_group_size=2)
+  return file.getvalue()
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=120)
+def test_any_parquet_of_images_is_refused_or_rows(folder, data):
+  path = folder / "fuzz.parquet"
+  path.write_bytes(data.draw(mutated(parquet_of_images())))
+  scan_all(path)
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("metadata.csv", b'file_name,text\r\nfine.png,"a ""b"", c\r\nd"\r\nno.png,e\r\n'),
+    ("metadata.jsonl", b'{"file_name": "fine.png", "text": "a"}\n' * 3),
+  ],
+)
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=60)
+def test_any_table_leaves_its_folders_images(folder, name, content, data):
+  tables = folder / name.replace(".", "-")
+  tables.mkdir(exist_ok=True)
+  (tables / "fine.png").write_bytes(picture("PNG"))
+  (tables / name).write_bytes(data.draw(mutated(content)))
+  [row] = scan_all(tables)
+  assert row["error"] is None
 
 
 @functools.cache

@@ -105,12 +105,43 @@ def test_a_heap_becomes_training_data(curate, images, models, tmp_path):
     (["caption", "x"], "takes captions from --import or from --captioner: give one."),
     (
       ["scan", "x", "--images=y", "--min_side=3"],
-      "`curate scan` has no flag --min_side, only --beam, --images, --near_distance",
+      "`curate scan` has no flag --min_side, only --beam, --caption_field, ",
     ),
     (["filter", "x"], "x is not an index: it has no index.json."),
     (["scan", "x", "--images=there/is/none"], "There is no there/is/none."),
     (["contact-sheet", "x"], "`curate contact-sheet` needs --resolution."),
     (["buckets", "x.json"], "`curate buckets` needs --resolution."),
+    (["scan", "x", "--images=gs://b/p"], "gs://b/p cannot be reached: Please install"),
+    (
+      ["scan", "gs://b/x", "--images=y"],
+      "gs://b/x/index.json cannot be reached: Please install",
+    ),
+    (
+      ["filter", "gs://b/x"],
+      "gs://b/x/index.json cannot be reached: Please install gcsfs",
+    ),
+    (
+      ["scan", "x", "--images=foo://b"],
+      "foo://b cannot be reached: Protocol not known",
+    ),
+    (
+      ["scan", "x", "--images=y", "--beam=--runner=Nope"],
+      "--beam: --runner=Nope cannot be used: Unexpected pipeline runner: Nope.",
+    ),
+    (
+      ["scan", "x", "--images=y", "--beam=--direct_num_worker=3"],
+      "--beam: Beam has no --direct_num_worker=3.",
+    ),
+    (
+      ["scan", "x", "--images=y", "--beam=direct_num_workers=3"],
+      "--beam: Beam has no direct_num_workers=3.",
+    ),
+    (
+      ["scan", "x", "--images=y", "--beam=--direct_num_workers=three"],
+      "--beam: argument --direct_num_workers: invalid int value: 'three'.",
+    ),
+    (["scan", "x", "--images=y", "--beam='--a"], "--beam='--a is not understood: No"),
+    (["scan", "x", "--images=y", "--caption_field=a,"], "are names of fields, not ''."),
   ],
 )
 def test_a_mistake_ends_in_one_line(curate, arguments, message, tmp_path, monkeypatch):

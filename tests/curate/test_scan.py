@@ -12,6 +12,8 @@ import tarfile
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 from PIL import Image
@@ -20,6 +22,7 @@ from pixsigma_jax.curate import scan as scan_module
 from pixsigma_jax.curate.scan import Candidate, compare_group, perceptual_hash, scan
 from pixsigma_jax.data import sources
 from pixsigma_jax.data.image_bytes import open_image
+from pixsigma_jax.data.rows import Reading
 
 PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
@@ -37,7 +40,9 @@ def encoded(image, format="PNG", **options):
   return file.getvalue()
 
 
-def scanned(tmp_path, files, *, distance=4, per_part=2, options=(), name="index"):
+def scanned(
+  tmp_path, files, *, distance=4, per_part=2, options=(), name="index", **further
+):
   for path, content in files.items():
     path = tmp_path / "images" / path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +53,7 @@ def scanned(tmp_path, files, *, distance=4, per_part=2, options=(), name="index"
     per_part=per_part,
     near_distance=distance,
     beam_options=list(options),
+    **further,
   )
 
 
@@ -123,10 +129,11 @@ def test_damaged_files_are_named_and_stop_nothing(index):
   found = rows(index)
   assert found["c/cut"]["error"].startswith("truncated")
   assert (found["c/cut"]["height"], found["c/cut"]["format"]) == (160, "PNG")
-  assert found["c/page"]["error"] == found["c/phone"]["error"] == "not an image"
+  assert found["c/page"]["error"] == "not an image"
+  assert found["c/phone"]["error"].startswith("damaged: HEIC")
   report = json.loads(content(index)["scan/report.json"])
   assert (report["images"], report["duplicates"]) == (11, 3)
-  assert report["errors"] == {"not an image": 2, "truncated": 1}
+  assert report["errors"] == {"damaged": 1, "not an image": 1, "truncated": 1}
   assert [row["id"] for row in report["first_errors"]] == ["c/cut", "c/page", "c/phone"]
 
 
@@ -320,3 +327,82 @@ def test_an_image_that_vanished_is_a_row(tmp_path):
   os.mkdir(tmp_path / "folder.png")
   entry = sources.Entry("folder", "folder.png")
   assert scan_module.scanned(str(tmp_path), entry)["error"] == "not an ordinary file"
+
+
+# ---- what was read ----
+
+
+def test_the_report_says_what_has_no_caption_and_what_was_passed_over(tmp_path):
+  files = {
+    **{f"{n}.png": encoded(photo(n, 64)) for n in ("coffee", "rocket", "chelsea")},
+    "coffee.caption": b"a cup",
+    "rocket.json": b"[1]",
+    "broken.png": b"x",
+    "tea.txt": b"of no image",
+    "x.jxl": b"x",
+    "@eaDir/coffee.png/SYNOPHOTO_THUMB_M.jpg": encoded(photo("coffee", 32), "JPEG"),
+  }
+  index = scanned(tmp_path, files)
+  report = scan_module.report(index)
+  assert (report["images"], report["without_caption"]) == (4, 2)
+  assert report["passed_over"] == {
+    ".json without captions": 1,
+    ".jxl": 1,
+    ".txt beside no image": 1,
+    "@eaDir (folder)": 1,
+  }
+  assert json.loads(content(index)["scan/report.json"]) == report
+  before = stamps(index)
+  assert scan_module.report(scanned(tmp_path, {})) == report
+  assert stamps(index) == before
+
+
+def test_what_was_passed_over_in_every_tar_is_added_up(tmp_path):
+  (tmp_path / "images").mkdir()
+  for shard in range(2):
+    with tarfile.open(tmp_path / "images" / f"{shard}.tar", "w") as tar:
+      for name, data in [("a.png", encoded(photo("coffee", 64))), ("a.cls", b"7")]:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+  report = scan_module.report(scanned(tmp_path, {"b.jxl": b"x"}))
+  assert report["passed_over"] == {".cls": 2, ".jxl": 1}
+
+
+@pytest.mark.parametrize("options", [[], PROCESSES], ids=["here", "processes"])
+def test_every_worker_reads_the_fields_that_were_asked_for(options, tmp_path):
+  row = {"image": {"bytes": encoded(photo("coffee", 64)), "path": None}, "alt": "a cup"}
+  (tmp_path / "images").mkdir()
+  pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "images" / "x.parquet")
+  reading = Reading(caption_fields=("alt:long",))
+  index = scanned(tmp_path, {}, options=options, reading=reading)
+  found = rows(index)
+  assert list(found) == ["x/0", "x/1", "x/2"]
+  for image in found.values():
+    assert (image["error"], image["height"]) == (None, 64)
+    assert image["captions"] == [{"text": "a cup", "kind": "long"}]
+  before = stamps(index)
+  with pytest.raises(
+    FileExistsError,
+    match="scanned with --caption_field=alt:long, not with no flag of fields: give",
+  ):
+    scanned(tmp_path, {})
+  scanned(tmp_path, {}, options=options, reading=reading)
+  assert stamps(index) == before
+
+
+def test_an_index_of_before_fields_had_names_goes_on(tmp_path):
+  index = scanned(tmp_path, {**heap(), "d/extra.jxl": b"x"})
+  wanted, folder = rows(index), pathlib.Path(index.directory)
+  for name in ("scan.json", "passed_over.json", "00001.parquet"):
+    (folder / "scan" / name).unlink()
+  for path in (folder / "scan").glob("*.parquet"):
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+  again = scanned(tmp_path, {})
+  assert rows(again) == wanted
+  report = scan_module.report(again)
+  assert (report["passed_over"], report["images"]) == ({}, 11)
+  with pytest.raises(
+    FileExistsError, match="not with --caption_per_line: give the sam"
+  ):
+    scanned(tmp_path, {}, reading=Reading(caption_per_line=True))

@@ -2,9 +2,11 @@
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
@@ -123,9 +125,53 @@ def test_a_small_jpeg_is_the_picture_made_smaller():
     (png_header(12_000, 12_000), "too many pixels"),
     (png_header(0, 5), "not an image"),
     (png_header(64, 64), "damaged|truncated"),
+    (b"\xff\x0a" + b"x" * 50, "JPEG XL, which is not read: save it as JPEG or PNG"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "damaged: HEIC"),
+    (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "not an image"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
   ],
 )
 def test_a_picture_that_cannot_be_shown_has_a_reason(data, reason):
   with pytest.raises(ValueError, match=reason):
+    open_image(data)
+
+
+def heic(size=(64, 48), **options):
+  """A photograph as a phone writes it, with two halves of its own brightness."""
+  pixels = np.full((*size[::-1], 3), 60, np.uint8)
+  pixels[:, size[0] // 2 :] = 200
+  file = io.BytesIO()
+  pillow_heif.from_pillow(Image.fromarray(pixels)).save(file, **options)
+  return file.getvalue()
+
+
+def test_a_phones_heic_is_a_picture_and_stands_upright():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # the camera's left is the bottom
+  data = heic(exif=exif.tobytes())
+  assert image_bytes.image_header(data) == ("HEIF", 64, 48)
+  shown = np.asarray(open_image(data)).astype(int)
+  assert shown.shape == (64, 48, 3)
+  # 3 levels: what HEVC costs flat areas, away from the edge
+  assert abs(shown[:24] - 60).max() <= 3
+  assert abs(shown[40:] - 200).max() <= 3
+
+
+def test_a_heic_is_decoded_whole_whatever_its_thumbnail_is_like():
+  data = heic((512, 256), thumbnails=[128])
+  assert open_image(data, at_least=32).size == (512, 256)
+
+
+def test_without_its_library_heic_is_named_with_the_way_out(monkeypatch):
+  monkeypatch.setitem(sys.modules, "pillow_heif", None)
+  with pytest.raises(
+    ValueError, match=r'^HEIC, which needs pillow-heif: pip install "p'
+  ):
+    image_bytes.image_header(heic())
+
+
+def test_a_heic_of_too_many_pixels_is_not_decoded(monkeypatch):
+  data = heic()
+  monkeypatch.setattr(image_bytes, "MOST_PIXELS", 64 * 48 - 1)
+  with pytest.raises(ValueError, match="too many pixels: 48x64"):
     open_image(data)

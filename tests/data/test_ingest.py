@@ -70,3 +70,8 @@ def test_without_beam_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(ValueError, match=r'pip install "pixsigma-jax\[curate\]"'):
     ingest.run_parts(print, [0], what="Nothing", beam_options=HERE)
+
+
+def test_a_cluster_may_have_options_that_beam_does_not_know():
+  ingest.check(["--runner=FlinkRunner", "--parallelism_of_ours=3"])
+  ingest.check(["--direct_num_workers=2"])

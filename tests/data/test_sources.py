@@ -1,5 +1,6 @@
 """Sources: the same images are found however they lie, and nothing outside of them."""
 
+import collections
 import io
 import json
 import os
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pixsigma_jax.data import sources
+from pixsigma_jax.data import rows, sources
+from pixsigma_jax.data.rows import Reading
 from pixsigma_jax.data.sources import Unit, entries, list_units, read_bytes
 
 NAMES = ["a/1", "a/2", "b/1"]
@@ -52,11 +54,20 @@ def link(name, target, type=tarfile.SYMTYPE, size=0):
   return name, info
 
 
-def found(source, per_unit=2):
-  source = str(source)
-  return [
-    e for unit in list_units(source, per_unit=per_unit) for e in entries(source, unit)
-  ]
+def found(source, per_unit=2, reading=Reading()):
+  return found_and_passed_over(source, per_unit, reading)[0]
+
+
+def found_and_passed_over(source, per_unit=2, reading=Reading()):
+  """The entries of a source, and the counts of what is none."""
+  source, counts = str(source), collections.Counter()
+  options = {"reading": reading, "passed_over": counts}
+  units = list_units(source, per_unit=per_unit, **options)
+  return [e for unit in units for e in entries(source, unit, **options)], dict(counts)
+
+
+def captions_by_id(source, **options):
+  return {e.id: [text for text, _ in e.captions] for e in found(source, **options)}
 
 
 @pytest.fixture
@@ -173,7 +184,7 @@ def test_a_shard_has_the_keys_of_webdataset(tmp_path):
   write_tar(
     tmp_path / "sub" / "x.tar",
     [
-      ("dir/001.v2.jpg", b"no image by WebDataset's rule: its extension is v2.jpg"),
+      ("dir/001.v2.jpg", picture(2)),
       ("dir/002.jpg", picture(0)),
       ("dir/002.json", b'{"caption_long": "a", "caption_short": "b"}'),
       ("dir/._002.jpg", b"what macOS leaves"),
@@ -181,6 +192,7 @@ def test_a_shard_has_the_keys_of_webdataset(tmp_path):
     ],
   )
   assert [(e.id, e.captions) for e in found(tmp_path)] == [
+    ("sub/x/dir/001.v2", ()),
     ("sub/x/dir/002", (("a", "long"), ("b", "short"))),
     ("sub/x/dir/003", ()),
   ]
@@ -229,10 +241,13 @@ def test_what_is_wrong_in_a_tar_is_said(tmp_path):
     ("x/soft", "a link, a device or a sparse file in a tar"),
     ("x/hard", "a link, a device or a sparse file in a tar"),
     ("x/twice", None),
-    ("x/twice.jpg", "has the id of another file"),
+    ("x/twice.jpg", "has the id of another file: twice.png"),
     ("x/other", None),
-    ("x/twice", "has the id of another file"),
-    ("x/mute", "its captions cannot be read: not UTF-8"),
+    ("x/twice.webp", "has the id of another file: twice.png"),
+    (
+      "x/mute",
+      "its captions cannot be read: not UTF-8, nor UTF-16 that begins with its mark",
+    ),
   }
 
 
@@ -364,7 +379,7 @@ def test_bad_rows_of_a_manifest_are_rows_and_stop_nothing(folder):
 
 
 def test_a_line_without_an_end_is_one_bad_row(folder, monkeypatch):
-  monkeypatch.setattr(sources, "_MOST_LINE_BYTES", 64)
+  monkeypatch.setattr(rows, "MOST_LINE_BYTES", 64)
   long = b'{"path": "' + b"x" * 1000 + b'"}\n'
   source = write(folder.parent / "list.jsonl", long + b'{"path": "images/a/1.png"}')
   first, second = found(source, 1)
@@ -396,6 +411,280 @@ def test_what_is_no_source_says_what_would_be(name, message, tmp_path):
     list_units(str(tmp_path / name), per_unit=2)
 
 
+# ---- keys of tars ----
+
+
+def test_a_dotted_key_keeps_its_image(tmp_path):
+  members = [
+    ("photo.v1.0.jpg", picture(0)),
+    ("photo.v1.0.txt", b"the first"),
+    ("photo.v1.1.JPG", picture(1)),
+    ("photo.v1.1.JPG.txt", b"the second"),
+  ]
+  source = write_tar(tmp_path / "x.tar", members)
+  assert captions_by_id(source) == {
+    "x/photo.v1.0": ["the first"],
+    "x/photo.v1.1": ["the second"],
+  }
+  assert [e.error for e in found(source)] == [None, None]
+  second = found(source)[1]
+  assert read_bytes(str(source), second.location) == picture(1)
+
+
+def test_what_a_key_says_is_said_of_each_of_its_images(tmp_path):
+  members = [
+    ("a/0.left.jpg", picture(0)),
+    ("a/0.right.jpg", picture(1)),
+    ("a/0.txt", b"a pair"),
+    ("a/1.left.jpg", picture(2)),
+    ("a/1.left.txt", b"its own goes before the key's"),
+    ("a/1.txt", b"a pair"),
+    ("b/0.left.jpg", picture(3)),
+  ]
+  source = write_tar(tmp_path / "x.tar", members)
+  assert captions_by_id(source) == {
+    "x/a/0.left": ["a pair"],
+    "x/a/0.right": ["a pair"],
+    "x/a/1.left": ["its own goes before the key's"],
+    "x/b/0.left": [],
+  }
+  _, passed_over = found_and_passed_over(source)
+  assert passed_over == {".txt beside no image": 1}
+
+
+@pytest.mark.parametrize("order", ["by name", "by kind", "captions first", "backwards"])
+def test_captions_join_their_images_wherever_they_are_in_a_tar(order, tmp_path):
+  members = [
+    member
+    for number in range(3)
+    for member in [
+      (f"{number}.jpg", picture(number)),
+      (f"{number}.json", b'{"caption": "json %d"}' % number),
+      (f"{number}.txt", b"text %d" % number),
+    ]
+  ]
+  kinds = {"by kind": 1, "captions first": -1}
+  if order in kinds:
+    members.sort(key=lambda member: kinds[order] * "jo t".find(member[0][2]))
+  if order == "backwards":
+    members.reverse()
+  source = write_tar(tmp_path / "x.tar", members)
+  by_id = {e.id: e for e in found(source)}
+  assert sorted(by_id) == ["x/0", "x/1", "x/2"]
+  for number in range(3):
+    entry = by_id[f"x/{number}"]
+    assert entry.error is None
+    texts = {text for text, _ in entry.captions}
+    assert texts == {f"json {number}", f"text {number}"}
+    assert read_bytes(str(source), entry.location) == picture(number)
+
+
+def test_a_name_that_is_in_a_tar_twice_is_called_that(tmp_path):
+  names = ["1.jpg", "2.jpg", "1.jpg"]  # as `tar -r` adds to a tar
+  source = write_tar(tmp_path / "x.tar", [(name, picture()) for name in names])
+  assert [(e.id, e.error) for e in found(source)] == [
+    ("x/1", None),
+    ("x/2", None),
+    ("x/1.jpg", "its name is in the tar twice"),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("kind", "start"),
+  [("gzip", b"\x1f\x8b\x08"), ("zip", b"PK\x03\x04"), ("zstd", b"\x28\xb5\x2f\xfd")],
+)
+def test_a_compressed_file_that_is_named_tar_is_called_what_it_is(
+  kind, start, tmp_path
+):
+  write(tmp_path / "x.tar", start + b"x" * 2000)
+  [entry] = found(tmp_path)
+  assert entry.error == (
+    f"a tar that cannot be read: it is a {kind}, not a tar: unpack it first"
+  )
+
+
+@pytest.mark.parametrize("name", ["X.TAR", "x.Tar"])
+def test_the_case_of_a_tars_extension_is_nothing(name, folder):
+  tar = in_a_tar(folder).rename(folder.parent / name)
+  [entry, *_] = found(tar)
+  assert (entry.id, read_bytes(str(tar), entry.location)) == (
+    f"{name[0]}/a/1",
+    picture(0),
+  )
+
+
+# ---- captions beside images ----
+
+FILES = {
+  "a.txt": "t",
+  "a.text": "text",
+  "a.caption": "caption",
+  "a.json": '{"caption": "json"}',
+  "a.jpg.txt": "jpg.txt",
+  "a.jpg.json": '{"text": "jpg.json"}',
+  "b.TXT": "B",
+  "b.JPEG.Caption": "B caption",
+  "c.txt": "none of b's",
+}
+IMAGES = ["a.jpg", "b.JPEG", "d.jpe"]
+
+
+def beside_images(layout, tmp_path, files, images=IMAGES):
+  """A folder or a tar with images and what lies beside them."""
+  everything = {**dict.fromkeys(images, picture()), **files}
+  if layout == "tar":
+    members = [
+      (name, data if isinstance(data, bytes) else data.encode())
+      for name, data in everything.items()
+    ]
+    return write_tar(tmp_path / "x.tar", members)
+  for name, data in everything.items():
+    write(tmp_path / "x" / name, data)
+  return tmp_path / "x"
+
+
+def short_ids(entries):
+  return {e.id.removeprefix("x/"): {text for text, _ in e.captions} for e in entries}
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+def test_every_file_of_captions_is_read_or_counted(layout, tmp_path):
+  source = beside_images(layout, tmp_path, FILES)
+  all_found, passed_over = found_and_passed_over(source)
+  assert short_ids(all_found) == {
+    "a": {"t", "text", "caption", "json", "jpg.txt", "jpg.json"},
+    "b": {"B", "B caption"},
+    "d": set(),
+  }
+  assert passed_over == {".txt beside no image": 1}
+
+
+OTHERS = {
+  "exiftool": '[{"SourceFile": "a.jpg", "Caption": "x"}]',
+  "comfy": '{"prompt": {"3": {"class_type": "KSampler"}}, "nodes": []}',
+  "takeout": '{"title": "a.jpg", "description": "x"}',
+  "numbers": '{"caption": 5}',
+  "masks": json.dumps({"annotations": ["x" * 100] * 20_000}),
+}
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+@pytest.mark.parametrize("program", OTHERS)
+@pytest.mark.parametrize("has_text", [True, False])
+def test_json_of_another_program_takes_no_image_away(
+  layout, program, has_text, tmp_path
+):
+  files = {"a.json": OTHERS[program]} | ({"a.txt": "good"} if has_text else {})
+  source = beside_images(layout, tmp_path, files, ["a.jpg"])
+  [entry], passed_over = found_and_passed_over(source)
+  assert entry.error is None
+  assert [text for text, _ in entry.captions] == (["good"] if has_text else [])
+  assert passed_over == {".json without captions": 1}
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_captions_that_cannot_be_read_refuse_an_image_only_without_others(
+  layout, name, tmp_path
+):
+  bad = {name: b'\xff{"caption": '}
+  source = beside_images(layout, tmp_path / "1", bad, ["a.jpg"])
+  [entry] = found(source)
+  assert entry.error.startswith("its captions cannot be read: not UTF-8")
+  source = beside_images(layout, tmp_path / "2", {**bad, "a.caption": "x"}, ["a.jpg"])
+  [entry], passed_over = found_and_passed_over(source)
+  assert (entry.error, entry.captions) == (None, (("x", "short"),))
+  assert passed_over == {f".{name[2:]} that cannot be read, beside others": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_captions_may_be_in_any_encoding_that_says_so(encoding, tmp_path):
+  marks = {"utf-16-be": b"\xfe\xff"}
+  text = marks.get(encoding, b"") + "ein Bär\r\n".encode(encoding)
+  write(tmp_path / "a.jpg", picture())
+  write(tmp_path / "a.txt", text)
+  assert captions_by_id(tmp_path) == {"a": ["ein Bär"]}
+
+
+def test_utf_16_without_its_mark_is_not_taken_for_words_apart(tmp_path):
+  write(tmp_path / "a.jpg", picture())
+  write(tmp_path / "a.txt", "red".encode("utf-16-le"))
+  [entry] = found(tmp_path)
+  assert entry.error == (
+    "its captions cannot be read: text with zero bytes, such as UTF-16 that lacks its "
+    "mark"
+  )
+
+
+def test_a_manifest_in_utf_16_says_how_to_write_it(tmp_path):
+  source = write(tmp_path / "x.jsonl", '{"path": "a.jpg"}'.encode("utf-16"))
+  with pytest.raises(ValueError, match=r"x.jsonl is UTF-16: write it as UTF-8"):
+    found(source)
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+def test_lines_are_captions_of_their_own_if_that_is_asked(layout, tmp_path):
+  files = {"a.txt": "one\r\n\r\ntwo\nthree", "a.json": '{"caption": "four\\nfive"}'}
+  source = beside_images(layout, tmp_path, files, ["a.jpg"])
+  assert short_ids(found(source)) == {"a": {"one two three", "four five"}}
+  per_line = found(source, reading=Reading(caption_per_line=True))
+  assert short_ids(per_line) == {"a": {"one", "two", "three", "four five"}}
+
+
+# ---- what is passed over ----
+
+
+def test_what_is_no_image_is_counted_by_extension(folder):
+  for name in ("1.jxl", "2.dng", "3.DNG", "4", "Thumbs.db", "README.md", "x.tar.gz"):
+    write(folder / "c" / name, "x")
+  write(folder / "a" / "._1.png", "what macOS leaves")
+  write(folder / "a" / "@eaDir" / "1.png" / "SYNOPHOTO_THUMB_M.jpg", picture(8))
+  write(folder / "__MACOSX" / "a" / "._1.png", "x")
+  write(folder / "d.jpe", picture(7))
+  all_found, passed_over = found_and_passed_over(folder)
+  assert [e.id for e in all_found] == [*NAMES, "d"]
+  assert passed_over == {
+    **{".jxl": 1, ".dng": 2, "no extension": 1, ".db": 1, ".md": 1, ".tar.gz": 1},
+    "hidden (the name begins with a dot)": 1,
+    "@eaDir (folder)": 1,
+    "__MACOSX (folder)": 1,
+  }
+
+
+def test_what_is_in_a_tar_and_no_image_is_counted(tmp_path):
+  members = [
+    ("0.jpg", picture()),
+    ("0.cls", b"7"),
+    ("0.seg.npy", b"x"),
+    ("._0.jpg", b"x"),
+    ("@eaDir/0.jpg", picture()),
+    ("README", b"x"),
+    ("1.txt", b"of no image"),
+  ]
+  all_found, passed_over = found_and_passed_over(write_tar(tmp_path / "x.tar", members))
+  assert [e.id for e in all_found] == ["x/0"]
+  assert passed_over == {
+    **{".cls": 1, ".npy": 1, "no extension": 1, ".txt beside no image": 1},
+    "hidden (the name begins with a dot)": 1,
+    "@eaDir (folder)": 1,
+  }
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path):
+  for name in ("1.dng", "2.dng", "x.tgz"):
+    write(tmp_path / "images" / name, "x")
+  with pytest.raises(ValueError, match=r"passed over: 2 of \.dng, 1 of \.tgz\."):
+    found(tmp_path / "images")
+
+
+def test_a_link_to_itself_is_a_row(folder):
+  os.symlink("a.png", folder / "a.png")
+  by_id = {e.id: e for e in found(folder)}
+  with pytest.raises((OSError, ValueError)):
+    read_bytes(str(folder), by_id["a"].location)
+  assert len(by_id) == 4
+
+
 # ---- captions ----
 
 
@@ -423,8 +712,54 @@ def test_all_forms_of_captions_are_understood():
     "caption_long": "e",
     "prompt": "f",
     "sharegpt4v": "g",
+    "text": "read where there is nothing else",
   }
   assert set(sources.captions_of(row)) == {
     *(("a", "short"), ("b", "long"), ("c", "long"), ("d", "short")),
     *(("e", "long"), ("f", "short"), ("g", "long")),
   }
+
+
+@pytest.mark.parametrize(
+  ("row", "fields", "wanted"),
+  [
+    ({"caption": ["a", "b"], "kind": "long"}, [], [("a", "long"), ("b", "long")]),
+    ({"caption_short": ["a", None]}, [], [("a", "short")]),
+    ({"text": "a"}, [], [("a", "short")]),
+    ({"text": ["a", "b"], "caption": None}, [], [("a", "short"), ("b", "short")]),
+    ({"text": [1, 2]}, [], []),  # tokens
+    ({"alt": "a", "caption": "b"}, ["alt"], [("a", "short")]),
+    ({"x": "a", "y": ["b"]}, ["y:long", "x"], [("b", "long"), ("a", "short")]),
+    ({"a:b": "c"}, ["a:b"], [("c", "short")]),
+    ({"text": "a"}, ["alt"], []),
+  ],
+)
+def test_captions_are_in_the_fields_that_are_asked_for(row, fields, wanted):
+  assert sources.captions_of(row, fields) == wanted
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_fields_may_have_any_name(layout, folder):
+  rows = [
+    {"id": name, "img": f"images/{name}.png", "alt": f"alt {name}", "caption": "none"}
+    for name in NAMES
+  ]
+  source = folder.parent / f"list.{layout}"
+  if layout == "jsonl":
+    write(source, "\n".join(map(json.dumps, rows)))
+  else:
+    pq.write_table(pa.Table.from_pylist(rows), source)
+  reading = Reading(("alt:long",), "img")
+  for entry in found(source, reading=reading):
+    assert entry.captions == ((f"alt {entry.id}", "long"),)
+    assert read_bytes(str(source), entry.location) == picture(NAMES.index(entry.id))
+  with pytest.raises(ValueError, match=r"none of the fields of --caption_field=al, on"):
+    found(source, reading=Reading(("al",), "img"))
+  with pytest.raises(ValueError, match=r"no field of --image_field=im, only id, img"):
+    found(source, reading=Reading((), "im"))
+
+
+@pytest.mark.parametrize("layout", [in_a_folder, in_a_tar])
+def test_a_field_of_rows_is_refused_where_there_are_none(layout, folder):
+  with pytest.raises(ValueError, match="--image_field=img is a field of a manifest's"):
+    found(layout(folder), reading=Reading(image_field="img"))
