@@ -114,7 +114,7 @@ def _score(index: str) -> None:
 
 
 def _caption(index: str) -> None:
-  from pixsigma_jax.curate import captions
+  from pixsigma_jax.curate import captioner, captions
 
   if (_IMPORT.value is None) == (_CAPTIONER.value is None):
     raise ValueError(
@@ -123,7 +123,7 @@ def _caption(index: str) -> None:
   if _IMPORT.value is not None:
     report = captions.import_captions(open_index(index), _IMPORT.value)
   else:
-    report = captions.write_captions(
+    report = captioner.write_captions(
       open_index(index),
       model=_needed("caption", _CAPTIONER),
       instruction=_INSTRUCTION.value,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pixsigma_jax.data import index as index_module
 from pixsigma_jax.data import ingest, sources
-from pixsigma_jax.data.image_bytes import image_header, open_image
+from pixsigma_jax.data.image_bytes import decode, image_header
 from pixsigma_jax.data.index import SCHEMAS, Index, open_index
 from pixsigma_jax.data.sources import Entry
 
@@ -57,8 +57,10 @@ def scan(
   ingest.run_parts(
     functools.partial(scan_part, directory),
     missing,
-    what="Scanning parts",
+    what="Scanned images",
     beam_options=beam_options,
+    by_image=True,
+    images=_listed(index, missing),
   )
   parts = index.begin("duplicates", {"near_distance": near_distance})
   if parts:
@@ -70,13 +72,18 @@ def scan(
   return index
 
 
+def _listed(index: Index, parts: Iterable[int]) -> int | None:
+  """How many images parts have; None of tars, which nobody has looked into."""
+  counts = [index.units[part].count for part in parts]
+  return sum(counts) if all(counts) else None
+
+
 def scan_part(directory: str, part: int) -> None:
   """Reads the images of one part."""
-  index = open_index(directory)
-  rows = [
-    scanned(index.source, entry)
-    for entry in sources.entries(index.source, index.units[part])
-  ]
+  index, rows = open_index(directory), []
+  for entry in sources.entries(index.source, index.units[part]):
+    rows.append(scanned(index.source, entry))
+    ingest.count()
   index.write("scan", part, pa.Table.from_pylist(rows, schema=SCHEMAS["scan"]))
 
 
@@ -96,7 +103,8 @@ def scanned(source: str, entry: Entry) -> dict[str, Any]:
     row["sha256"] = hashlib.sha256(data).hexdigest()
     row |= image_header(data)._asdict()
     # Twice as fine as the hash looks, so that the decoder's own filter does not matter.
-    row["phash"] = perceptual_hash(open_image(data, at_least=4 * _GRAY_SIDE))
+    image, row["profile"] = decode(data, at_least=4 * _GRAY_SIDE)
+    row["phash"] = perceptual_hash(image)
   except FileNotFoundError:
     row["error"] = "no such file"
   except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ scan's, in the same order. Parts are written whole or not at all, so that a step
 was killed goes on after its finished parts, whoever starts it again.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -38,6 +39,8 @@ SCHEMAS = {
       ("height", pa.int32()),  # as displayed, in pixels
       ("width", pa.int32()),
       ("format", pa.string()),
+      # Of colors: null if there is none, sRGB, converted, or ignored as it is broken.
+      ("profile", pa.string()),
       ("captions", _CAPTIONS),
     ]
   ),
@@ -172,6 +175,20 @@ class Index:
   def write_json(self, path: str, content: Any) -> None:
     """Writes a file of the index; `path` is relative to it."""
     self._write(path, (json.dumps(content, indent=2) + "\n").encode())
+
+  def read_json(self, path: str) -> Any:
+    """The inverse of `write_json`; None where there is no such file, or half of one."""
+    fs, name = fsspec.core.url_to_fs(posixpath.join(self.directory, path))
+    try:
+      return json.loads(fs.cat_file(name))
+    except (FileNotFoundError, ValueError):
+      return None
+
+  def remove(self, path: str) -> None:
+    """Takes a file of the index away, if it is there."""
+    fs, name = fsspec.core.url_to_fs(posixpath.join(self.directory, path))
+    with contextlib.suppress(FileNotFoundError):
+      fs.rm_file(name)
 
   def _settings(self, step: str) -> str:
     return posixpath.join(self.directory, step, f"{COMMANDS[step]}.json")
