@@ -37,6 +37,12 @@ _PER_PART = flags.DEFINE_integer("per_part", 1000, "Images of one part of the in
 _NEAR_DISTANCE = flags.DEFINE_integer(
   "near_distance", 4, "Bits in which the perceptual hashes of duplicates may differ."
 )
+_PREVIOUS = flags.DEFINE_string(
+  "previous",
+  None,
+  "An earlier index of the same images: take over scores and captions of what has not "
+  "changed, and say what has.",
+)
 # score
 _CLIP = flags.DEFINE_string("clip", None, "CLIP ViT-L/14: a folder or hub id.")
 _HEAD = flags.DEFINE_string("head", None, "File of the aesthetic head.")
@@ -99,8 +105,9 @@ def _scan(index: str) -> None:
     per_part=_PER_PART.value,
     near_distance=_NEAR_DISTANCE.value,
     beam_options=_beam_options(),
+    previous=_PREVIOUS.value,
   )
-  _show(scan.report(found))
+  _show(found.read_json("scan/report.json") or scan.report(found))
 
 
 def _score(index: str) -> None:
@@ -190,7 +197,7 @@ _FILTER_FLAGS = (
 _CAPTION_FLAGS = (_IMPORT, _CAPTIONER, _INSTRUCTION, _KIND, _MAX_NEW_TOKENS)
 # What a step does, and its flags.
 _STEPS: dict[str, tuple[Callable[[str], None], tuple[flags.FlagHolder, ...]]] = {
-  "scan": (_scan, (_BEAM, _IMAGES, _PER_PART, _NEAR_DISTANCE)),
+  "scan": (_scan, (_BEAM, _IMAGES, _PER_PART, _NEAR_DISTANCE, _PREVIOUS)),
   "score": (_score, (_BEAM, _CLIP, _HEAD)),
   "caption": (_caption, (_BEAM, *_CAPTION_FLAGS)),
   "filter": (_filter, (_BEAM, *_FILTER_FLAGS)),

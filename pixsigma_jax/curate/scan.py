@@ -14,6 +14,7 @@ from absl import logging
 from jaxtyping import Int64, UInt64
 from PIL import Image
 
+from pixsigma_jax.curate import rescan
 from pixsigma_jax.data import index as index_module
 from pixsigma_jax.data import ingest, sources
 from pixsigma_jax.data.image_bytes import decode, image_header
@@ -36,8 +37,14 @@ def scan(
   per_part: int,
   near_distance: int,
   beam_options: Sequence[str],
+  previous: str | None = None,
 ) -> Index:
   """Lists a source into an index, and marks duplicates; goes on where it was killed.
+
+  Args:
+    previous: directory of an earlier index of the same images, which stays as it is:
+      scores and captions of images that have not changed are taken over from it, and
+      the report says what was added, changed and removed.
 
   Raises:
     FileNotFoundError: there is no such source.
@@ -49,6 +56,7 @@ def scan(
       f"--near_distance={near_distance} is not from 0 to {HASH_BITS // 2 - 1}: hashes "
       f"of pictures that have nothing in common differ in {HASH_BITS // 2} bits."
     )
+  before = None if previous is None else rescan.earlier(previous, directory)
   # Of an index that is there the units stay: the source is not listed again.
   is_new = not index_module.exists(directory)
   units = sources.list_units(images, per_unit=per_part) if is_new else []
@@ -65,8 +73,13 @@ def scan(
   parts = index.begin("duplicates", {"near_distance": near_distance})
   if parts:
     mark_duplicates(index, parts, near_distance, beam_options=beam_options)
-  if missing or parts:
-    index.write_json("scan/report.json", report(index))
+  if before is not None:
+    rescan.take_over(before, index)
+  if missing or parts or before is not None:
+    found = report(index)
+    if before is not None:
+      found["since_previous"] = rescan.changes(before, index)
+    index.write_json("scan/report.json", found)
   else:
     logging.info("%s is scanned already.", directory)
   return index
@@ -280,12 +293,14 @@ def report(index: Index) -> dict[str, Any]:
   """
   images, duplicates = 0, 0
   reasons: collections.Counter[str] = collections.Counter()
+  profiles: collections.Counter[str] = collections.Counter()
   first: list[dict[str, str]] = []
   for part in range(index.num_parts):
-    columns = ["id", "error", "duplicate_of"]
+    columns = ["id", "error", "profile", "duplicate_of"]
     table = index.read(part, "scan", "duplicates", columns=columns)
     images += len(table)
     duplicates += len(table) - table["duplicate_of"].null_count
+    profiles.update(table["profile"].drop_null().to_pylist())
     failed = table.filter(table["error"].is_valid()).to_pylist()
     reasons.update(row["error"].partition(":")[0] for row in failed)
     room = _NAMED - len(first)
@@ -294,6 +309,7 @@ def report(index: Index) -> dict[str, Any]:
   return {
     "images": images,
     "duplicates": duplicates,
+    "color_profiles": dict(sorted(profiles.items())),
     "errors": errors,
     "first_errors": first,
   }

@@ -8,7 +8,7 @@ other intent; of those with tables (CMYK) the perceptual one is each maker's own
 
 import functools
 import io
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -62,7 +62,8 @@ def _transform(
   """From pixels of `mode` to sRGB, or why there is nothing to be done."""
   try:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if _MODES.get(source.profile.xcolor_space.strip()) != mode:
+    space: Any = source.profile
+    if _MODES.get(space.xcolor_space.strip()) != mode:
       return "ignored"
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     if mode == "L":  # what lcms makes of one curve to save time is 10 levels off
@@ -88,7 +89,7 @@ def _transform(
 
 def _probe(mode: str) -> Image.Image:
   """Colors from all over the cube, or all grays."""
-  levels = np.arange(0, 256, 15, np.uint8)
+  levels = np.arange(0, 256, 15, dtype=np.uint8)
   if mode == "L":
     return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
   cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1)

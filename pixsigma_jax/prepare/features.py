@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -309,7 +309,7 @@ def write_shards(
   disk.remove_abandoned(reports)
   mine = [n for n in unfinished.missing() if n % process_count == process_index]
 
-  def images() -> Iterator[None]:
+  def images() -> Generator[None, None, None]:
     """Does the work; one None an image."""
     for number in mine:
       refusals = []
