@@ -118,7 +118,9 @@ def take_over(before: Earlier, index: Index) -> None:
       was is not None or row["error"] is not None
       for row, was in zip(rows, known, strict=True)
     )
-    if before.has_scores and fine and part in index.missing("scores"):
+    same_scorer = index.settings("scores") in (None, before.settings)
+    takes_scores = before.has_scores and same_scorer and fine
+    if takes_scores and part in index.missing("scores"):
       index.note("scores", before.settings)
       scores = [None if was is None else was.score for was in known]
       index.write(

@@ -235,18 +235,24 @@ def is_finished(
   features: Features,
   num_shards: int,
   made_of: Contents | None,
+  *,
+  can_update: bool = True,
 ) -> bool:
   """Whether a directory holds the finished dataset of these features and contents.
+
+  Args:
+    can_update: whether whoever asks knows --update.
 
   Raises:
     FileExistsError: it holds another one, or a part of it.
   """
   finished = (directory / records.MANIFEST).exists()
   if lines := differences(directory, features, num_shards, made_of):
+    way = "Give --update to encode again what has changed, c" if can_update else "C"
     raise FileExistsError(
       f"{directory} already holds another {'' if finished else 'un'}finished dataset "
-      f"than the one asked for (have → want): {'; '.join(lines)}. Give --update to "
-      "encode again what has changed, choose another --output, or delete it."
+      f"than the one asked for (have → want): {'; '.join(lines)}. {way}hoose another "
+      "--output, or delete it."
     )
   if finished and made_of is not None and contents.read(directory) is None:
     logging.warning(

@@ -112,7 +112,7 @@ def prepare_official(
   )
   num_shards = -(-len(entries) // images_per_shard)
   made_of = Contents(contents.images(map(_made_of, entries)))
-  if preparing.is_finished(directory, features, num_shards, made_of):
+  if preparing.is_finished(directory, features, num_shards, made_of, can_update=False):
     return False
   stems = collections.Counter(
     pathlib.PurePosixPath(entry["path"]).stem
@@ -200,7 +200,8 @@ def _made_of(entry: Any) -> dict[str, Any]:
   fields = entry if isinstance(entry, dict) else {}
   image = [fields.get(name) for name in ("path", "height", "width")]
   return {
-    "id": str(fields.get("path")),
+    # A table holds no half of a surrogate pair, which JSON may.
+    "id": str(fields.get("path")).encode(errors="backslashreplace").decode(),
     "image": contents.digest(image),
     "captions": [fields.get(name) for name in _CAPTIONS],
     "score": None,

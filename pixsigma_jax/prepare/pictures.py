@@ -369,8 +369,8 @@ def _differences(
       return lines or ["colors: None, by an earlier version → 'sRGB'"]
     logging.warning(
       "%s is of an earlier version, which noted no captions and heeded no color "
-      "profiles: whether the images are still the same cannot be told. --update makes "
-      "it anew.",
+      "profiles: whether the images are still the same cannot be told. Delete it to "
+      "make it anew.",
       directory,
     )
     return []
@@ -543,13 +543,17 @@ class _Previous:
 
 
 @functools.lru_cache(maxsize=1)
-def _looked_up(directory: str, _: int) -> _Previous:
+def _looked_up(directory: str, *_: int) -> _Previous:
   return _Previous(pathlib.Path(directory))
 
 
 def _previous(directory: str) -> _Previous:
-  """What an update of a directory may take over, looked up once a plan."""
-  return _looked_up(directory, (pathlib.Path(directory) / _PLAN).stat().st_mtime_ns)
+  """What an update of a directory may take over, looked up once an update."""
+  now = pathlib.Path(directory)
+  plans = [folder / _PLAN for folder in (now, contents.previous_of(now))]
+  return _looked_up(
+    directory, *(plan.stat().st_mtime_ns if plan.exists() else 0 for plan in plans)
+  )
 
 
 def _from_index(row: dict[str, Any]) -> dict[str, Any]:
