@@ -67,17 +67,24 @@ def draws_bars() -> bool:
   return in_notebook or sys.stderr.isatty()
 
 
-def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-  """Hands `items` on and shows how many: as a bar where `draws_bars`, else in lines."""
+def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+  """Hands `items` on and shows how many: as a bar where `draws_bars`, else in lines.
+
+  Args:
+    total: how many there will be; None if that is not known.
+  """
   if draws_bars():
     yield from tqdm(items, total=total, desc=what)
     return
-  shown = time.monotonic()
+  shown, done = time.monotonic(), 0
+  of_all = "" if total is None else f" of {total}"
   for done, item in enumerate(items, 1):
     yield item
     if done == total or time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
       shown = time.monotonic()
-      logging.info("%s: %d of %d", what, done, total)
+      logging.info("%s: %d%s", what, done, of_all)
+  if total is None:
+    logging.info("%s: %d", what, done)
 
 
 def _run(

@@ -1,8 +1,15 @@
 """Files that are whole or not there: written beside their place, synced, then named."""
 
 import errno
+import functools
+import glob
+import hashlib
 import os
 import pathlib
+import platform
+import re
+import shutil
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +17,81 @@ from typing import Any
 _ROOM = 2**20  # bytes; a disk that has no more is full
 # What file systems without links answer: FAT, some that lie on a network.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+# NAME.MACHINE_PROCESS_ATTEMPT.partial; before they had a process, NAME.ATTEMPT.partial.
+_PARTIAL = re.compile(r"\.(?:([0-9a-f]{8})_(\d+)_)?[0-9a-f]{8}\.partial")
+# Whether a process of another machine lives cannot be seen from here. One that has not
+# written for so long does not.
+_SECONDS_OF_SILENCE = 24 * 3600
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
   """Where to write what will be `path`.
 
-  A name of its own for every attempt: two processes may be writing the same file.
+  A name of its own for every attempt: two processes may be writing the same file. What
+  killed ones had begun of it is taken away.
   """
-  return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+  remove_abandoned(path.parent, path.name)
+  attempt = f"{_machine()}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
+  return path.with_name(f"{path.name}.{attempt}.partial")
+
+
+def remove_abandoned(folder: pathlib.Path, name: str | None = None) -> None:
+  """Takes away what killed processes had begun to write.
+
+  What a live process of this machine writes stays, and of other machines what has
+  changed within a day.
+
+  Args:
+    folder: where; it need not be there.
+    name: of the one file whose partials are meant; None for all.
+  """
+  pattern = "*" if name is None else glob.escape(name)
+  for path in folder.glob(f"{pattern}.*.partial"):
+    found = _PARTIAL.search(path.name)
+    if found is None or found.end() < len(path.name):
+      continue
+    if name is not None and path.name[: found.start()] != name:
+      continue  # of a file whose name begins like this
+    try:
+      if _is_alive(path, *found.groups()):
+        continue
+    except FileNotFoundError:  # just published, or taken away by another
+      continue
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
+def _is_alive(path: pathlib.Path, machine: str | None, process: str | None) -> bool:
+  """Whether somebody may still be writing a partial file."""
+  if machine != _machine() or process is None:
+    return time.time() - path.stat().st_mtime < _SECONDS_OF_SILENCE
+  try:
+    os.kill(int(process), 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # somebody else's
+    return True
+  return True
+
+
+@functools.cache
+def _machine() -> str:
+  """What the numbers of processes here are valid in: a machine since its start.
+
+  In a container, which has numbers of its own, the container.
+  """
+  parts = [platform.node()]
+  for read in (
+    lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(),
+    lambda: os.readlink("/proc/self/ns/pid"),
+  ):
+    try:
+      parts.append(read())
+    except OSError:  # not Linux
+      parts.append("")
+  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
 def whole_files(folder: pathlib.Path) -> list[str]:

@@ -1,8 +1,12 @@
-"""Files on the disk: names that are never taken twice, and folders that take none."""
+"""Files on the disk: no name is taken twice, and what a kill left is taken away."""
 
 import errno
 import os
+import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -79,3 +83,85 @@ def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
   with pytest.raises(OSError, match=r"left on device\. Give another directory"):
     disk.check_writable(tmp_path)
   assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]
+
+
+WRITER = """
+import pathlib, sys, time
+from pixsigma_jax import disk
+def write(partial):
+  partial.write_text("half")
+  print("begun", flush=True)
+  time.sleep(600)
+disk.write_whole(pathlib.Path(sys.argv[1]), write)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+  """A process that is writing tmp_path/x."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", WRITER, str(tmp_path / "x")],
+    stdout=subprocess.PIPE,
+    env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+  )
+  assert process.stdout.readline() == b"begun\n"
+  yield process
+  process.kill()
+  process.wait()
+  process.stdout.close()
+
+
+def partials(folder):
+  return sorted(path.name for path in folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("way", ["the same file again", "all of a folder"])
+def test_what_a_killed_process_had_begun_goes_and_a_live_ones_stays(
+  writer, tmp_path, way
+):
+  def again():
+    if way == "all of a folder":
+      disk.remove_abandoned(tmp_path)
+    else:
+      disk.write_whole(tmp_path / "x", lambda partial: partial.write_text("whole"))
+
+  [half] = partials(tmp_path)
+  again()
+  assert partials(tmp_path) == [half]
+  writer.kill()
+  writer.wait()
+  again()
+  assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+  "name", ["x.0a1b2c3d.partial", "x.00000000_1_0a1b2c3d.partial"]
+)
+def test_another_machines_goes_after_a_day_without_a_change(tmp_path, name):
+  path = tmp_path / name
+  path.write_text("half")
+  disk.remove_abandoned(tmp_path)
+  assert path.exists()
+  before = time.time() - 25 * 3600
+  os.utime(path, (before, before))
+  disk.remove_abandoned(tmp_path)
+  assert not path.exists()
+
+
+def test_files_that_only_look_like_it_stay(tmp_path):
+  names = ["thesis.partial", "x.partial", "x.tex.partial", "x.0a1b2c3d.partial.txt"]
+  names += ["[x].0a1b2c3d.partial", "xy.0a1b2c3d.partial", "x.y.0a1b2c3d.partial"]
+  for name in names:
+    (tmp_path / name).write_text("years")
+    os.utime(tmp_path / name, (0, 0))
+  disk.partial_path(tmp_path / "x")
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_folder_that_was_half_written_goes_too(tmp_path):
+  folder = tmp_path / "x.0a1b2c3d.partial"
+  folder.mkdir()
+  (folder / "inside").write_text("half")
+  os.utime(folder, (0, 0))
+  disk.remove_abandoned(tmp_path)
+  assert list(tmp_path.iterdir()) == []

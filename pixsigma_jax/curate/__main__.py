@@ -51,6 +51,12 @@ _IMAGE_FIELD = flags.DEFINE_string(
 _CAPTION_PER_LINE = flags.DEFINE_bool(
   "caption_per_line", False, "Each line of a text file beside an image is a caption."
 )
+_PREVIOUS = flags.DEFINE_string(
+  "previous",
+  None,
+  "An earlier index of the same images: take over scores and captions of what has not "
+  "changed, and say what has.",
+)
 # score
 _CLIP = flags.DEFINE_string("clip", None, "CLIP ViT-L/14: a folder or hub id.")
 _HEAD = flags.DEFINE_string("head", None, "File of the aesthetic head.")
@@ -118,8 +124,9 @@ def _scan(index: str) -> None:
     near_distance=_NEAR_DISTANCE.value,
     beam_options=_beam_options(),
     reading=reading,
+    previous=_PREVIOUS.value,
   )
-  _show(scan.report(found))
+  _show(found.read_json("scan/report.json") or scan.report(found))
 
 
 def _score(index: str) -> None:
@@ -133,7 +140,7 @@ def _score(index: str) -> None:
 
 
 def _caption(index: str) -> None:
-  from pixsigma_jax.curate import captions
+  from pixsigma_jax.curate import captioner, captions
 
   if (_IMPORT.value is None) == (_CAPTIONER.value is None):
     raise ValueError(
@@ -144,7 +151,7 @@ def _caption(index: str) -> None:
       open_index(index), _IMPORT.value, caption_fields=_CAPTION_FIELD.value
     )
   else:
-    report = captions.write_captions(
+    report = captioner.write_captions(
       open_index(index),
       model=_needed("caption", _CAPTIONER),
       instruction=_INSTRUCTION.value,
@@ -219,7 +226,7 @@ _CAPTION_FLAGS = (
 )
 # What a step does, and its flags.
 _STEPS: dict[str, tuple[Callable[[str], None], tuple[flags.FlagHolder, ...]]] = {
-  "scan": (_scan, (_BEAM, *_SCAN_FLAGS, _CAPTION_PER_LINE)),
+  "scan": (_scan, (_BEAM, *_SCAN_FLAGS, _CAPTION_PER_LINE, _PREVIOUS)),
   "score": (_score, (_BEAM, _CLIP, _HEAD)),
   "caption": (_caption, (_BEAM, *_CAPTION_FLAGS)),
   "filter": (_filter, (_BEAM, *_FILTER_FLAGS)),

@@ -7,13 +7,96 @@ not run here; import what it wrote elsewhere.
 """
 
 import functools
+import hashlib
+import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
+from pixsigma_jax.curate import captions
+from pixsigma_jax.curate.score import decoded, identity
+from pixsigma_jax.data import ingest
+from pixsigma_jax.data.index import Index, open_index
+
 _NUM_BEAMS = 3
 _REPETITION_PENALTY = 1.5
+_BATCH = 8  # images that are captioned at once
+_SECONDS_BETWEEN_DRAFTS = 20
+
+
+def write_captions(
+  index: Index,
+  *,
+  model: str,
+  instruction: str,
+  kind: str,
+  max_new_tokens: int,
+  beam_options: Sequence[str],
+) -> dict[str, Any] | None:
+  """Adds what a model of images and text says of every image that can be read.
+
+  Nothing is asked of duplicates, if scan has marked them. What was said of a part that
+  is not finished lies beside it as a draft, by the images' hashes: a run that is killed
+  loses what it has asked in less than a minute.
+
+  Args:
+    model: a folder of transformers, or a hub id.
+    instruction: what the model is told beside each image.
+    kind: "long" or "short": which its captions are.
+
+  Returns:
+    The report that is also written to captions/report.json; None if its captions are
+    in already.
+  """
+  asked = {
+    "captioner": model,
+    "instruction": instruction,
+    "kind": kind,
+    "max_new_tokens": max_new_tokens,
+  }
+  supplier = json.dumps(asked)
+  missing = [
+    part
+    for part in range(index.num_parts)
+    if supplier not in captions._suppliers(index, part)
+  ]
+  if not missing:
+    return None
+  ingest.run_parts(
+    functools.partial(_write_part, index.directory, supplier),
+    missing,
+    what="Captioned images",
+    beam_options=beam_options,
+    by_image=True,
+    images=sum(map(index.rows, missing)),
+  )
+  return captions._finish(index, [supplier], asked)
+
+
+def _write_part(directory: str, supplier: str, part: int) -> None:
+  index, asked = open_index(directory), json.loads(supplier)
+  name = hashlib.sha256(supplier.encode()).hexdigest()[:8]
+  draft = f"captions/{part:05d}.{name}.draft.json"
+  columns = ["id", "sha256"]
+  keys = list(map(identity, index.read(part, "scan", columns=columns).to_pylist()))
+  texts: dict[str, str] = index.read_json(draft) or {}
+  saved = time.monotonic()
+  for rows, images in decoded(index, part, _BATCH, frozenset(texts)):
+    said = caption_images(
+      images,
+      model=asked["captioner"],
+      instruction=asked["instruction"],
+      max_new_tokens=asked["max_new_tokens"],
+    )
+    texts |= zip((keys[row] for row in rows), said, strict=True)
+    if time.monotonic() - saved > _SECONDS_BETWEEN_DRAFTS:
+      index.write_json(draft, texts)
+      saved = time.monotonic()
+  of_rows = [[(texts[key], asked["kind"])] if key in texts else [] for key in keys]
+  captions.add_captions(index, part, [supplier], of_rows)
+  index.remove(draft)
 
 
 def caption_images(

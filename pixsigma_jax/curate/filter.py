@@ -4,8 +4,8 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ REASONS = (
   "aesthetic",
 )
 CAPTION_KINDS = ("any", "long", "short")
+
+# Part → row → score of the duplicates that are kept in place of what they are like.
+StandIns: TypeAlias = Mapping[int, Mapping[int, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,17 +95,21 @@ def filter_images(
   settings = {
     "rules": dataclasses.asdict(rules),
     "of": {step: index.settings(step) for step in steps},
+    "of_duplicates": "the best that passes",  # earlier versions: the largest alone
   }
+  stand_ins = {} if rules.keep_duplicates else _stand_ins(index, rules, steps)
   threshold = rules.min_aesthetic
   if rules.keep_quantile is not None:
     before = index.settings("kept") or {}
     if {key: before.get(key) for key in settings} == settings:
       threshold = before["threshold"]  # of a run that was killed: looking again is long
     else:
-      threshold = _threshold(index, rules, steps, rules.keep_quantile)
+      threshold = _threshold(index, rules, steps, stand_ins, rules.keep_quantile)
   missing = index.begin("kept", {**settings, "threshold": threshold})
   ingest.run_parts(
-    functools.partial(_filter_part, index.directory, rules, steps, threshold),
+    functools.partial(
+      _filter_part, index.directory, rules, steps, stand_ins, threshold
+    ),
     missing,
     what="Filtering parts",
     beam_options=beam_options,
@@ -132,11 +139,12 @@ def _filter_part(
   directory: str,
   rules: Rules,
   steps: Sequence[str],
+  stand_ins: StandIns,
   threshold: float | None,
   part: int,
 ) -> None:
   index = open_index(directory)
-  reasons, scores = _judged(index, rules, steps, part)
+  reasons, scores = _judged(index, rules, steps, stand_ins, part)
   if threshold is not None:
     low = (reasons == "") & ~(scores >= np.float32(threshold))
     reasons[low] = "aesthetic"
@@ -148,30 +156,63 @@ def _filter_part(
 
 
 def _judged(
-  index: Index, rules: Rules, steps: Sequence[str], part: int
+  index: Index,
+  rules: Rules,
+  steps: Sequence[str],
+  stand_ins: StandIns,
+  part: int,
 ) -> tuple[np.ndarray, Float32[np.ndarray, "n"]]:
   """Of each image the first reason against it, "" if there is none, and its score.
 
   Of the reasons all but the last: which score is too low may depend on the others'.
   """
-  columns = ["error", "height", "width", "duplicate_of", "aesthetic"]
+  table = _table(index, rules, steps, part)
+  refused, scores = _refused(table, rules), _scores(table)
+  for row, score in stand_ins.get(part, {}).items():
+    refused["duplicate"][row] = False
+    scores[row] = score
+  if rules.asks_for_scores:
+    refused["no score"] = np.isnan(scores)
+  return _first(refused), scores
+
+
+def _first(refused: Mapping[str, Bool[np.ndarray, "n"]]) -> np.ndarray:
+  """The first reason against each image, "" if there is none."""
+  reasons = np.full(len(refused["error"]), "", object)
+  for reason in REASONS:
+    if reason in refused:
+      reasons[(reasons == "") & refused[reason]] = reason
+  return reasons
+
+
+def _table(index: Index, rules: Rules, steps: Sequence[str], part: int) -> pa.Table:
+  columns = ["id", "error", "height", "width", "duplicate_of", "aesthetic"]
   if rules.asks_for_captions:
     columns.append("captions")
-  table = index.read(part, *steps, columns=columns)
-  reasons = np.full(len(table), "", object)
-  nothing = np.zeros(len(table), bool)
-  fine = table["error"].is_null().to_numpy()
-  height, width = (
+  return index.read(part, *steps, columns=columns)
+
+
+def _scores(table: pa.Table) -> Float32[np.ndarray, "n"]:
+  if "aesthetic" not in table.column_names:
+    return np.full(len(table), np.nan, np.float32)
+  scores = table["aesthetic"].cast(pa.float64()).fill_null(np.nan).to_numpy()
+  return scores.astype(np.float32)
+
+
+def _sides(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+  """Height and width; 1 where they are not known."""
+  return tuple(
     table[name].fill_null(1).to_numpy().astype(np.int64) for name in ("height", "width")
   )
+
+
+def _refused(table: pa.Table, rules: Rules) -> dict[str, Bool[np.ndarray, "n"]]:
+  """Which images each rule refuses; those about scores apart."""
+  height, width = _sides(table)
   long, short = np.maximum(height, width), np.minimum(height, width)
-  scores = np.full(len(table), np.nan, np.float32)
-  if "aesthetic" in table.column_names:
-    scores = table["aesthetic"].cast(pa.float64()).fill_null(np.nan).to_numpy()
-    scores = scores.astype(np.float32)
-  refused: dict[str, np.ndarray] = {"error": ~fine}
+  refused = {"error": table["error"].is_valid().to_numpy()}
   if not rules.keep_duplicates:
-    refused["duplicate"] = table["duplicate_of"].is_valid().to_numpy()
+    refused["duplicate"] = table["duplicate_of"].is_valid().to_numpy().copy()
   if rules.min_side is not None:
     refused["side"] = short < rules.min_side
   if rules.min_area is not None:
@@ -181,11 +222,76 @@ def _judged(
   if rules.asks_for_captions:
     none, brief = _lacking(table["captions"].to_pylist(), rules)
     refused |= {"no caption": none, "captions too short": brief}
-  if rules.asks_for_scores:
-    refused["no score"] = np.isnan(scores)
-  for reason in REASONS:
-    reasons[(reasons == "") & refused.get(reason, nothing)] = reason
-  return reasons, scores
+  return refused
+
+
+class _Like(NamedTuple):
+  """An image that is like others; the lesser is the better."""
+
+  minus_area: int
+  id: str
+  part: int
+  row: int
+  passes: bool  # every rule but those about duplicates and low scores
+  score: float
+
+
+def _stand_ins(index: Index, rules: Rules, steps: Sequence[str]) -> StandIns:
+  """Duplicates that are kept, as the images that they are like of do not pass.
+
+  Of a group, which is an image and all that are its duplicates or theirs, the best
+  that passes. One without a score of its own has that of the image it is like.
+  """
+  target: dict[str, str] = {}  # id of a duplicate → what it is like
+  for part in range(index.num_parts):
+    table = index.read(part, "scan", "duplicates", columns=["id", "duplicate_of"])
+    marked = table.filter(table["duplicate_of"].is_valid())
+    pairs = (marked["id"].to_pylist(), marked["duplicate_of"].to_pylist())
+    target |= {id: of for id, of in zip(*pairs, strict=True) if id != of}
+  roots = {_root(id, target) for id in target}
+  firsts: dict[str, list[_Like]] = {}
+  copies: dict[str, list[_Like]] = {}
+  for part in range(index.num_parts if target else 0):
+    table = _table(index, rules, steps, part)
+    refused, scores = _refused(table, rules), _scores(table)
+    marked = refused.pop("duplicate")
+    passes, (height, width) = _first(refused) == "", _sides(table)
+    for row, id in enumerate(table["id"].to_pylist()):
+      root = _root(id, target) if marked[row] else id
+      if root not in roots:
+        continue
+      like = _Like(
+        -int(height[row] * width[row]),
+        *(id, part, row, bool(passes[row]), float(scores[row])),
+      )
+      (copies if marked[row] else firsts).setdefault(root, []).append(like)
+  found: dict[int, dict[int, float]] = {}
+  for root, group in copies.items():
+    of_root = [
+      like.score for like in firsts.get(root, ()) if not math.isnan(like.score)
+    ]
+    score = max(of_root, default=math.nan)
+    scored = [
+      like._replace(score=score) if math.isnan(like.score) else like for like in group
+    ]
+    if not any(_passes(like, rules) for like in firsts.get(root, ())):
+      passing = [like for like in scored if _passes(like, rules)]
+      for best in sorted(passing)[:1]:
+        found.setdefault(best.part, {})[best.row] = best.score
+  return found
+
+
+def _passes(like: _Like, rules: Rules) -> bool:
+  return like.passes and not (rules.asks_for_scores and math.isnan(like.score))
+
+
+def _root(id: str, target: Mapping[str, str]) -> str:
+  """What an image is like, or what that is like, and so on."""
+  seen = set()
+  while id in target and id not in seen:
+    seen.add(id)
+    id = target[id]
+  return id
 
 
 def _lacking(
@@ -203,12 +309,16 @@ def _lacking(
 
 
 def _threshold(
-  index: Index, rules: Rules, steps: Sequence[str], quantile: float
+  index: Index,
+  rules: Rules,
+  steps: Sequence[str],
+  stand_ins: StandIns,
+  quantile: float,
 ) -> float | None:
   """The lowest score that is kept; equal scores are kept or refused together."""
   of_parts = []
   for part in range(index.num_parts):
-    reasons, scores = _judged(index, rules, steps, part)
+    reasons, scores = _judged(index, rules, steps, stand_ins, part)
     of_parts.append(scores[reasons == ""])
   passing = np.sort(np.concatenate(of_parts))
   if not len(passing):

@@ -17,9 +17,10 @@ from absl import logging
 from jaxtyping import Int64, UInt64
 from PIL import Image
 
+from pixsigma_jax.curate import rescan
 from pixsigma_jax.data import index as index_module
 from pixsigma_jax.data import ingest, sources
-from pixsigma_jax.data.image_bytes import image_header, open_image
+from pixsigma_jax.data.image_bytes import decode, image_header
 from pixsigma_jax.data.index import SCHEMAS, Index, open_index
 from pixsigma_jax.data.rows import Reading
 from pixsigma_jax.data.sources import Entry
@@ -43,8 +44,14 @@ def scan(
   near_distance: int,
   beam_options: Sequence[str],
   reading: Reading = Reading(),
+  previous: str | None = None,
 ) -> Index:
   """Lists a source into an index, and marks duplicates; goes on where it was killed.
+
+  Args:
+    previous: directory of an earlier index of the same images, which stays as it is:
+      scores and captions of images that have not changed are taken over from it, and
+      the report says what was added, changed and removed.
 
   Raises:
     FileNotFoundError: there is no such source.
@@ -57,6 +64,7 @@ def scan(
       f"--near_distance={near_distance} is not from 0 to {HASH_BITS // 2 - 1}: hashes "
       f"of pictures that have nothing in common differ in {HASH_BITS // 2} bits."
     )
+  before = None if previous is None else rescan.earlier(previous, directory)
   # Of an index that is there the units stay: the source is not listed again.
   is_new = not index_module.exists(directory)
   units: list[sources.Unit] = []
@@ -75,14 +83,21 @@ def scan(
   ingest.run_parts(
     functools.partial(scan_part, directory),
     missing,
-    what="Scanning parts",
+    what="Scanned images",
     beam_options=beam_options,
+    by_image=True,
+    images=_listed(index, missing),
   )
   parts = index.begin("duplicates", {"near_distance": near_distance})
   if parts:
     mark_duplicates(index, parts, near_distance, beam_options=beam_options)
-  if missing or parts:
-    index.write_json("scan/report.json", report(index))
+  if before is not None:
+    rescan.take_over(before, index)
+  if missing or parts or before is not None:
+    found = report(index)
+    if before is not None:
+      found["since_previous"] = rescan.changes(before, index)
+    index.write_json("scan/report.json", found)
   else:
     logging.info("%s is scanned already.", directory)
   return index
@@ -117,18 +132,21 @@ def _flags(reading: Reading) -> str:
   return " ".join(shown) or "no flag of fields"
 
 
+def _listed(index: Index, parts: Iterable[int]) -> int | None:
+  """How many images parts have; None of tars, which nobody has looked into."""
+  counts = [index.units[part].count for part in parts]
+  return sum(counts) if all(counts) else None
+
+
 def scan_part(directory: str, part: int) -> None:
   """Reads the images of one part."""
   index, passed_over = open_index(directory), collections.Counter[str]()
-  rows = [
-    scanned(index.source, entry)
-    for entry in sources.entries(
-      index.source,
-      index.units[part],
-      reading=reading_of(index),
-      passed_over=passed_over,
-    )
-  ]
+  reading, rows = reading_of(index), []
+  for entry in sources.entries(
+    index.source, index.units[part], reading=reading, passed_over=passed_over
+  ):
+    rows.append(scanned(index.source, entry))
+    ingest.count()
   table = pa.Table.from_pylist(rows, schema=SCHEMAS["scan"])
   metadata = {_PASSED_OVER_KEY: json.dumps(dict(sorted(passed_over.items())))}
   index.write("scan", part, table.replace_schema_metadata(metadata))
@@ -150,7 +168,8 @@ def scanned(source: str, entry: Entry) -> dict[str, Any]:
     row["sha256"] = hashlib.sha256(data).hexdigest()
     row |= image_header(data)._asdict()
     # Twice as fine as the hash looks, so that the decoder's own filter does not matter.
-    row["phash"] = perceptual_hash(open_image(data, at_least=4 * _GRAY_SIDE))
+    image, row["profile"] = decode(data, at_least=4 * _GRAY_SIDE)
+    row["phash"] = perceptual_hash(image)
   except FileNotFoundError:
     row["error"] = "no such file"
   except (OSError, ValueError) as error:
@@ -328,12 +347,14 @@ def report(index: Index) -> dict[str, Any]:
   images, duplicates, without = 0, 0, 0
   passed_over = _passed_over_in_listing(index)
   reasons: collections.Counter[str] = collections.Counter()
+  profiles: collections.Counter[str] = collections.Counter()
   first: list[dict[str, str]] = []
   for part in range(index.num_parts):
-    columns = ["id", "error", "captions", "duplicate_of"]
+    columns = ["id", "error", "captions", "profile", "duplicate_of"]
     table = index.read(part, "scan", "duplicates", columns=columns)
     images += len(table)
     duplicates += len(table) - table["duplicate_of"].null_count
+    profiles.update(table["profile"].drop_null().to_pylist())
     failed = table.filter(table["error"].is_valid()).to_pylist()
     fine = table.filter(table["error"].is_null())
     without += sum(not captions for captions in fine["captions"].to_pylist())
@@ -347,6 +368,7 @@ def report(index: Index) -> dict[str, Any]:
   return {
     "images": images,
     "duplicates": duplicates,
+    "color_profiles": dict(sorted(profiles.items())),
     "errors": errors,
     "first_errors": first,
     "without_caption": without,

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,10 @@ def score(
   ingest.run_parts(
     functools.partial(_score_part, index.directory, clip, head),
     missing,
-    what="Scoring parts",
+    what="Scored images",
     beam_options=beam_options,
+    by_image=True,
+    images=sum(map(index.rows, missing)),
   )
   report = {"clip": clip, "head": head, "images": 0, "without_score": 0}
   for part in range(index.num_parts):
@@ -54,32 +56,48 @@ def score(
 
 
 def decoded(
-  index: Index, part: int, batch: int
+  index: Index, part: int, batch: int, done: Container[str] = ()
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
   """The images of a part, at most `batch` at a time, and which rows they are.
 
-  Images with an error are left out, and so are duplicates if scan has marked them.
+  Images with an error are left out, and so are duplicates if scan has marked them. All
+  are counted in the progress, those that come when the next ones are asked for.
+
+  Args:
+    done: further images to leave out, by `identity`.
   """
   marked = part not in index.missing("duplicates")
   steps = ("scan", "duplicates") if marked else ("scan",)
   rows: list[int] = []
   images: list[Image.Image] = []
-  columns = ["id", "location", "error", "duplicate_of"]
+  columns = ["id", "location", "error", "sha256", "duplicate_of"]
   for row, image in enumerate(index.read(part, *steps, columns=columns).to_pylist()):
-    if image["error"] is not None or image.get("duplicate_of") is not None:
+    left_out = image["error"] is not None or image.get("duplicate_of") is not None
+    if left_out or identity(image) in done:
+      ingest.count()
       continue
     try:
       data = sources.read_bytes(index.source, image["location"])
+      if image["sha256"] not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError("it has changed since the scan")
       images.append(open_image(data))
     except (OSError, ValueError) as error:
-      logging.warning("%s can no longer be read: %s.", image["id"], error)
+      logging.warning("%s is left out: %s.", image["id"], error)
+      ingest.count()
       continue
     rows.append(row)
     if len(rows) == batch:
       yield rows, images
+      ingest.count(len(rows))
       rows, images = [], []
   if rows:
     yield rows, images
+    ingest.count(len(rows))
+
+
+def identity(image: Mapping[str, Any]) -> str:
+  """What a row of `scan` is known by wherever it stands: its file's hash."""
+  return image["sha256"] or image["id"]
 
 
 def _score_part(directory: str, clip: str, head: str, part: int) -> None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pixsigma_jax.data.color_profiles import Fate, to_srgb
+
 # Pillow's own limit, above which it suspects a decompression bomb: 9459 x 9459.
 MOST_PIXELS = 89_478_485
 
@@ -55,8 +57,18 @@ def image_header(data: bytes) -> Header:
   return Header(str(image.format), height, width)
 
 
+class Decoded(NamedTuple):
+  """An image's pixels, and what became of its color profile on the way."""
+
+  image: Image.Image
+  profile: Fate
+
+
 def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
-  """A decoded image: upright as EXIF says, RGB, what is transparent over white.
+  """A decoded image: upright as EXIF says, sRGB, what is transparent over white.
+
+  Colors are converted by the image's own profile. All that reads users' images reads
+  them here.
 
   Args:
     at_least: it may come smaller, its shorter side at least this: a JPEG is then
@@ -66,19 +78,25 @@ def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
     ValueError: with the reason in a few words: not an image, truncated, damaged, too
       many pixels.
   """
+  return decode(data, at_least=at_least).image
+
+
+def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
+  """`open_image` with what became of the color profile."""
   image, orientation = _opened(data)
   try:
     # HEIF would give a thumbnail, whatever the picture itself is like.
     if at_least is not None and image.format != _HEIF:
       image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
     image.load()
-    image = _rgb(image)
+    image, profile = _rgb(image)
     if orientation in _UPRIGHT:
       image = image.transpose(_UPRIGHT[orientation])
-    return image
   except Exception as error:  # Pillow raises whatever its decoders come across
     reason = "truncated" if "truncated" in str(error).lower() else "damaged"
     raise ValueError(f"{reason}: {type(error).__name__}: {error}") from None
+  image.info = {}  # the profile holds no longer, and would be saved with the image
+  return Decoded(image, profile)
 
 
 def _opened(data: bytes) -> tuple[Image.Image, int]:
@@ -137,16 +155,19 @@ def _orientation(image: Image.Image, data: bytes) -> int:
   return found if isinstance(found, int) else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> tuple[Image.Image, Fate]:
   if image.mode.startswith("I"):  # 16 bits a pixel
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
       raise ValueError("more than 16 bits a pixel")
+    about = image.info
     image = Image.fromarray((levels // 257).astype(np.uint8))
+    image.info = about
   if image.mode == "F":
     raise ValueError("floating-point pixels, whose white is unknown")
+  image, profile = to_srgb(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-  return image.convert("RGB")
+    image = Image.alpha_composite(white, image)
+  return image.convert("RGB"), profile

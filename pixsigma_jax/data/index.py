@@ -6,7 +6,9 @@ scan's, in the same order. Parts are written whole or not at all, so that a step
 was killed goes on after its finished parts, whoever starts it again.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import pathlib
@@ -18,6 +20,7 @@ from typing import Any
 import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
+from absl import logging
 
 from pixsigma_jax import disk
 from pixsigma_jax.data import sources
@@ -38,6 +41,8 @@ SCHEMAS = {
       ("height", pa.int32()),  # as displayed, in pixels
       ("width", pa.int32()),
       ("format", pa.string()),
+      # Of colors: null if there is none, sRGB, converted, or ignored as it is broken.
+      ("profile", pa.string()),
       ("captions", _CAPTIONS),
     ]
   ),
@@ -55,6 +60,7 @@ COMMANDS = {
   "kept": "filter",
 }
 _INDEX = "index.json"
+_SCAN = b"scan"  # in a part's metadata: which scan of the part it is of
 _PART = re.compile(r"(\d{5,})\.parquet")
 
 
@@ -82,6 +88,8 @@ class Index:
 
     Args:
       columns: which of them; None for all.
+
+    A column that a part of an earlier version lacks is null.
 
     Raises:
       ValueError: a step has not been there yet, or its part is damaged.
@@ -122,8 +130,13 @@ class Index:
         f"Part {part} of {self.directory} has {self.rows(part)} images, and {step} has "
         f"{len(table)} rows for them."
       )
-    metadata = table.schema.metadata
+    metadata = table.schema.metadata or {}
     table = table.select(names).cast(SCHEMAS[step])
+    if step == "scan":
+      metadata |= {_SCAN: _hash(table)}
+      self._forget(part, metadata[_SCAN], len(table))
+    elif scanned := self._noted(part, "scan").get(_SCAN):
+      metadata |= {_SCAN: scanned}
     content = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), content)
     self._write(self._part(part, step), content.getvalue())
@@ -144,8 +157,9 @@ class Index:
 
   def metadata(self, part: int, step: str) -> dict[bytes, bytes]:
     """What `write` was given with a part's schema."""
-    with self._opened(part, step) as file:
-      return dict(file.schema_arrow.metadata or {})
+    noted = self._noted(part, step)
+    noted.pop(_SCAN, None)
+    return noted
 
   def settings(self, step: str) -> Any:
     """What a step was asked for, as `begin` left it; None before."""
@@ -173,6 +187,49 @@ class Index:
     """Writes a file of the index; `path` is relative to it."""
     self._write(path, (json.dumps(content, indent=2) + "\n").encode())
 
+  def read_json(self, path: str) -> Any:
+    """The inverse of `write_json`; None where there is no such file, or half of one."""
+    fs, name = fsspec.core.url_to_fs(posixpath.join(self.directory, path))
+    try:
+      return json.loads(fs.cat_file(name))
+    except (FileNotFoundError, ValueError):
+      return None
+
+  def remove(self, path: str) -> None:
+    """Takes a file of the index away, if it is there."""
+    fs, name = fsspec.core.url_to_fs(posixpath.join(self.directory, path))
+    with contextlib.suppress(FileNotFoundError):
+      fs.rm_file(name)
+
+  def _noted(self, part: int, step: str) -> dict[bytes, bytes]:
+    with self._opened(part, step) as file:
+      return dict(file.schema_arrow.metadata or {})
+
+  def _forget(self, part: int, scanned: bytes, rows: int) -> None:
+    """Takes away what steps made of another scan of a part than comes now.
+
+    Which images are duplicates, and which are kept, hangs together over all parts.
+    """
+    for step in COMMANDS:
+      if step == "scan" or part in self.missing(step):
+        continue
+      try:
+        of = self._noted(part, step).get(_SCAN)
+        with self._opened(part, step) as file:
+          same = of == scanned or (of is None and file.metadata.num_rows == rows)
+      except ValueError:  # taken away by another part, or damaged: reading will say so
+        continue
+      if same:
+        continue
+      all_parts = step in ("duplicates", "kept")
+      logging.warning(
+        "Part %d of %s has changed: `curate %s` is to be run again, for %s.",
+        *(part, self.directory, COMMANDS[step]),
+        "all parts" if all_parts else "this part",
+      )
+      for stale in range(self.num_parts) if all_parts else [part]:
+        self.remove(self._part(stale, step))
+
   def _settings(self, step: str) -> str:
     return posixpath.join(self.directory, step, f"{COMMANDS[step]}.json")
 
@@ -197,9 +254,18 @@ class Index:
   def _read(self, part: int, step: str, columns: Sequence[str]) -> pa.Table:
     with self._opened(part, step) as file:
       try:
-        return file.read(columns=list(columns))
+        table = file.read(columns=list(columns))
       except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(self._damaged(part, step)) from error
+      rows = file.metadata.num_rows
+    for name in [name for name in columns if name not in table.column_names]:
+      empty = pa.nulls(rows, SCHEMAS[step].field(name).type)
+      table = (
+        table.append_column(name, empty)
+        if table.column_names
+        else pa.table({name: empty})
+      )
+    return table.select(list(columns))
 
   def _damaged(self, part: int, step: str) -> str:
     path = posixpath.join(self.directory, self._part(part, step))
@@ -271,6 +337,12 @@ def exists(directory: str) -> bool:
   """Whether there is an index in a directory."""
   fs, path = sources.file_system(posixpath.join(directory, _INDEX))
   return fs.exists(path)
+
+
+def _hash(table: pa.Table) -> bytes:
+  """Of a part's content, whatever wrote it."""
+  text = json.dumps(table.to_pylist()).encode()
+  return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
 def _write_whole(path: str, content: bytes) -> None:

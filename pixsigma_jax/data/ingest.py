@@ -7,6 +7,7 @@ over with what is missing, on any runner and any number of workers.
 
 import collections
 import contextlib
+import contextvars
 import io
 import itertools
 import logging
@@ -26,6 +27,11 @@ from pixsigma_jax import command
 _HERE = "FnApiRunner"
 _LOCAL = (_HERE, "DirectRunner")
 _SECONDS_BETWEEN_LOOKS = 0.1
+
+# Where the function that is at work here is to say how far it is; None for nowhere.
+_counted_in: contextvars.ContextVar[pathlib.Path | None] = contextvars.ContextVar(
+  "counted_in", default=None
+)
 
 
 def beam() -> Any:
@@ -54,6 +60,8 @@ def run_parts(
   *,
   what: str,
   beam_options: Sequence[str],
+  by_image: bool = False,
+  images: int | None = None,
 ) -> None:
   """Calls `function` once with each of `parts`, in any order and any process.
 
@@ -61,31 +69,47 @@ def run_parts(
     function: can be pickled: a partial of a function that a module defines.
     what: says in the progress what is done.
     beam_options: Beam's, such as --direct_num_workers=8.
+    by_image: whether images are the progress, as `function` will `count` them, and
+      not parts.
+    images: how many in all; None if that is not known.
 
   Raises:
     ValueError, OSError: as `function` raised it; no further parts are begun.
   """
   if not parts:
     return
-  pipeline_parts = list(parts)
-  with run(what, len(pipeline_parts), beam_options) as (pipeline, noting):
+  todo = list(parts)
+  total = images if by_image else len(todo)
+  with run(what, total, beam_options, by_image=by_image) as (pipeline, noting):
     _ = (
       pipeline
-      | "Parts" >> beam().Create(pipeline_parts)
+      | "Parts" >> beam().Create(todo)
       | "Spread" >> beam().Reshuffle()
       | what >> beam().Map(noting(function))
     )
 
 
+def count(images: int = 1) -> None:
+  """Says from within a part that it is done with so many more images.
+
+  Nothing happens where nobody looks: outside of `run_parts`, or on a cluster.
+  """
+  folder = _counted_in.get()
+  if folder is not None and images:
+    with open(folder / f"done-{os.getpid()}", "ab") as file:
+      file.write(b"." * images)
+
+
 @contextlib.contextmanager
 def run(
-  what: str, total: int, beam_options: Sequence[str]
+  what: str, total: int | None, beam_options: Sequence[str], *, by_image: bool = False
 ) -> Iterator[tuple[Any, Callable[..., Callable[[Any], Any]]]]:
   """A Beam pipeline to be filled in the `with`; it is run at the end of it.
 
   Yields the pipeline and `noting(function)`: the function, which each time it is done
-  moves the progress on by one of `total`, and whose ValueError or OSError is raised
-  here as itself. Of runners elsewhere Beam tells both in its own way.
+  (or, `by_image`, whenever it calls `count`) moves the progress on by one of `total`,
+  where that is known, and whose ValueError or OSError is raised here as itself. Of
+  runners elsewhere Beam tells both in its own way.
   """
   options = _options(beam_options)
   pipeline = _pipeline(options)
@@ -94,7 +118,7 @@ def run(
     pipeline.run().wait_until_finish()
     return
   with tempfile.TemporaryDirectory() as folder:
-    yield pipeline, lambda function: _Noted(function, folder)
+    yield pipeline, lambda function: _Noted(function, folder, by_image)
     with _progress(folder, total, what):
       pipeline.run().wait_until_finish()
     for path in sorted(pathlib.Path(folder).glob("error-*")):
@@ -168,19 +192,24 @@ class _Noted:
   Beam itself tells of a worker's exception the text alone, and of its progress nothing.
   """
 
-  def __init__(self, function: Callable[[Any], Any], folder: str):
+  def __init__(self, function: Callable[[Any], Any], folder: str, by_image: bool):
     self._function, self._folder = function, pathlib.Path(folder)
+    self._by_image = by_image
 
   def __call__(self, element: Any) -> Any:
     if any(self._folder.glob("error-*")):
       return None  # the run has failed
+    outer = _counted_in.set(self._folder if self._by_image else None)
     try:
       result = self._function(element)
     except (ValueError, OSError) as error:
       self._keep(error)
       return None
-    with open(self._folder / f"done-{os.getpid()}", "ab") as file:
-      file.write(b".")
+    finally:
+      _counted_in.reset(outer)
+    if not self._by_image:
+      with open(self._folder / f"done-{os.getpid()}", "ab") as file:
+        file.write(b".")
     return result
 
   def _keep(self, error: Exception) -> None:
@@ -196,17 +225,18 @@ class _Noted:
 
 
 @contextlib.contextmanager
-def _progress(folder: str, total: int, what: str) -> Iterator[None]:
+def _progress(folder: str, total: int | None, what: str) -> Iterator[None]:
   """Shows what `_Noted` has finished, until the end of the `with`."""
   is_over = threading.Event()
 
   def finished() -> Iterator[None]:
     shown = 0
-    while shown < total:
+    while total is None or shown < total:
       over = is_over.wait(_SECONDS_BETWEEN_LOOKS)
       done = sum(path.stat().st_size for path in pathlib.Path(folder).glob("done-*"))
-      yield from itertools.repeat(None, min(done, total) - shown)
-      shown = min(done, total)
+      done = done if total is None else min(done, total)
+      yield from itertools.repeat(None, done - shown)
+      shown = done
       if over:
         return
 

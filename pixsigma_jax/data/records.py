@@ -44,7 +44,8 @@ MANIFEST, INDEX, NULL_CAPTION = "manifest.json", "index.npz", "null_caption.npy"
 SHARD = re.compile(r"records-train-(\d{5,})\.array_record")
 OWN_FILES = re.compile(
   rf"({SHARD.pattern}|records-train-\d{{5,}}\.index\.npz|unfinished\.json"
-  r"|manifest\.json|index\.npz|null_caption\.npy|dataset_info\.json|features\.json)"
+  r"|manifest\.json|index\.npz|null_caption\.npy|dataset_info\.json|features\.json"
+  r"|contents\.parquet)"  # of `prepare`: what the records were made of
   r"(\.\w+\.partial)?"
 )
 _REPAIR = "Copy it again or prepare the dataset again."

@@ -42,7 +42,7 @@ from pixsigma_jax.data.records import (
 
 _SPLIT = "train"
 _SHARD_TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"  # tfds' words
-_UNFINISHED = "unfinished.json"  # what is being written here; gone when it is finished
+UNFINISHED = "unfinished.json"  # what is being written here; gone when it is finished
 
 
 class Unfinished:
@@ -56,14 +56,14 @@ class Unfinished:
     num_shards: int,
   ):
     self.directory, self.features = directory, features
-    self._null_caption, self._num_shards = null_caption, num_shards
+    self._null_caption, self.num_shards = null_caption, num_shards
 
   def missing(self) -> list[int]:
     """Numbers of the shards that are not there yet."""
     there = {
       int(match[1]) for match in map(SHARD.fullmatch, _names(self.directory)) if match
     }
-    return [number for number in range(self._num_shards) if number not in there]
+    return [number for number in range(self.num_shards) if number not in there]
 
   @contextlib.contextmanager
   def shard(self, number: int) -> Iterator["ShardWriter"]:
@@ -84,11 +84,11 @@ class Unfinished:
     """
     if missing := self.missing():
       raise ValueError(
-        f"{self.directory} cannot be finished: {len(missing)} of {self._num_shards} "
+        f"{self.directory} cannot be finished: {len(missing)} of {self.num_shards} "
         f"shards are missing, the first is {missing[0]}."
       )
     try:
-      _finish(self.directory, self.features, self._null_caption, self._num_shards)
+      _finish(self.directory, self.features, self._null_caption, self.num_shards)
     except FileNotFoundError:
       if not (self.directory / MANIFEST).exists():  # another process was faster
         raise
@@ -125,7 +125,8 @@ def begin_dataset(
     "num_shards": num_shards,
   }
   job = json.loads(json.dumps(job))  # as it will be read
-  path = directory / _UNFINISHED
+  path = directory / UNFINISHED
+  disk.remove_abandoned(directory)
   if path.exists():
     lines = metadata.disagreements(json.loads(path.read_text()), job)
     if lines:
@@ -313,8 +314,9 @@ def _finish(
   text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
   _write_whole(directory / MANIFEST, lambda file: file.write(text.encode()))
   for name in _names(directory):
-    if name == _UNFINISHED or name.endswith((".index.npz", ".partial")):
+    if name == UNFINISHED or name.endswith(".index.npz"):
       (directory / name).unlink(missing_ok=True)
+  disk.remove_abandoned(directory)
 
 
 def _write_tfds_metadata(

@@ -62,6 +62,12 @@ _IMAGES_PER_SHARD = flags.DEFINE_integer(
 _PICTURES = flags.DEFINE_string(
   "pictures", None, "Directory of the cropped images; OUTPUT-pictures by default."
 )
+_UPDATE = flags.DEFINE_bool(
+  "update",
+  False,
+  "If the dataset is of other images, captions or networks: encode again what has "
+  "changed, and take over the rest. Else that is refused.",
+)
 _BEAM = flags.DEFINE_string("beam", "", "Options of Apache Beam, such as --runner=…")
 
 _FROZEN = flags.DEFINE_string(
@@ -156,6 +162,7 @@ def _from_index(index: str) -> None:
       allow_upscaling=_ALLOW_UPSCALING.value,
       images_per_shard=_IMAGES_PER_SHARD.value,
       beam_options=shlex.split(_BEAM.value),
+      update=_UPDATE.value,
     )
     print(
       f"{where} holds the cropped images, {cropped.num_planned} but for what cannot be "
@@ -170,6 +177,7 @@ def _from_index(index: str) -> None:
       _settings(frozen),
       process_index=process,
       process_count=count,
+      update=_UPDATE.value,
     )
     _say_what_is_there(written)
   if _CHECK.value is not None:
@@ -219,6 +227,11 @@ def _process() -> tuple[int, int]:
 
 
 def _from_official(data_root: str) -> None:
+  if _UPDATE.value:
+    raise ValueError(
+      "--update is for --index: the official code's features are only copied. Delete "
+      f"{_OUTPUT.value}, or choose another --output."
+    )
   if _NULL_CAPTION.value is None:
     raise ValueError(
       "Give --null_caption=FILE: the embedding of the empty caption by the T5 that "

@@ -7,15 +7,16 @@ processes, more of them or fewer, leave the same files behind.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -32,9 +33,11 @@ from pixsigma_jax.convert import files, t5, vae
 from pixsigma_jax.data import records
 from pixsigma_jax.data.crops import identity_hash
 from pixsigma_jax.data.records import CaptionStorage, Features, Record, open_dataset
-from pixsigma_jax.data.writing import Unfinished, begin_dataset
+from pixsigma_jax.data.writing import UNFINISHED, Unfinished, begin_dataset
 from pixsigma_jax.models.t5 import T5Config, T5TextEncoder
 from pixsigma_jax.models.vae import KLAutoencoder
+from pixsigma_jax.prepare import contents
+from pixsigma_jax.prepare.contents import Contents
 from pixsigma_jax.prepare.pictures import Picture, Pictures, Refusal, count_reasons
 from pixsigma_jax.sample import pictures as drawing
 
@@ -48,6 +51,9 @@ _PIXELS_AT_ONCE, _IMAGES_AT_ONCE = 1024**2, 16
 _PICTURES_AT_ONCE = 8
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 _REPORT, _REFUSED = "report.json", "refused.jsonl"
+
+# How long processes of an update wait for the first one, which makes room for it.
+_SECONDS_FOR_THE_FIRST, _SECONDS_BETWEEN_LOOKS = 600, 1
 
 _CHECKED = 8  # records that `check` looks at
 _SHEET_SIDE = 512  # pixels of a picture on its sheet, at most
@@ -93,6 +99,7 @@ def prepare_features(
   process_index: int = 0,
   process_count: int = 1,
   devices: Sequence[Any] | None = None,
+  update: bool = False,
 ) -> bool:
   """Writes this process's shards of records that are missing, and finishes the dataset.
 
@@ -105,12 +112,17 @@ def prepare_features(
     process_index, process_count: this process takes the shards whose number leaves the
       remainder process_index when divided by process_count.
     devices: that share the work; this process's own if None.
+    update: if the directory holds records of other contents, or made by other networks
+      or arguments, whether the dataset is made anew: encoded is what has changed, the
+      rest is taken over. What was there stays in `contents.previous_of(directory)`
+      until it is finished.
 
   Returns:
     whether anything was missing; False if the very same dataset was there already.
 
   Raises:
-    FileExistsError: the directory holds another dataset, or files of someone else.
+    FileExistsError: the directory holds another dataset, or files of someone else: the
+      message names what differs.
     FileNotFoundError: a network's files are missing.
     ValueError: they are not those of a VAE or T5, pictures are missing, no record is
       left, or an argument is out of its range.
@@ -131,7 +143,11 @@ def prepare_features(
     files.read_json(folder / "text_encoder" / "config.json")
   )
   features = _features(pictures, settings, autoencoder, t5_config)
-  if is_finished(directory, features, pictures.num_shards):
+  made_of = _made_of(pictures, settings)
+  if update:
+    _make_room(directory, features, pictures.num_shards, made_of, process_index)
+  if is_finished(directory, features, pictures.num_shards, made_of):
+    contents.drop_previous(directory)
     return False
   autoencoder = _in_tiles(autoencoder, pictures, settings.tile_size)
   encoder = _text_encoder(folder, settings, t5_config, devices)
@@ -143,13 +159,62 @@ def prepare_features(
     unfinished = begin_dataset(directory, features, null_caption, pictures.num_shards)
   except FileExistsError:
     # Loading T5 takes minutes, in which others may have written the last shards.
-    if is_finished(directory, features, pictures.num_shards):
+    if is_finished(directory, features, pictures.num_shards, made_of):
       return False
     raise
-  encode = _Encode(pictures, settings, autoencoder, encoder, len(devices))
-  write_shards(unfinished, encode, process_index, process_count)
-  finish_with_report(unfinished, pictures.refusals())
+  if made_of is not None:
+    made_of.write(directory)
+  previous = _Previous(directory, features, made_of)
+  encode = _Encode(pictures, settings, autoencoder, encoder, len(devices), previous)
+  sizes = [len(pictures.ids(shard)) for shard in range(pictures.num_shards)]
+  write_shards(unfinished, encode, process_index, process_count, sizes)
+  if finish_with_report(unfinished, pictures.refusals()):
+    contents.drop_previous(directory)
   return True
+
+
+def _made_of(pictures: Pictures, settings: Settings) -> Contents | None:
+  """What the records of pictures are made of, and how, besides their features."""
+  made_of = pictures.contents()
+  if made_of is None:
+    return None
+  how = {
+    "truncate_captions": settings.truncate_captions,
+    "text_dtype": jnp.dtype(settings.text_dtype).name,
+    "tile_size": settings.tile_size,
+  }
+  if settings.captions == "text":
+    del how["text_dtype"]
+  return dataclasses.replace(made_of, settings=how)
+
+
+def _make_room(
+  directory: pathlib.Path,
+  features: Features,
+  num_shards: int,
+  made_of: Contents | None,
+  process_index: int,
+) -> None:
+  """Sets aside what is in a directory, if it differs from what is asked for.
+
+  Of several processes the first one does, and the others wait for it.
+
+  Raises:
+    ValueError: the first one does not come.
+  """
+  waited = time.monotonic()
+  while lines := differences(directory, features, num_shards, made_of):
+    if process_index == 0:
+      logging.info("Updating %s: %s.", directory, "; ".join(lines))
+      is_complete = (directory / records.MANIFEST).exists()
+      contents.set_aside(directory, is_complete=is_complete)
+      return
+    if time.monotonic() - waited > _SECONDS_FOR_THE_FIRST:
+      raise ValueError(
+        f"{directory} is to be updated, and process 0 has not begun to for "
+        f"{_SECONDS_FOR_THE_FIRST} seconds: start it with --update too."
+      )
+    time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def check_process(index: int, count: int) -> None:
@@ -165,25 +230,66 @@ def check_process(index: int, count: int) -> None:
     )
 
 
-def is_finished(directory: pathlib.Path, features: Features, num_shards: int) -> bool:
-  """Whether a directory holds the finished dataset of these features.
+def is_finished(
+  directory: pathlib.Path,
+  features: Features,
+  num_shards: int,
+  made_of: Contents | None,
+  *,
+  can_update: bool = True,
+) -> bool:
+  """Whether a directory holds the finished dataset of these features and contents.
+
+  Args:
+    can_update: whether whoever asks knows --update.
 
   Raises:
-    FileExistsError: it holds another one.
+    FileExistsError: it holds another one, or a part of it.
   """
-  if not (directory / records.MANIFEST).exists():
-    return False
-  there = open_dataset(directory).manifest
-  lines = metadata.disagreements(
-    {**_as_json(there.features), "shards": len(there.shards)},
-    {**_as_json(features), "shards": num_shards},
-  )
-  if lines:
+  finished = (directory / records.MANIFEST).exists()
+  if lines := differences(directory, features, num_shards, made_of):
+    way = "Give --update to encode again what has changed, c" if can_update else "C"
     raise FileExistsError(
-      f"{directory} already holds another finished dataset than the one asked for "
-      f"(have → want): {'; '.join(lines)}. Choose another --output, or delete it."
+      f"{directory} already holds another {'' if finished else 'un'}finished dataset "
+      f"than the one asked for (have → want): {'; '.join(lines)}. {way}hoose another "
+      "--output, or delete it."
     )
-  return True
+  if finished and made_of is not None and contents.read(directory) is None:
+    logging.warning(
+      "%s is of an earlier version, which did not note what records were made of: "
+      "whether images and captions are still the same cannot be told. Delete it to "
+      "make it anew.",
+      directory,
+    )
+  return finished
+
+
+def differences(
+  directory: pathlib.Path,
+  features: Features,
+  num_shards: int,
+  made_of: Contents | None,
+) -> list[str]:
+  """In what a dataset, finished or begun, differs from the one asked for, in words."""
+  if (directory / records.MANIFEST).exists():
+    manifest = open_dataset(directory).manifest
+    have = {**_as_json(manifest.features), "shards": len(manifest.shards)}
+  elif (directory / UNFINISHED).exists():
+    job = files.read_json(directory / UNFINISHED)
+    have = {**job["features"], "shards": job["num_shards"]}
+  else:
+    return []
+  lines = metadata.disagreements(have, {**_as_json(features), "shards": num_shards})
+  before = contents.read(directory)
+  if before is not None and made_of is not None:
+    lines += before.differences(made_of)
+  elif made_of is not None and not (directory / records.MANIFEST).exists():
+    names = map(records.SHARD.fullmatch, disk.whole_files(directory))
+    if any(names):
+      lines.append(
+        "its first shards are by an earlier version, which noted no contents"
+      )
+  return lines
 
 
 def _as_json(features: Features) -> dict[str, Any]:
@@ -195,28 +301,42 @@ def write_shards(
   make: Callable[[int], Iterable[Record | Refusal]],
   process_index: int,
   process_count: int,
+  sizes: Sequence[int],
 ) -> None:
   """Writes the missing shards of one process, each with a report beside the dataset.
 
   Args:
-    make: the records of a shard by its number, and what was refused on the way.
+    make: of a shard by its number: for each of its images the record, or a refusal of
+      the image; and refusals of captions on the way.
+    sizes: how many images each shard is made of.
   """
   reports = reports_of(unfinished.directory)
   reports.mkdir(parents=True, exist_ok=True)
+  disk.remove_abandoned(reports)
   mine = [n for n in unfinished.missing() if n % process_count == process_index]
-  for number in command.progress(mine, len(mine), "Shards"):
-    refusals = []
-    with unfinished.shard(number) as shard:
-      for made in make(number):
-        if isinstance(made, Refusal):
-          refusals.append(made)
-        elif problem := records.problem(made, unfinished.features):
-          reason = "makes no valid record"
-          refusals.append(Refusal(id=made.id, reason=reason, detail=problem))
-        else:
-          shard.write(made)
-      # Before the shard has its name: one that is there has its report.
-      _write_text(reports / _shard_report(number), _lines(refusals))
+
+  def images() -> Generator[None, None, None]:
+    """Does the work; one None an image."""
+    for number in mine:
+      refusals = []
+      with unfinished.shard(number) as shard:
+        for made in make(number):
+          if isinstance(made, Refusal):
+            refusals.append(made)
+            if made.what != "image":
+              continue
+          elif problem := records.problem(made, unfinished.features):
+            reason = "makes no valid record"
+            refusals.append(Refusal(id=made.id, reason=reason, detail=problem))
+          else:
+            shard.write(made)
+          yield
+        # Before the shard has its name: one that is there has its report.
+        _write_text(reports / _shard_report(number), _lines(refusals))
+
+  total = sum(sizes[number] for number in mine)
+  with contextlib.closing(images()) as work:
+    collections.deque(command.progress(work, total, "Images"), maxlen=0)
 
 
 def finish_with_report(unfinished: Unfinished, earlier: Iterable[Refusal]) -> bool:
@@ -232,11 +352,10 @@ def finish_with_report(unfinished: Unfinished, earlier: Iterable[Refusal]) -> bo
     logging.info("Done here; %d shards of other processes are missing.", len(missing))
     return False
   reports = reports_of(unfinished.directory)
-  refusals, number = list(earlier), 0
-  while (path := reports / _shard_report(number)).exists():
-    lines = path.read_text(encoding="utf-8").splitlines()
+  refusals = list(earlier)
+  for number in range(unfinished.num_shards):  # there may be more, of another dataset
+    lines = (reports / _shard_report(number)).read_text(encoding="utf-8").splitlines()
     refusals += [Refusal(**json.loads(line)) for line in lines]
-    number += 1
   counts = count_reasons(refusals)
   _write_text(reports / _REFUSED, _lines(refusals))
   _write_text(
@@ -358,6 +477,65 @@ def _text_encoder(
   )
 
 
+class _Previous:
+  """The records of before an update, of images that have not changed."""
+
+  def __init__(
+    self, directory: pathlib.Path, features: Features, made_of: Contents | None
+  ):
+    self.moments_hold = self.embeddings_hold = False
+    self._numbers: dict[int, int] = {}  # hash of the id → record
+    self._unchanged: frozenset[str] = frozenset()
+    there = contents.previous_of(directory)
+    if made_of is None or not (there / records.MANIFEST).exists():
+      return
+    self._dataset = open_dataset(there)
+    before, was = contents.read(there), self._dataset.manifest.features
+    if before is None:
+      return
+    self.moments_hold = before.settings["tile_size"] == made_of.settings[
+      "tile_size"
+    ] and _equal(was, features, "autoencoder", "crop_rule", "resolution", "kind")
+    self.embeddings_hold = (
+      features.caption_storage == was.caption_storage == "embeddings"
+      and before.settings["text_dtype"] == made_of.settings["text_dtype"]
+      and _equal(was, features, "text_encoder", "caption_width", "caption_length")
+    )
+    hashes = self._dataset.index["id_hash"].tolist()
+    self._numbers = {name: number for number, name in enumerate(hashes)}
+    if len(self._numbers) < len(hashes):  # ids that come twice
+      self._numbers = {}
+    self._unchanged = before.unchanged_images(made_of)
+
+  def record(self, id: str) -> Record | None:
+    """The record of an image as it was before."""
+    number = self._numbers.get(records.id_hash(id))
+    if number is None or not (self.moments_hold or self.embeddings_hold):
+      return None
+    return self._dataset[number]
+
+  def moments(self, before: Record | None) -> Float16[np.ndarray, "h w m"] | None:
+    """Of an image's record of before, if they are what its picture gives now."""
+    if before is None or not self.moments_hold or before.id not in self._unchanged:
+      return None
+    return before.latent_moments
+
+  def embeddings(self, before: Record | None) -> dict[str, Float16[np.ndarray, "t e"]]:
+    """Of the captions that a record of before has."""
+    if before is None or not self.embeddings_hold:
+      return {}
+    return {text: before.embeddings(i) for i, text in enumerate(before.captions)}
+
+
+def _equal(one: Features, other: Features, *names: str) -> bool:
+  """Whether fields, and hashes of these names, are the same."""
+  return all(
+    _as_json(one).get(name) == _as_json(other).get(name)
+    and one.hashes.get(name) == other.hashes.get(name)
+    for name in names
+  )
+
+
 class _Encode:
   """The records of a shard of pictures, by its number."""
 
@@ -368,8 +546,9 @@ class _Encode:
     autoencoder: KLAutoencoder,
     encoder: T5TextEncoder,
     num_devices: int,
+    previous: _Previous,
   ):
-    self._pictures, self._settings = pictures, settings
+    self._pictures, self._settings, self._previous = pictures, settings, previous
     self._autoencoder, self._encoder = autoencoder, encoder
     fitting = _PIXELS_AT_ONCE // pictures.resolution**2
     each = min(max(1, fitting), _IMAGES_AT_ONCE)
@@ -405,8 +584,9 @@ class _Encode:
         yield Refusal(id=picture.id, reason="has no caption that fits")
     if not kept:
       return
-    moments = self._moments(np.stack([image for _, image in kept]))
-    embeddings = self._embeddings(captions)
+    before = [self._previous.record(picture.id) for picture, _ in kept]
+    moments = self._moments([image for _, image in kept], before)
+    embeddings = self._embeddings(captions, before)
     for i, (picture, _) in enumerate(kept):
       texts, kinds, lengths = zip(*captions[i], strict=True)
       yield Record(
@@ -422,35 +602,47 @@ class _Encode:
       )
 
   def _moments(
-    self, images: Float32[np.ndarray, "b H W 3"]
-  ) -> Float16[np.ndarray, "b h w m"]:
+    self,
+    images: Sequence[Float32[np.ndarray, "H W 3"]],
+    before: Sequence[Record | None],
+  ) -> list[Float16[np.ndarray, "h w m"]]:
     """Mean and log-variance; computed in float32, in batches of one shape."""
-    moments = []
-    for start in range(0, len(images), self._batch):
-      batch = images[start : start + self._batch]
+    moments = [self._previous.moments(record) for record in before]
+    asked = [i for i, there in enumerate(moments) if there is None]
+    for start in range(0, len(asked), self._batch):
+      numbers = asked[start : start + self._batch]
+      batch = np.stack([images[i] for i in numbers])
       missing = self._batch - len(batch)
       filled = np.concatenate([batch, batch[:1].repeat(missing, axis=0)])
-      both = np.concatenate(self._autoencoder.moments(filled), axis=-1)[: len(batch)]
+      both = np.concatenate(self._autoencoder.moments(filled), axis=-1)
       with np.errstate(over="ignore"):  # infinity is found where records are checked
-        moments.append(both.astype(np.float16))
-    return np.concatenate(moments)
+        for i, row in zip(numbers, both.astype(np.float16), strict=False):
+          moments[i] = row
+    return [row for row in moments if row is not None]
 
   def _embeddings(
-    self, captions: Sequence[Sequence[Caption]]
+    self, captions: Sequence[Sequence[Caption]], before: Sequence[Record | None]
   ) -> list[Float16[np.ndarray, "n e"]] | list[None]:
     """Of the tokens of each picture's captions, one caption after the other."""
     if self._settings.captions == "text":
       return [None] * len(captions)
-    texts = [text for caption in captions for text, _, _ in caption]
-    embeddings, mask = self._encoder.encode(texts, self._settings.caption_length)
-    rows = iter(zip(embeddings, mask, strict=True))
-    with np.errstate(over="ignore"):
-      return [
-        np.concatenate(
-          [row[valid] for row, valid in itertools.islice(rows, len(own))]
-        ).astype(np.float16)
-        for own in captions
-      ]
+    known = [self._previous.embeddings(record) for record in before]
+    asked = [
+      (i, text)
+      for i, own in enumerate(captions)
+      for text, _, _ in own
+      if text not in known[i]
+    ]
+    if asked:
+      texts = [text for _, text in asked]
+      embeddings, mask = self._encoder.encode(texts, self._settings.caption_length)
+      with np.errstate(over="ignore"):
+        for (i, text), row, valid in zip(asked, embeddings, mask, strict=True):
+          known[i][text] = row[valid].astype(np.float16)
+    return [
+      np.concatenate([known[i][text] for text, _, _ in own])
+      for i, own in enumerate(captions)
+    ]
 
 
 def _fitting(

@@ -29,7 +29,9 @@ from pixsigma_jax.data.records import Features, Record
 from pixsigma_jax.data.writing import begin_dataset
 from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.models.vae import LOG_VARIANCE_RANGE
+from pixsigma_jax.prepare import contents
 from pixsigma_jax.prepare import features as preparing
+from pixsigma_jax.prepare.contents import Contents
 from pixsigma_jax.prepare.pictures import Refusal
 
 # The reference leaves out what is higher; nothing hinders it to be as wide as it likes.
@@ -109,7 +111,8 @@ def prepare_official(
     hashes={"crop_rule": identity_hash(crop_rule)},
   )
   num_shards = -(-len(entries) // images_per_shard)
-  if preparing.is_finished(directory, features, num_shards):
+  made_of = Contents(contents.images(map(_made_of, entries)))
+  if preparing.is_finished(directory, features, num_shards, made_of, can_update=False):
     return False
   stems = collections.Counter(
     pathlib.PurePosixPath(entry["path"]).stem
@@ -117,13 +120,18 @@ def prepare_official(
     if isinstance(entry, dict) and isinstance(entry.get("path"), str)
   )
   unfinished = begin_dataset(directory, features, embedding, num_shards)
+  made_of.write(directory)
 
   def make(shard: int) -> Iterator[Record | Refusal]:
     first = shard * images_per_shard
     for number, entry in enumerate(entries[first : first + images_per_shard], first):
       yield from _record(number, entry, layout, stems, features)
 
-  preparing.write_shards(unfinished, make, process_index, process_count)
+  sizes = [
+    len(entries[first : first + images_per_shard])
+    for first in range(0, len(entries), images_per_shard)
+  ]
+  preparing.write_shards(unfinished, make, process_index, process_count, sizes)
   preparing.finish_with_report(unfinished, [])
   return True
 
@@ -185,6 +193,19 @@ def _entries(path: pathlib.Path) -> list[Any]:
   if not isinstance(entries, list) or not entries:
     raise ValueError(f"{path} is no list of images.")
   return entries
+
+
+def _made_of(entry: Any) -> dict[str, Any]:
+  """What a record is made of, as far as the list says it."""
+  fields = entry if isinstance(entry, dict) else {}
+  image = [fields.get(name) for name in ("path", "height", "width")]
+  return {
+    # A table holds no half of a surrogate pair, which JSON may.
+    "id": str(fields.get("path")).encode(errors="backslashreplace").decode(),
+    "image": contents.digest(image),
+    "captions": [fields.get(name) for name in _CAPTIONS],
+    "score": None,
+  }
 
 
 def _record(

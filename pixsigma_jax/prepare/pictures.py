@@ -3,6 +3,7 @@
 A directory of pictures:
 
   plan.json, plan.npy            which rows of the index go into which shard, and how
+  contents.parquet               what is in these rows, so that changes are found
   refused.jsonl                  images that go into none, each with its reason
   pictures-00000.array_record …  one `tf.train.Example` a picture
   pictures-00000.json …          sizes of a shard's pictures, and what was left out;
@@ -19,9 +20,11 @@ import io
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from absl import logging
 from array_record.python import (
   array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (compiled)
 )
@@ -33,12 +36,19 @@ from pixsigma_jax.convert import files
 from pixsigma_jax.data import ingest, sources, wire
 from pixsigma_jax.data.crops import CropRule
 from pixsigma_jax.data.image_bytes import open_image
-from pixsigma_jax.data.index import Index, open_index
+from pixsigma_jax.data.index import COMMANDS, Index, open_index
+from pixsigma_jax.prepare import contents
+from pixsigma_jax.prepare.contents import CONTENTS, Contents
 
 _FORMAT = 1
 _PLAN, _ROWS, _REFUSED = "plan.json", "plan.npy", "refused.jsonl"
+# How the pixels of an image's file are understood; earlier versions heeded no profile.
+_COLORS = "sRGB"
 # Columns of the index that decide what becomes of an image.
-_PLANNED_BY = ("id", "error", "height", "width", "captions", "kept", "reason")
+_PLANNED_BY = (
+  *("id", "error", "sha256", "height", "width", "captions", "aesthetic", "kept"),
+  "reason",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)  # arrays: no one bool
@@ -106,6 +116,10 @@ class Pictures:
   num_shards: int
   num_planned: int
   refused: dict[str, int]
+
+  def contents(self) -> Contents | None:
+    """What they are made of; None if a version planned them that did not note it."""
+    return contents.read(self.directory)
 
   def missing(self) -> list[int]:
     """Numbers of the shards that are not complete."""
@@ -189,6 +203,7 @@ def prepare_pictures(
   allow_upscaling: bool,
   images_per_shard: int,
   beam_options: Sequence[str],
+  update: bool = False,
 ) -> Pictures:
   """Crops the kept images of an index into shards of pictures, those that are missing.
 
@@ -204,14 +219,17 @@ def prepare_pictures(
       reference does without a word, instead of refused.
     images_per_shard: of each but the last; undecodable ones among them are left out.
     beam_options: see `data.ingest`.
+    update: if the directory was begun with other arguments or contents, whether it is
+      made anew, from what has changed and the pictures there of what has not.
 
   Returns:
     the pictures, all of them there.
 
   Raises:
-    FileExistsError: the directory was begun with other arguments or another index.
+    FileExistsError: the directory was begun with other arguments or contents.
     FileNotFoundError: there is no index, or none of a shard's images is where it was.
-    ValueError: no image is left, or an argument is out of its range.
+    ValueError: no image is left, a step of the index is unfinished, or an argument is
+      out of its range.
     OSError: something cannot be read or written.
   """
   if images_per_shard < 1:
@@ -219,55 +237,145 @@ def prepare_pictures(
   directory = pathlib.Path(directory)
   index = open_index(index_directory)
   steps = _steps(index)
-  rows, refusals = _planned(index, steps, rule, allow_upscaling)
-  if not len(rows):
-    reasons = count_reasons(refusals).get("image", {"is there": 0})
+  plan = _planned(index, steps, rule, allow_upscaling)
+  if not len(plan.rows):
+    reasons = count_reasons(plan.refusals).get("image", {"is there": 0})
     raise ValueError(
       f"No image of {index_directory} can be used: "
       f"{', '.join(f'{count} {reason}' for reason, count in reasons.items())}."
     )
   arguments = {
     "source": index.source,
-    "steps": steps,
     "resolution": resolution,
     "crop_rule": rule.identity,
+    "colors": _COLORS,
     "allow_upscaling": allow_upscaling,
     "images_per_shard": images_per_shard,
-    "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
   }
-  _store_plan(directory, arguments, rows, refusals, images_per_shard)
+  # Of plans without contents, all that there is to compare.
+  digest = hashlib.sha256(plan.rows.tobytes()).hexdigest()
+  earlier = {**arguments, "steps": steps, "rows": digest}
+  del earlier["colors"]
+  if lines := _differences(directory, arguments, earlier, plan.contents):
+    if not update:
+      raise FileExistsError(
+        f"{directory} was begun with other arguments, or the index has changed (then → "
+        f"now): {_shortened('; '.join(lines))}. Give --update to make anew what has "
+        "changed, the same arguments to go on, or choose another --pictures."
+      )
+    logging.info("Updating %s: %s.", directory, _shortened("; ".join(lines)))
+    contents.set_aside(directory, is_complete=not open_pictures(directory).missing())
+  _store_plan(directory, arguments, plan, images_per_shard)
   pictures = open_pictures(directory)
   missing = pictures.missing()
   if missing:
     write = functools.partial(
       write_shard, index_directory, str(directory), rule, images_per_shard
     )
-    ingest.run_parts(write, missing, what="Pictures", beam_options=beam_options)
+    each = images_per_shard
+    ingest.run_parts(
+      write,
+      missing,
+      what="Pictures",
+      beam_options=beam_options,
+      by_image=True,
+      images=sum(min(each, len(plan.rows) - shard * each) for shard in missing),
+    )
+  if not pictures.missing():
+    contents.drop_previous(directory)
   return pictures
 
 
 def _steps(index: Index) -> list[str]:
-  """The steps of curation that there are, of those that count here."""
-  return ["scan", *(s for s in ("captions", "scores", "kept") if index.has(s))]
+  """The steps of curation that there are, of those that count here.
+
+  Raises:
+    ValueError: one of them is unfinished: without it, others' work would be lost.
+  """
+  steps = ["scan"]
+  for step in ("captions", "scores", "kept"):
+    missing = index.missing(step)
+    if not missing:
+      steps.append(step)
+    elif len(missing) < index.num_parts:
+      raise ValueError(
+        f"`curate {COMMANDS[step]}` is unfinished: {len(missing)} of "
+        f"{index.num_parts} parts are missing in {index.directory}/{step}, the first "
+        f"is {missing[0]}. Run it again, or delete {index.directory}/{step} to do "
+        "without."
+      )
+  return steps
+
+
+class _Plan(NamedTuple):
+  """Which images become pictures, in order, and the others' reasons."""
+
+  rows: Int32[np.ndarray, "n 2"]  # part of the index, and row in it
+  contents: Contents
+  refusals: list[Refusal]
 
 
 def _planned(
   index: Index, steps: Sequence[str], rule: CropRule, allow_upscaling: bool
-) -> tuple[Int32[np.ndarray, "n 2"], list[Refusal]]:
-  """Part and row of each image that becomes a picture, and the others' reasons."""
-  rows, refusals = [], []
+) -> _Plan:
+  rows, refusals, tables = [], [], []
   for part in range(index.num_parts):
     table = index.read(part, *steps, columns=_PLANNED_BY)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     kept = columns.get("kept", [True] * table.num_rows)
+    made_of = []
     for row in range(table.num_rows):
       about = {name: values[row] for name, values in columns.items()}
       refusal = _refusal({**about, "kept": kept[row]}, rule, allow_upscaling)
       if refusal is None:
         rows.append((part, row))
+        captions = [[caption["text"], caption["kind"]] for caption in about["captions"]]
+        made_of.append(
+          {
+            "id": about["id"],
+            "image": (about["sha256"] or "")[:16],
+            "captions": captions,
+            "score": about.get("aesthetic"),
+          }
+        )
       else:
         refusals.append(refusal)
-  return np.array(rows, np.int32).reshape(-1, 2), refusals
+    tables.append(contents.images(made_of))
+  return _Plan(
+    np.array(rows, np.int32).reshape(-1, 2),
+    Contents(pa.concat_tables(tables).combine_chunks()),
+    refusals,
+  )
+
+
+def _differences(
+  directory: pathlib.Path,
+  arguments: dict[str, Any],
+  earlier: dict[str, Any],
+  now: Contents,
+) -> list[str]:
+  """In what the plan that is there differs from the one that is asked for.
+
+  Args:
+    earlier: the arguments as versions wrote them that noted no contents.
+  """
+  if not (directory / _PLAN).exists():
+    return []
+  have = files.read_json(directory / _PLAN).get("arguments")
+  before = contents.read(directory)
+  if before is None:
+    lines = metadata.disagreements(have, json.loads(json.dumps(earlier)))
+    if lines or open_pictures(directory).missing():
+      return lines or ["colors: None, by an earlier version → 'sRGB'"]
+    logging.warning(
+      "%s is of an earlier version, which noted no captions and heeded no color "
+      "profiles: whether the images are still the same cannot be told. Delete it to "
+      "make it anew.",
+      directory,
+    )
+    return []
+  lines = metadata.disagreements(have, json.loads(json.dumps(arguments)))
+  return lines + before.differences(now)
 
 
 def _refusal(
@@ -294,47 +402,42 @@ def _refusal(
 def _store_plan(
   directory: pathlib.Path,
   arguments: dict[str, Any],
-  rows: np.ndarray,
-  refusals: Sequence[Refusal],
+  plan: _Plan,
   images_per_shard: int,
 ) -> None:
-  """Writes the plan, or compares it with the one that is there."""
-  path = directory / _PLAN
-  arguments = json.loads(json.dumps(arguments))  # as it will be read
-  if path.exists():
-    lines = metadata.disagreements(files.read_json(path).get("arguments"), arguments)
-    if lines:
-      raise FileExistsError(
-        f"{directory} was begun with other arguments, or the index has changed (then → "
-        f"now): {_shortened('; '.join(lines))}. Give the same ones to go on, or choose "
-        "another --pictures."
-      )
-    return
+  """Writes the plan; over one of the same contents, where it stands elsewhere now."""
   directory.mkdir(parents=True, exist_ok=True)
-  for name in disk.whole_files(directory):
-    if name not in (_ROWS, _REFUSED):  # left behind by a run that died
-      raise FileExistsError(
-        f"{directory} holds {name}, which is no part of a plan. Choose a new or an "
-        "empty directory with --pictures."
-      )
-
-  def save_rows(partial: pathlib.Path) -> None:
-    with open(partial, "wb") as file:
-      np.save(file, rows)
-
-  lines = [json.dumps(dataclasses.asdict(refusal)) + "\n" for refusal in refusals]
-  disk.write_whole(directory / _ROWS, save_rows)
-  disk.write_whole(
-    directory / _REFUSED, lambda partial: partial.write_text("".join(lines))
-  )
-  plan = {
+  disk.remove_abandoned(directory)
+  is_new = not (directory / _PLAN).exists()
+  if is_new:
+    for name in disk.whole_files(directory):
+      if name not in (_ROWS, _REFUSED, CONTENTS):  # left behind by a run that died
+        raise FileExistsError(
+          f"{directory} holds {name}, which is no part of a plan. Choose a new or an "
+          "empty directory with --pictures."
+        )
+      (directory / name).unlink()
+  elif not (directory / CONTENTS).exists():  # of an earlier version, and finished
+    return
+  lines = [json.dumps(dataclasses.asdict(refusal)) + "\n" for refusal in plan.refusals]
+  rows = io.BytesIO()
+  np.save(rows, plan.rows)
+  content = {
     "format": _FORMAT,
     "arguments": arguments,
-    "num_shards": -(-len(rows) // images_per_shard),
-    "num_planned": len(rows),
-    "refused": count_reasons(refusals).get("image", {}),
+    "num_shards": -(-len(plan.rows) // images_per_shard),
+    "num_planned": len(plan.rows),
+    "refused": count_reasons(plan.refusals).get("image", {}),
   }
-  files.write_json(path, plan)
+  plan.contents.write(directory)
+  for name, data in (
+    (_ROWS, rows.getvalue()),
+    (_REFUSED, "".join(lines).encode()),
+    (_PLAN, json.dumps(content, indent=2).encode()),
+  ):
+    path = directory / name
+    if not path.exists() or path.read_bytes() != data:
+      disk.write_whole(path, lambda partial, data=data: partial.write_bytes(data))
 
 
 def _shortened(text: str) -> str:
@@ -358,6 +461,7 @@ def write_shard(
   index, pictures = open_index(index_directory), open_pictures(directory)
   rows = np.load(pictures.directory / _ROWS, mmap_mode="r")
   rows = rows[number * images_per_shard : (number + 1) * images_per_shard]
+  previous = _previous(str(directory))
   about: dict[str, list[Any]] = {"ids": [], "sizes": []}
   refusals: list[Refusal] = []
 
@@ -368,7 +472,8 @@ def write_shard(
     )
     try:
       for row in _rows(index, _steps(index), rows):
-        made = _picture(index.source, row, rule)
+        made = previous.picture(row) or _picture(index.source, row, rule)
+        ingest.count()
         if isinstance(made, Refusal):
           refusals.append(made)
           continue
@@ -403,30 +508,90 @@ def _rows(index: Index, steps: Sequence[str], rows: np.ndarray) -> Iterator[dict
     yield from table.to_pylist()
 
 
+class _Previous:
+  """The pictures of before an update, of images that have not changed."""
+
+  def __init__(self, directory: pathlib.Path):
+    self._places: dict[str, tuple[int, int]] = {}
+    there = contents.previous_of(directory)
+    if not (there / _PLAN).exists():
+      return
+    now, self._pictures = open_pictures(directory), open_pictures(there)
+    before, after = self._pictures.contents(), now.contents()
+    same = ("crop_rule", "colors")
+    plans = [files.read_json(d / _PLAN)["arguments"] for d in (there, directory)]
+    if (
+      before is None
+      or after is None
+      or any(plans[0].get(name) != plans[1].get(name) for name in same)
+    ):
+      return
+    unchanged = before.unchanged_images(after)
+    for shard in set(range(self._pictures.num_shards)) - {*self._pictures.missing()}:
+      for position, id in enumerate(self._pictures.ids(shard)):
+        if id in unchanged:
+          self._places[id] = shard, position
+
+  def picture(self, row: dict[str, Any]) -> tuple[Picture, tuple[int, int]] | None:
+    """A row's picture with its size; None if it has to be made."""
+    place = self._places.get(row["id"])
+    if place is None:
+      return None
+    [picture] = self._pictures.read(place[0], [place[1]])
+    size = self._pictures.sizes(place[0])[place[1]]
+    return dataclasses.replace(picture, **_from_index(row)), size
+
+
+@functools.lru_cache(maxsize=1)
+def _looked_up(directory: str, *_: int) -> _Previous:
+  return _Previous(pathlib.Path(directory))
+
+
+def _previous(directory: str) -> _Previous:
+  """What an update of a directory may take over, looked up once an update."""
+  now = pathlib.Path(directory)
+  plans = [folder / _PLAN for folder in (now, contents.previous_of(now))]
+  return _looked_up(
+    directory, *(plan.stat().st_mtime_ns if plan.exists() else 0 for plan in plans)
+  )
+
+
+def _from_index(row: dict[str, Any]) -> dict[str, Any]:
+  """What a picture has of the index, besides its image."""
+  score = row.get("aesthetic")
+  return {
+    "aesthetic_score": float("nan") if score is None else score,
+    "captions": tuple((c["text"], c["kind"]) for c in row["captions"]),
+  }
+
+
 def _picture(
   source: str, row: dict[str, Any], rule: CropRule
 ) -> tuple[Picture, tuple[int, int]] | Refusal:
   """A row's image as a picture with its size, or why not."""
+  changed = "has changed since the scan"
   try:
-    image = open_image(sources.read_bytes(source, row["location"]))
+    data = sources.read_bytes(source, row["location"])
+    image = open_image(data)
   except FileNotFoundError as error:
     return Refusal(id=row["id"], reason="is gone", detail=str(error))
   except ValueError as error:
     return Refusal(id=row["id"], reason="cannot be decoded", detail=str(error))
   if (image.height, image.width) != (row["height"], row["width"]):
     detail = f"{row['height']}x{row['width']} → {image.height}x{image.width}"
-    return Refusal(id=row["id"], reason="has changed since the scan", detail=detail)
+    return Refusal(id=row["id"], reason=changed, detail=detail)
+  if row["sha256"] not in (None, hashlib.sha256(data).hexdigest()):
+    detail = f"{row['bytes']} → {len(data)} bytes, of other content"
+    return Refusal(id=row["id"], reason=changed, detail=detail)
   crop = rule.plan(image.height, image.width)
   png = io.BytesIO()
   rule.apply(image).save(png, "png", compress_level=1)
-  score = row.get("aesthetic")
   picture = Picture(
     id=row["id"],
     png=png.getvalue(),
     original_size=np.array([image.height, image.width], np.int32),
     crop=crop.box,
-    aesthetic_score=float("nan") if score is None else score,
-    captions=tuple((caption["text"], caption["kind"]) for caption in row["captions"]),
+    **_from_index(row),
   )
   return picture, (crop.bucket.height, crop.bucket.width)
 

@@ -230,3 +230,46 @@ def test_rules_about_scores_need_scores(tmp_path):
 def test_rules_without_a_meaning_are_refused(rules, message):
   with pytest.raises(ValueError, match=message):
     Rules(**rules)
+
+
+ORIGINAL = {"height": 200, "width": 400, "captions": []}
+COPY = {"duplicate_of": "0/0", "score": None}
+
+
+@pytest.mark.parametrize("rules", [{}, {"min_aesthetic": 5.0}, {"keep_quantile": 1.0}])
+def test_a_captioned_copy_stands_in_for_an_original_without_captions(tmp_path, rules):
+  other = {"height": 110, "duplicate_of": "0/0", "score": None}
+  images = [ORIGINAL, COPY, {}, {**other, "captions": []}, other, COPY]
+  index = make_index(tmp_path, images)
+  found = reasons(index, need_caption="any", **rules)
+  # Of three copies with captions the largest, in another part, with the original's
+  # score; the others are its duplicates.
+  assert found == ["no caption", "duplicate", None, "duplicate", None, "duplicate"]
+  assert reasons(index, **rules)[:2] == [None, "duplicate"]  # where it passes itself
+
+
+def test_a_copy_does_not_stand_in_where_it_passes_no_more_than_the_original(tmp_path):
+  index = make_index(tmp_path, [ORIGINAL, {**COPY, "captions": []}])
+  assert reasons(index, need_caption="any") == ["no caption", "duplicate"]
+  low = {**ORIGINAL, "captions": [("a", "short")], "score": 1.0}
+  index = make_index(tmp_path / "low", [low, COPY])
+  assert reasons(index, min_aesthetic=2.0) == ["aesthetic", "duplicate"]
+
+
+def test_likeness_of_a_copys_copy_is_of_one_group(tmp_path):
+  images = [ORIGINAL, {**COPY, "captions": []}, {**COPY, "duplicate_of": "0/1"}]
+  assert reasons(make_index(tmp_path, images), need_caption="any") == [
+    *("no caption", "duplicate", None)
+  ]
+
+
+def test_what_an_earlier_version_filtered_is_filtered_anew(tmp_path):
+  index = make_index(tmp_path, [ORIGINAL, COPY])
+  reasons(index, need_caption="any")
+  before = index.settings("kept")
+  del before["of_duplicates"]
+  index.note("kept", before)
+  for part in range(index.num_parts):
+    lost = {"kept": [False] * 2, "reason": ["no caption", "duplicate"]}
+    index.write("kept", part, pa.table(lost))
+  assert reasons(index, need_caption="any") == ["no caption", None]

@@ -91,7 +91,10 @@ def test_a_part_has_a_row_for_every_image(index):
 
 def test_parts_of_different_scans_do_not_pass_for_one(index):
   index.write("scores", 0, scores(1, 2, 3))
+  path = pathlib.Path(index.directory, "scores", "00000.parquet")
+  copy = path.read_bytes()
   index.write("scan", 0, rows(4))
+  path.write_bytes(copy)  # put back, or by an earlier version
   with pytest.raises(ValueError, match=r"has \[3, 4\] rows in its steps scan, scores"):
     index.read(0, "scan", "scores")
 
@@ -184,3 +187,50 @@ def test_an_index_may_lie_where_only_fsspec_reaches():
 def test_parts_are_parquet_that_anyone_reads(index):
   data = pathlib.Path(index.directory, "scan", "00000.parquet").read_bytes()
   assert pq.read_table(io.BytesIO(data)).schema.equals(SCHEMAS["scan"])
+
+
+def filled(index):
+  """Every step of two parts, of three images and one."""
+  for part, count in enumerate([3, 1]):
+    index.write("scan", part, rows(count))
+    index.write("duplicates", part, pa.table({"duplicate_of": pa.nulls(count)}))
+    index.write("scores", part, scores(*range(count)))
+    index.write("captions", part, pa.table({"captions": [[]] * count}))
+    kept = {"kept": [True] * count, "reason": pa.nulls(count)}
+    index.write("kept", part, pa.table(kept))
+  return index
+
+
+def test_a_part_that_is_scanned_anew_and_the_same_keeps_its_steps(index):
+  filled(index).write("scan", 1, rows(1))
+  steps = ("duplicates", "scores", "captions", "kept")
+  assert [index.missing(step) for step in steps] == [[]] * 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_steps_of_a_part_that_has_changed_are_to_be_done_again(index, caplog, count):
+  filled(index).write("scan", 1, rows(count, sha256=["other"] * count))
+  # What hangs together over all parts is done again for all.
+  assert [index.missing(step) for step in ("duplicates", "kept")] == [[0, 1]] * 2
+  assert [index.missing(step) for step in ("scores", "captions")] == [[1]] * 2
+  assert "`curate score` is to be run again, for this part" in caplog.text
+  index.write("scores", 1, scores(*range(count)))
+  assert len(index.read(1, "scan", "scores")) == count
+
+
+def test_an_index_of_an_earlier_version_is_read(index):
+  """Without a column for color profiles, and without a word on which scan it is of."""
+  filled(index)
+  for step in ("scan", "scores"):
+    path = pathlib.Path(index.directory, step, "00000.parquet")
+    columns = [name for name in SCHEMAS[step].names if name != "profile"]
+    old = pq.read_table(io.BytesIO(path.read_bytes()), columns=columns)
+    pq.write_table(old.replace_schema_metadata(None), path)
+  table = index.read(0, "scan", "scores")
+  assert table["profile"].to_pylist() == [None] * 3
+  assert table.column_names == [*SCHEMAS["scan"].names, "aesthetic"]
+  assert index.read(0, columns=["profile"])["profile"].to_pylist() == [None] * 3
+  index.write("scan", 0, rows(3, sha256=["other"] * 3))
+  assert index.missing("scores") == []  # of which scan it was nobody knows
+  index.write("scan", 0, rows(2))
+  assert index.missing("scores") == [0]

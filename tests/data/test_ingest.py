@@ -66,6 +66,30 @@ def test_progress_is_what_has_finished(tmp_path, caplog):
   assert "Touching: 3 of 3" in caplog.text
 
 
+def count(folder, part):
+  for _ in range(part):
+    ingest.count()
+  ingest.count(2)
+  touch(folder, part)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["so many", "nobody knows"])
+@pytest.mark.parametrize("several", [False, True], ids=["here", "in processes"])
+def test_progress_may_be_by_the_image(tmp_path, caplog, known, several):
+  caplog.set_level("INFO", logger="absl")
+  options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+  ingest.run_parts(
+    functools.partial(count, str(tmp_path)),
+    [3, 4],
+    what="Images",
+    beam_options=options if several else HERE,
+    by_image=True,
+    images=11 if known else None,
+  )
+  assert f"Images: 11{' of 11' if known else ''}\n" in caplog.text
+  ingest.count()  # nobody looks
+
+
 def test_without_beam_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(ValueError, match=r'pip install "pixsigma-jax\[curate\]"'):

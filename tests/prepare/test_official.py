@@ -307,6 +307,11 @@ def test_stopped_and_restarted_it_writes_the_same(data, monkeypatch):
   assert world.files_of(whole) == before
   with pytest.raises(FileExistsError, match="shards: 4 → 3"):
     data.prepare(images_per_shard=3)
+  data.entries[4]["prompt"] = "corrected"
+  with pytest.raises(
+    FileExistsError, match=r"1 image with other captions \(4\.png\)\. Choose another"
+  ):
+    data.prepare()
 
 
 def test_the_null_caption_is_read_from_every_format(tmp_path):

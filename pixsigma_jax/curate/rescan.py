@@ -1,0 +1,137 @@
+"""A second index of the same images: what has changed, and what need not be redone."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pixsigma_jax.curate import captions
+from pixsigma_jax.data import sources
+from pixsigma_jax.data.index import Index, open_index
+
+_NAMED = 5  # images of each kind of change
+
+
+class _Before(NamedTuple):
+  """What an earlier index knew of an image."""
+
+  sha256: str | None
+  captions: list[tuple[str, str]]  # of its scan
+  more: list[tuple[str, str]]  # of `curate caption`
+  score: float | None
+
+
+class Earlier(NamedTuple):
+  """An earlier index by image."""
+
+  images: dict[str, _Before]
+  suppliers: list[str]  # whose captions all of it has
+  has_scores: bool
+  settings: Any  # of its scores
+
+
+def earlier(directory: str, new: str) -> Earlier:
+  """What an index knows, to compare another with.
+
+  Raises:
+    FileNotFoundError: there is no such index.
+    ValueError: it is the new one itself, or its scan is unfinished.
+  """
+  index = open_index(directory)
+  if index.directory == sources.absolute(new):
+    raise ValueError(
+      f"--previous={directory} is the index that is to be written: give the new one a "
+      "directory of its own."
+    )
+  images: dict[str, _Before] = {}
+  has_scores, has_captions = index.has("scores"), index.has("captions")
+  for part in range(index.num_parts):
+    columns = ["id", "sha256", "captions"]
+    rows = index.read(part, "scan", columns=columns).to_pylist()
+    scores = _column(index, part, "scores", "aesthetic") if has_scores else None
+    merged = _column(index, part, "captions", "captions") if has_captions else None
+    for number, row in enumerate(rows):
+      own = _pairs(row["captions"])
+      texts = {text for text, _ in own}
+      every = own if merged is None else _pairs(merged[number])
+      more = [caption for caption in every if caption[0] not in texts]
+      score = None if scores is None else scores[number]
+      images[row["id"]] = _Before(row["sha256"], own, more, score)
+  suppliers = captions._suppliers_of_all(index) if has_captions else []
+  return Earlier(images, suppliers, has_scores, index.settings("scores"))
+
+
+def _column(index: Index, part: int, step: str, name: str) -> list[Any]:
+  return index.read(part, step)[name].to_pylist()
+
+
+def _pairs(captions_: list[dict[str, str]] | None) -> list[tuple[str, str]]:
+  return [(caption["text"], caption["kind"]) for caption in captions_ or ()]
+
+
+def changes(before: Earlier, index: Index) -> dict[str, Any]:
+  """How many images were added, changed and removed, and which come first."""
+  found: dict[str, list[str]] = {
+    "added": [],
+    "with_other_pixels": [],
+    "with_other_captions": [],
+  }
+  left = dict.fromkeys(before.images)
+  for row in _rows(index):
+    id = row["id"]
+    left.pop(id, None)
+    was = before.images.get(id)
+    if was is None:
+      found["added"].append(id)
+      continue
+    if was.sha256 != row["sha256"]:
+      found["with_other_pixels"].append(id)
+    if was.captions != _pairs(row["captions"]):
+      found["with_other_captions"].append(id)
+  found["removed"] = list(left)
+  return {
+    name: {"images": len(ids), "first": ids[:_NAMED]} for name, ids in found.items()
+  }
+
+
+def _rows(index: Index) -> Iterator[dict[str, Any]]:
+  for part in range(index.num_parts):
+    columns = ["id", "sha256", "captions"]
+    yield from index.read(part, "scan", columns=columns).to_pylist()
+
+
+def take_over(before: Earlier, index: Index) -> None:
+  """Writes scores and captions of images whose files are the same, where none are.
+
+  Captions of `curate caption` are added to those that lie beside the images now.
+  A part with an image that is new or has changed is left to `score` for its scores;
+  of its captions, those of the others are kept, and whoever supplied them is asked
+  again by the same command.
+  """
+  for part in range(index.num_parts):
+    rows = index.read(part, "scan", columns=["id", "sha256", "error"]).to_pylist()
+    known = [
+      was if was is not None and was.sha256 == row["sha256"] else None
+      for row, was in ((row, before.images.get(row["id"])) for row in rows)
+    ]
+    fine = all(
+      was is not None or row["error"] is not None
+      for row, was in zip(rows, known, strict=True)
+    )
+    same_scorer = index.settings("scores") in (None, before.settings)
+    takes_scores = before.has_scores and same_scorer and fine
+    if takes_scores and part in index.missing("scores"):
+      index.note("scores", before.settings)
+      scores = [None if was is None else was.score for was in known]
+      index.write(
+        "scores", part, pa.table({"aesthetic": pa.array(scores, pa.float32())})
+      )
+    if before.suppliers and part in index.missing("captions"):
+      more = [[] if was is None else was.more for was in known]
+      captions.add_captions(index, part, before.suppliers if fine else [], more)
+  if before.suppliers and index.has("captions"):
+    everywhere = all(
+      set(before.suppliers) <= set(captions._suppliers(index, part))
+      for part in range(index.num_parts)
+    )
+    index.note("captions", {"from": before.suppliers if everywhere else []})
