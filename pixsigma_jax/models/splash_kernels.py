@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Float32
 # How kernels are called in a compiled program, where `plan` counts them.
 NAME = "attention"
 
-TILE_ROWS = 16  # of bfloat16; twice those of float32
+TILE_ROWS = 16  # of bfloat16; twice those of float32, see `tile_rows`
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below every score
 HIDDEN = -1e9  # or less: what is added to the score of a hidden key
 WIDEST = 128  # head of which `_BLOCKS` has room for blocks
@@ -68,6 +68,11 @@ def room(queries: int, width: int) -> int:
   Its dq in float32; and blocks, as many as there are.
   """
   return queries * padded(width, TILE_ROWS) * 4 + _BLOCKS
+
+
+def tile_rows(itemsize: int) -> int:
+  """Rows to which a TPU fills arrays whose numbers have so many bytes."""
+  return TILE_ROWS * 2 // itemsize
 
 
 _BLOCKS = 24 * 2**20  # and of the forward pass, with what a compiler adds

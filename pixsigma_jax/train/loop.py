@@ -171,7 +171,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   index, parts = sharding.batch_part(mesh, jax.process_index())
   part = {"process_index": index, "process_count": parts}
   batches = Batches(mixture, config, model, mesh, captions, **part)
-  arithmetic = Arithmetic(model)
+  arithmetic = Arithmetic(model, compute.dtype)
 
   def next_batch() -> tuple[dict[str, Any], float]:
     local = batches.next_local()
