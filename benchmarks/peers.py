@@ -105,7 +105,8 @@ def _row(case: Case, dtype: str, turns: dict[str, list[Turn]]) -> str:
     return " | ".join([*cells, "–", "–", "–"])
   cells += [f"{medians['ours'] / min(peers):.2f}"]
   chip = find_chip(turns["ours"][0].device)
-  mfu = case.flops / medians["ours"] / chip.flops if chip and case.flops else None
+  peak = chip and chip.peak(dtype)
+  mfu = case.flops / medians["ours"] / peak if peak and case.flops else None
   memory = " / ".join(
     f"{max(turn.memory for turn in turns[side]) / 1e9:.1f}" for side in medians
   )

@@ -56,7 +56,7 @@ def point(stage: Stage) -> Point:
     touched / batch,
     time.seconds,
     time.seconds * machines.count / batch,
-    time.needed / (time.seconds * machines.count * machines.chip.flops),
+    time.needed / (time.seconds * machines.count * machines.chip.peak(stage.dtype)),
   )
 
 

@@ -1,6 +1,6 @@
 """What a step of each kernel of attention takes of a TPU, without a TPU.
 
-  python -m benchmarks.splash_cycles --topology=v5e:2x2
+  python -m benchmarks.splash_cycles --topology=v5e:2x2 --dtype=bfloat16
 
 Compiles attention with its gradient ahead of time, for which the extra `plan` is
 enough, and counts the instructions that libtpu schedules for one step of each kernel's
@@ -25,6 +25,9 @@ from pixsigma_jax.plan import topology
 from pixsigma_jax.plan.kernels import Step, scheduled
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Chips of a TPU slice.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"], "Of queries, keys and values."
+)
 
 HEADS, WIDTH = 4, 72
 # Queries and keys: an even number of blocks, an odd one; and the keys of a caption.
@@ -35,11 +38,13 @@ _KERNEL = re.compile(
 )
 
 
-def steps(queries: int, keys: int, device: Any, dump: pathlib.Path) -> dict[str, Step]:
+def steps(
+  queries: int, keys: int, dtype: Any, device: Any, dump: pathlib.Path
+) -> dict[str, Step]:
   """Of the kernels of attention of so many queries to so many keys."""
   place = jax.sharding.SingleDeviceSharding(device)
 
-  def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+  def array(*shape: int, dtype: Any = dtype) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
   def loss(query, key, value, mask):
@@ -66,14 +71,15 @@ def main(_: list[str]) -> None:
   )
   jax.config.update("jax_platforms", "cpu")
   device = topology.devices(topology.parse(_TOPOLOGY.value))[0]
-  print(f"cycles of a step, {device.device_kind}, JAX {jax.__version__}")
+  dtype = jnp.dtype(_DTYPE.value)
+  print(f"cycles of a step, {device.device_kind}, {dtype}, JAX {jax.__version__}")
   print("kernel | queries x keys | every step | a row beside")
   for queries, keys in LENGTHS:
-    for kernel, step in sorted(steps(queries, keys, device, dump).items()):
+    for kernel, step in sorted(steps(queries, keys, dtype, device, dump).items()):
       sides = {"queries": queries, "keys": keys}
       block = {name: splash.block_size(side) for name, side in sides.items()}
       if name := {"forward": "queries", "fwd": "keys"}.get(kernel):
-        block[name] = splash.at_once(sides[name], itemsize=2)
+        block[name] = splash.at_once(sides[name], dtype.itemsize)
       size = " x ".join(map(str, block.values()))
       print(f"{kernel} | {size} | {step.each} | {step.row}", flush=True)
 

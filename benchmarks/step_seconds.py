@@ -90,7 +90,7 @@ def main(config: dict[str, Any]) -> None:
   plan = make_plan(stage, compiles=False)
   taken = seconds_of(stage, jax.devices(), _STEPS.value)
   low, median, high = statistics.quantiles(taken, n=4)
-  peak = stage.topology.count * stage.topology.chip.flops
+  peak = stage.topology.count * stage.topology.chip.peak(stage.dtype)
   print(
     f"{config['stage']} on {stage.topology}, batch {config['batch_size']}: "
     f"{median:.4g} ± {(high - low) / 2:.2g} s a step, MFU "

@@ -1,7 +1,7 @@
 """What the makers say of their accelerators: arithmetic, memory, and what joins them.
 
-Arithmetic is dense bfloat16. Sources: cloud.google.com/tpu/docs/system-architecture and
-the data sheets of NVIDIA's A100, H100, H200, B200, L4 and T4 (float16 for the last);
+Arithmetic is dense. Sources: cloud.google.com/tpu/docs/system-architecture and the data
+sheets of NVIDIA's A100, H100, H200, B200, L4 and T4 (float16 for the last);
 links between TPUs, and their share of the data center's network, from "How to Scale
 Your Model" (jax-ml.github.io/scaling-book, part 2); what a program may have of a TPU's
 memory, from the message of libtpu 0.0.51 to one that wants more.
@@ -9,13 +9,19 @@ memory, from the message of libtpu 0.0.51 to one that wants more.
 
 import dataclasses
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """One device as JAX shows it: a whole chip, but for TPU v3 and 7x, whose chip is two.
 
   Attributes:
-    flops: peak, per second, counting a multiplication and an addition as two.
+    flops: peak, per second, counting a multiplication and an addition as two; of
+      operands in bfloat16.
+    float32_flops: of operands in float32, at JAX's default precision: a TPU rounds them
+      to bfloat16, a GPU to TF32 where it has it (the T4 has not).
     memory: bytes.
     bandwidth: bytes per second.
     usable: bytes that a program may have; what is left of `memory`.
@@ -28,12 +34,17 @@ class Chip:
   """
 
   flops: float
+  float32_flops: float
   memory: int
   bandwidth: float
   usable: int
   link: float
   network: float
   matrix_unit: int
+
+  def peak(self, dtype: DTypeLike) -> float:
+    """Operations a second of products whose operands have that dtype."""
+    return self.flops if jnp.dtype(dtype).itemsize <= 2 else self.float32_flops
 
 
 _GIB = 2**30
@@ -49,16 +60,23 @@ def _tpu(
   matrix_unit: int,
 ) -> Chip:
   gib = memory * _GIB, int(usable * _GIB)
-  return Chip(flops, gib[0], bandwidth, gib[1], link, network, matrix_unit)
+  return Chip(flops, flops, gib[0], bandwidth, gib[1], link, network, matrix_unit)
 
 
 def _gpu(
-  flops: float, memory: int, bandwidth: float, link: float, network: float
+  flops: float,
+  memory: int,
+  bandwidth: float,
+  link: float,
+  network: float,
+  float32_flops: float | None = None,  # in TF32 if it is None, half of bfloat16's
 ) -> Chip:
   # JAX takes nine tenths for itself unless XLA_PYTHON_CLIENT_MEM_FRACTION says else.
   # Tensor cores multiply pieces of 16.
   size = memory * _GIB
-  return Chip(flops, size, bandwidth, size * 9 // 10, link, network, 16)
+  float32_flops = flops / 2 if float32_flops is None else float32_flops
+  usable = size * 9 // 10
+  return Chip(flops, float32_flops, size, bandwidth, usable, link, network, 16)
 
 
 # How a device's kind begins → the chip; the longest match counts.
@@ -69,8 +87,8 @@ CHIPS: dict[str, Chip] = {
   "TPU v5": _tpu(459e12, 96, 95.73, 2765e9, 90e9, 6.25e9, 128),
   "TPU v6 lite": _tpu(918e12, 32, 31.24, 1640e9, 90e9, 12.5e9, 256),
   "TPU7x": _tpu(1153e12, 96, 94.74, 3690e9, 90e9, 6.25e9, 256),
-  "NVIDIA T4": _gpu(65e12, 16, 320e9, 16e9, 16e9),
-  "Tesla T4": _gpu(65e12, 16, 320e9, 16e9, 16e9),
+  "NVIDIA T4": _gpu(65e12, 16, 320e9, 16e9, 16e9, 8.1e12),
+  "Tesla T4": _gpu(65e12, 16, 320e9, 16e9, 16e9, 8.1e12),
   "NVIDIA L4": _gpu(121e12, 24, 300e9, 32e9, 32e9),
   "NVIDIA A100-SXM4-40GB": _gpu(312e12, 40, 1555e9, 300e9, 25e9),
   "NVIDIA A100-SXM4-80GB": _gpu(312e12, 80, 2039e9, 300e9, 25e9),

@@ -11,6 +11,7 @@ import tomllib
 from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
@@ -128,6 +129,53 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
   pins.remove("pixsigma-jax[convert,curate,demo,heif,int8,plan]")
   assert [pin for pin in pins if not exact.fullmatch(pin)] == []
+
+
+def pins(python):
+  """Name → version that requirements.txt pins for a version of Python."""
+  wanted = map(Requirement, requirement_lines())
+  found = [
+    (each.name, str(each.specifier).removeprefix("=="))
+    for each in wanted
+    if each.marker is None or each.marker.evaluate({"python_version": python})
+  ]
+  assert len(dict(found)) == len(found)  # none twice
+  return dict(found)
+
+
+def tested():
+  """The lines of Python and JAX that CONTRIBUTING.md says were tested."""
+  lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+  rows = [
+    list(map(str.strip, line.strip("|").split("|"))) for line in lines if "|" in line
+  ]
+  [head] = [row for row in rows if row[0] == "Python"]
+  return [
+    dict(zip(head, row, strict=True)) for row in rows if re.match(r"3\.\d", row[0])
+  ]
+
+
+def test_what_is_pinned_for_a_python_is_what_was_tested_on_it():
+  first, *later = tested()
+  assert first["Python"] == pyproject()["project"]["requires-python"].strip(">=")
+  for row in (first, *later):
+    on = re.match(r"(3\.\d+)\.\d+, libtpu [\d.]+$", row["tested with"])[1]
+    lowest = re.match(r"3\.\d+", row["Python"])[0]
+    for python in {on, lowest}:
+      have = {name: pins(python)[name] for name in ("jax", "flax")}
+      assert have == {name: row[name] for name in have}, python
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", row["on"])
+    assert "passed" in row["result"]
+  # A pin that depends on Python is one that the table names.
+  split = {Requirement(line).name for line in requirement_lines() if ";" in line}
+  assert split == {"jax", "flax"}
+
+
+def test_the_suite_runs_with_what_is_pinned():
+  python = f"{sys.version_info.major}.{sys.version_info.minor}"
+  # torch's build for CPUs is the same version, and says +cpu.
+  have = {name: metadata.version(name).partition("+")[0] for name in pins(python)}
+  assert have == pins(python)
 
 
 def test_what_the_package_imports_is_a_declared_dependency():

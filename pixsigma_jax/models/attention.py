@@ -139,21 +139,28 @@ def _device(mesh: Mesh | None) -> Any:
   return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
+def best(
+  platform: str, capability: float, dtype: str, n: int, m: int, width: int
+) -> str:
+  """The implementation that suits devices best, for n queries, m keys and one width.
+
+  Args:
+    capability: a GPU's compute capability; of other platforms nobody asks.
+    dtype: of queries, keys and values.
+  """
+  if platform == "tpu":
+    return "splash"
+  cudnn = dtype in _CUDNN_DTYPES and width <= _CUDNN_WIDTH and capability >= 8
+  if platform == "gpu" and cudnn:
+    return "cudnn"
+  return "xla" if n * m <= _FEW_SCORES else "chunked"
+
+
 @functools.cache  # and so logged once
 def _choose(device: Any, dtype: str, n: int, m: int, width: int) -> str:
-  if device.platform == "tpu":
-    chosen = "splash"
-  elif (
-    device.platform == "gpu"
-    and dtype in _CUDNN_DTYPES
-    and width <= _CUDNN_WIDTH
-    and float(device.compute_capability) >= 8
-  ):
-    chosen = "cudnn"
-  elif n * m <= _FEW_SCORES:
-    chosen = "xla"
-  else:
-    chosen = "chunked"
+  on_gpu = device.platform == "gpu"
+  capability = float(device.compute_capability) if on_gpu else 0.0
+  chosen = best(device.platform, capability, dtype, n, m, width)
   logging.info(
     "Attention of %d queries to %d keys of width %d in %s on %s: %s.",
     *(n, m, width, dtype, device.device_kind, chosen),
@@ -271,6 +278,19 @@ def _attend_chunked(
   return _named(einops.rearrange(out, "(b k) n f -> b n k f", b=len(query)))
 
 
+def check_dtype(implementation: str, dtype: Any) -> None:
+  """Refuses what an implementation does not compute in.
+
+  Raises:
+    ValueError: `cudnn` in another dtype than it knows.
+  """
+  if implementation == "cudnn" and (name := jnp.dtype(dtype).name) not in _CUDNN_DTYPES:
+    raise ValueError(
+      f"Attention 'cudnn' computes in {' or '.join(_CUDNN_DTYPES)}, not in {name}: "
+      "choose such a dtype, or attention 'chunked'."
+    )
+
+
 _CUDNN_DTYPES = ("float16", "bfloat16")
 _CUDNN_WIDTH = 128  # 256 from Hopper on, which no model here has
 
@@ -287,12 +307,8 @@ def _attend_cudnn(
   front, which changes nothing for attention. Not named for remat policies: what they
   keep is all that the kernel returns, see `CUDNN_FORWARD`.
   """
-  dtype, width = jnp.dtype(query.dtype).name, query.shape[-1]
-  if dtype not in _CUDNN_DTYPES:
-    raise ValueError(
-      f"Attention 'cudnn' computes in {' or '.join(_CUDNN_DTYPES)}, not in {dtype}: "
-      "choose such a dtype, or attention 'chunked'."
-    )
+  width = query.shape[-1]
+  check_dtype("cudnn", query.dtype)
   order = jnp.argsort(~mask, axis=-1, stable=True)
   seen = jnp.take_along_axis(mask, order, axis=-1)
 

@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Float32
 # How kernels are called in a compiled program, where `plan` counts them.
 NAME = "attention"
 
-TILE_ROWS = 16  # of bfloat16; twice those of float32
+TILE_ROWS = 16  # of bfloat16; twice those of float32, see `tile_rows`
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below every score
 HIDDEN = -1e9  # or less: what is added to the score of a hidden key
 WIDEST = 128  # head of which `_BLOCKS` has room for blocks
@@ -68,6 +68,11 @@ def room(queries: int, width: int) -> int:
   Its dq in float32; and blocks, as many as there are.
   """
   return queries * padded(width, TILE_ROWS) * 4 + _BLOCKS
+
+
+def tile_rows(itemsize: int) -> int:
+  """Rows to which a TPU fills arrays whose numbers have so many bytes."""
+  return TILE_ROWS * 2 // itemsize
 
 
 _BLOCKS = 24 * 2**20  # and of the forward pass, with what a compiler adds
@@ -153,6 +158,9 @@ def _places(heads: int, images: int, axis_q: int):
   return of_queries, of_keys, of_mask
 
 
+# Kernels are told their last blocks, and do not ask Pallas: JAX 0.11.0 to 0.11.2 keep
+# what it answered a module's function, and give it to the next grid of such blocks
+# (jax-ml/jax issue 40847). A partial, new with each call, is traced anew.
 # Within a function of its own JAX leaves it out where its results are known already, as
 # those that a remat policy keeps: a kernel by itself it never does.
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,7 +180,7 @@ def _attention(
   block_q, block_k = options.at_once, options.block_k
   of_queries, of_keys, of_mask = _places(heads, len(mask), axis_q=1)
   out, logsumexp = pl.pallas_call(
-    _forward_kernel,
+    functools.partial(_forward_kernel, last_k=m // block_k - 1),
     grid=(heads, n // block_q, m // block_k),
     in_specs=[
       pl.BlockSpec((None, f, block_q), of_queries),
@@ -215,6 +223,8 @@ def _forward_kernel(
   v_wide,
   peak,
   total,
+  *,
+  last_k: int,
 ):
   """One block of queries, in columns, and one of keys, in rows."""
   from jax.experimental import pallas as pl
@@ -236,7 +246,7 @@ def _forward_kernel(
   total[...] = total[...] * jnp.exp(before - after) + _product(v_wide[...], p, 1, 0)
   peak[...] = after
 
-  @pl.when(j == pl.num_programs(2) - 1)
+  @pl.when(j == last_k)
   def _():
     weight, sees = total[f : f + 1, :], peak[...] > HIDDEN / 2
     # A product, in which what is no number stays so.
@@ -269,7 +279,7 @@ def _gradients(
   (heads, f, n), m = query.shape, key.shape[-1]
   rows, dtype = padded(f + 1, TILE_ROWS), query.dtype
   block_q, block_k = options.block_q, options.block_k
-  last_k = m // block_k - 1
+  last_q, last_k = n // block_q - 1, m // block_k - 1
   of_queries, of_keys, of_mask = _places(heads, len(mask), axis_q=2)
 
   def of_result(h, j, i):
@@ -278,7 +288,7 @@ def _gradients(
 
   sums = n, block_k, block_k
   return pl.pallas_call(
-    _backward_kernel,
+    functools.partial(_backward_kernel, last_q=last_q, last_k=last_k),
     grid=(heads, m // block_k, n // block_q),
     in_specs=[
       pl.BlockSpec((None, f, block_q), of_queries),
@@ -324,6 +334,9 @@ def _backward_kernel(
   dq_sum,
   dk_sum,
   dv_sum,
+  *,
+  last_q: int,
+  last_k: int,
 ):
   """One block of keys and one of queries; keys lie in rows, queries in columns."""
   from jax.experimental import pallas as pl
@@ -349,12 +362,12 @@ def _backward_kernel(
   dk_sum[...] += _product(q, ds, 1, 1)
   dq_sum[:, queries] += _product(k_ref[...], ds, 1, 0)
 
-  @pl.when(i == pl.num_programs(2) - 1)
+  @pl.when(i == last_q)
   def _():
     dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
     dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
-  @pl.when(j == pl.num_programs(1) - 1)
+  @pl.when(j == last_k)
   def _():
     dq_ref[...] = (dq_sum[:, queries] * f**-0.5).astype(dq_ref.dtype)
 

@@ -47,6 +47,12 @@ _GPUS = {
 _CUDA, _CUDNN = (13, 0), (9, 12)
 
 
+def capability(kind: str) -> float:
+  """Compute capability of a `device_kind` of `topology.GENERATIONS`, as JAX says it."""
+  major, minor = _GPUS[kind].capability
+  return float(f"{major}.{minor}")
+
+
 def can_compile() -> bool:
   """Whether JAX's CUDA plugin is installed, whose compiler needs no GPU."""
   spec = importlib.util.find_spec("jax_plugins")

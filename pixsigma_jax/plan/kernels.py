@@ -12,9 +12,11 @@ import math
 import re
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from pixsigma_jax.chips import Chip
 from pixsigma_jax.models import splash_kernels
-from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded
+from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded, tile_rows
 
 # Cycles a second: those at which the matrix units of a chip, each its width squared of
 # products a cycle, reach its peak.
@@ -50,7 +52,7 @@ class _Kernel:
   Attributes:
     wide: products of matrices, in a step, that take a head to be as wide as the
       matrix unit.
-    narrow: those that take it as it is, to whole `TILE_ROWS`: it lies in their rows.
+    narrow: those that take it as it is, to whole tiles: it lies in their rows.
     divides: whether the cores of a device share its heads.
   """
 
@@ -68,41 +70,67 @@ _KERNELS = {
   "backward": _Kernel(2, 3, True),
 }
 
-# Kind of device → kernel → (queries, keys) of a block → its step. Head width 72; JAX's
-# forward pass takes the keys of a block by 1024.
-STEPS: dict[str, dict[str, dict[tuple[int, int], Step]]] = {
+# Kind of device → dtype → kernel → (queries, keys) of a block → its step. Heads are 72
+# wide; JAX's forward pass takes the keys of a block by 1024. In float32 no kernel takes
+# two blocks at once, see `models/splash.py: at_once`.
+STEPS: dict[str, dict[str, dict[str, dict[tuple[int, int], Step]]]] = {
   "TPU v4": {
-    "fwd": {
-      (1024, 2048): Step(12255, 2001),
-      (1024, 1024): Step(6385, 2001),
-      (1024, 384): Step(4450, 0),
+    "bfloat16": {
+      "fwd": {
+        (1024, 2048): Step(12255, 2001),
+        (1024, 1024): Step(6385, 2001),
+        (1024, 384): Step(4450, 0),
+      },
+      "dq": {(1024, 1024): Step(7139, 389), (1024, 384): Step(3387, 0)},
+      "dkv": {(1024, 1024): Step(8857, 773), (1024, 384): Step(3710, 293)},
     },
-    "dq": {(1024, 1024): Step(7139, 389), (1024, 384): Step(3387, 0)},
-    "dkv": {(1024, 1024): Step(8857, 773), (1024, 384): Step(3710, 293)},
+    "float32": {
+      "fwd": {(1024, 1024): Step(6613, 1937), (1024, 384): Step(4591, 0)},
+      "dq": {(1024, 1024): Step(7458, 388), (1024, 384): Step(3907, 0)},
+      "dkv": {(1024, 1024): Step(8744, 772), (1024, 384): Step(3725, 292)},
+    },
   },
   "TPU v5 lite": {
-    "forward": {
-      (2048, 1024): Step(6314, 381),
-      (1024, 1024): Step(3374, 209),
-      (2048, 384): Step(2874, 0),
+    "bfloat16": {
+      "forward": {
+        (2048, 1024): Step(6314, 381),
+        (1024, 1024): Step(3374, 209),
+        (2048, 384): Step(2874, 0),
+      },
+      "backward": {(1024, 1024): Step(7533, 542), (1024, 384): Step(3126, 214)},
     },
-    "backward": {(1024, 1024): Step(7533, 542), (1024, 384): Step(3126, 214)},
+    "float32": {
+      "forward": {(1024, 1024): Step(3646, 272), (1024, 384): Step(1717, 0)},
+      "backward": {(1024, 1024): Step(7462, 788), (1024, 384): Step(3161, 312)},
+    },
   },
   "TPU v5": {
-    "forward": {
-      (2048, 1024): Step(6481, 383),
-      (1024, 1024): Step(3455, 209),
-      (2048, 384): Step(2837, 0),
+    "bfloat16": {
+      "forward": {
+        (2048, 1024): Step(6481, 383),
+        (1024, 1024): Step(3455, 209),
+        (2048, 384): Step(2837, 0),
+      },
+      "backward": {(1024, 1024): Step(7399, 539), (1024, 384): Step(3023, 194)},
     },
-    "backward": {(1024, 1024): Step(7399, 539), (1024, 384): Step(3023, 194)},
+    "float32": {
+      "forward": {(1024, 1024): Step(3714, 272), (1024, 384): Step(1730, 0)},
+      "backward": {(1024, 1024): Step(7596, 749), (1024, 384): Step(3145, 256)},
+    },
   },
   "TPU v6 lite": {
-    "forward": {
-      (2048, 1024): Step(4734, 247),
-      (1024, 1024): Step(2778, 126),
-      (2048, 384): Step(2095, 0),
+    "bfloat16": {
+      "forward": {
+        (2048, 1024): Step(4734, 247),
+        (1024, 1024): Step(2778, 126),
+        (2048, 384): Step(2095, 0),
+      },
+      "backward": {(1024, 1024): Step(4363, 357), (1024, 384): Step(1955, 127)},
     },
-    "backward": {(1024, 1024): Step(4363, 357), (1024, 384): Step(1955, 127)},
+    "float32": {
+      "forward": {(1024, 1024): Step(2773, 151), (1024, 384): Step(1418, 0)},
+      "backward": {(1024, 1024): Step(4921, 470), (1024, 384): Step(2163, 171)},
+    },
   },
 }
 
@@ -113,6 +141,7 @@ class Call:
 
   Attributes:
     kernel: a name of `STEPS`.
+    dtype: of queries, keys and values.
     heads: of the whole batch.
     blocks: of queries and of keys.
     block: queries and keys of one.
@@ -120,6 +149,7 @@ class Call:
   """
 
   kernel: str
+  dtype: str
   heads: int
   blocks: tuple[int, int]
   block: tuple[int, int]
@@ -129,7 +159,8 @@ class Call:
 _SPLASH = re.compile(r"^%?splash_mha_(fwd|dq|dkv)_")
 _OURS = re.compile(rf"^%?\w*{splash_kernels.NAME}_(forward|backward)_(\d+)_(\d+)")
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
-_SHAPE = re.compile(r"\w+\[([\d,]+)\]")
+_SHAPE = re.compile(r"(\w+)\[([\d,]+)\]")
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # XLA's names
 _BLOCKS = re.compile(r'"xprof_metadata": ?"(.*?[^\\])"')
 # What JAX calls the sizes of a kernel's blocks.
 _FIELDS = {
@@ -149,21 +180,26 @@ def call_of(line: str) -> Call | None:
   operands = _OPERANDS.search(line)
   if not operands:
     return None
-  shapes = [tuple(map(int, sides.split(","))) for sides in _SHAPE.findall(operands[1])]
+  found = _SHAPE.findall(operands[1])
+  shapes = [tuple(map(int, sides.split(","))) for _, sides in found]
   if match := _OURS.match(line):
     kernel, block = match[1], (int(match[2]), int(match[3]))
     (heads, _, queries), (*_, keys), (_, width, _) = shapes[:3]
+    dtype = found[0][0]
   elif (match := _SPLASH.match(line)) and (told := _BLOCKS.search(line)):
     kernel = match[1]
     sizes = json.loads(told[1].replace('\\"', '"'))
     block = sizes[_FIELDS[kernel][0]], sizes[_FIELDS[kernel][1]]
     # First come tables of which blocks are masked.
-    (heads, queries, _), (_, keys, _), (*_, width) = [
-      shape for shape in shapes if len(shape) == 3
-    ][2:5]
+    cubes = [i for i, shape in enumerate(shapes) if len(shape) == 3][2:5]
+    (heads, queries, _), (_, keys, _), (*_, width) = (shapes[i] for i in cubes)
+    dtype = found[cubes[0]][0]
   else:
     return None
-  return Call(kernel, heads, (queries // block[0], keys // block[1]), block, width)
+  if dtype not in _DTYPES:
+    return None
+  blocks = queries // block[0], keys // block[1]
+  return Call(kernel, _DTYPES[dtype], heads, blocks, block, width)
 
 
 def cycles(call: Call, kind: str, chip: Chip) -> float | None:
@@ -171,15 +207,19 @@ def cycles(call: Call, kind: str, chip: Chip) -> float | None:
 
   Blocks that are not in the table cost as much as the nearest that are, by their area.
   """
-  known, clock = STEPS.get(kind, {}).get(call.kernel), CLOCKS.get(kind)
+  of_dtype = STEPS.get(kind, {}).get(call.dtype, {})
+  known, clock = of_dtype.get(call.kernel), CLOCKS.get(kind)
   if not known or not clock:
     return None
   about, cores = _KERNELS[call.kernel], min(_CORES.get(kind, 1), call.heads)
   area = math.prod(call.block)
   nearest = min(known, key=lambda block: abs(math.log(math.prod(block) / area)))
   share = area / math.prod(nearest)
-  wide, narrow = (padded(call.width, unit) for unit in (chip.matrix_unit, TILE_ROWS))
-  products_a_cycle = chip.flops / 2 / clock / cores
+  # Forward there are ones beside the values, in rows of bfloat16's whatever the dtype.
+  itemsize = jnp.dtype(call.dtype).itemsize
+  tile = TILE_ROWS if call.kernel == "forward" else tile_rows(itemsize)
+  wide, narrow = (padded(call.width, unit) for unit in (chip.matrix_unit, tile))
+  products_a_cycle = chip.peak(call.dtype) / 2 / clock / cores
   floor = area * (about.wide * wide + about.narrow * narrow) / products_a_cycle
   each = max(known[nearest].each * share, floor)
   queries, keys = call.blocks

@@ -16,12 +16,7 @@ from pixsigma_jax import sharding, tree
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan.stage import Stage, keys_of
 
-_FLOAT, _HALF = 4, 2
-
-# Of a block's backward pass, for each token, in bytes and widths of the network: the
-# MLP's hidden layer and its gradient in float32 and bfloat16, queries, keys and values
-# with theirs, the residual stream with its.
-_WORKING_SET = 2 * 4 * (_FLOAT + _HALF) + 2 * 3 * (_FLOAT + _HALF) + 4 * _FLOAT
+_FLOAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +119,27 @@ def gradients(stage: Stage) -> int:
   )
 
 
+def _working_set(itemsize: int) -> int:
+  """Of a block's backward pass, for each token, in bytes and widths of the network.
+
+  The MLP's hidden layer and its gradient, queries, keys and values with theirs: in
+  float32 and as products take them; and the residual stream with its.
+  """
+  both = _FLOAT + itemsize
+  return 2 * 4 * both + 2 * 3 * both + 4 * _FLOAT
+
+
 def estimate(stage: Stage) -> Memory:
   """Without a compiler: what is kept from forward to backward, and one block's work.
 
   Good for ranking meshes; compilers differ from it by tens of percent either way.
   """
   model, compute = stage.model, stage.program.model.compute
+  itemsize = stage.dtype.itemsize
   rows_and_tokens = stage.rows * stage.length
   each = rows_and_tokens * model.width
-  work = each * _WORKING_SET + _scores(stage, range(model.depth), of_all=False)
+  work = each * _working_set(itemsize)
+  work += _scores(stage, range(model.depth), of_all=False)
   if compute.remat == "none":
     kept = model.depth * work
     if stage.attention == "xla":
@@ -143,9 +150,9 @@ def estimate(stage: Stage) -> Memory:
     kept = model.depth * each * _FLOAT
     if compute.remat == "attention":  # outputs, and each query's sum by head
       sums = rows_and_tokens * model.num_heads * _FLOAT
-      kept += model.depth * 2 * (each * _HALF + sums)
+      kept += model.depth * 2 * (each * itemsize + sums)
   # A block's matrices are gathered before they are used, and so is their gradient.
-  gathered = _block_parameters(model) * (_HALF + _FLOAT) * (stage.sizes["fsdp"] > 1)
+  gathered = _block_parameters(model) * (itemsize + _FLOAT) * (stage.sizes["fsdp"] > 1)
   return Memory(
     **fixed(stage),
     gradients=gradients(stage),
@@ -163,7 +170,7 @@ def _scores(stage: Stage, layers: range, *, of_all: bool) -> int:
     stage.rows * stage.model.num_heads * stage.length * keys_of(stage, layer)
     for layer in layers
   ]
-  return (sum(each) if of_all else max(each)) * (_FLOAT + _HALF)
+  return (sum(each) if of_all else max(each)) * (_FLOAT + stage.dtype.itemsize)
 
 
 def _block_parameters(model: PixArtConfig) -> int:

@@ -78,7 +78,8 @@ class Plan:
 
   def _mfu(self, seconds: float) -> float:
     topology = self.stage.topology
-    return self.time.needed / (seconds * topology.count * topology.chip.flops)
+    peak = topology.count * topology.chip.peak(self.stage.dtype)
+    return self.time.needed / (seconds * peak)
 
   @property
   def host(self) -> Host:
@@ -139,6 +140,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     "mesh": dict(stage.sizes),
     "batch_size": stage.config["batch_size"],
     "tokens": stage.tokens,
+    "dtype": stage.dtype.name,
     "attention": stage.attention,
     "remat": stage.program.model.compute.remat,
     "accumulation": stage.config["accumulation"],

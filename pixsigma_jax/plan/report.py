@@ -22,8 +22,8 @@ def _head(plan: Plan) -> Iterator[str]:
   yield (
     f"{stage.config['stage']} on {stage.topology}: {stage.topology.count} devices "
     f"({stage.topology.kind}), mesh {sizes}, batch {stage.config['batch_size']}, "
-    f"{stage.tokens:,} tokens an image, attention {stage.attention}, remat "
-    f"{compute.remat}"
+    f"{stage.tokens:,} tokens an image, {stage.dtype.name}, attention "
+    f"{stage.attention}, remat {compute.remat}"
   )
   yield ""
 

@@ -16,11 +16,11 @@ from pixsigma_jax.chips import Chip
 from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded
+from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded, tile_rows
 from pixsigma_jax.plan import memory
 from pixsigma_jax.plan.stage import Stage, keys_of
 
-_FLOAT, _HALF = 4, 2
+_FLOAT, _HALF = 4, 2  # bytes of float32 and of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +29,26 @@ class Attention:
 
   Attributes:
     backward: its arithmetic in the backward pass, in forward passes.
-    forward_bytes, backward_bytes: of scores in memory, a query and key and head.
+    forward, backward_scores: how often a query and key and head's score, or what is
+      made of it, is written or read in memory: in float32, and in the compute dtype.
     kept: whether the backward pass needs no further forward pass once the output is
       kept (`remat: attention`).
   """
 
   backward: float
-  forward_bytes: float
-  backward_bytes: float
+  forward_scores: tuple[int, int]
+  backward_scores: tuple[int, int]
   kept: bool
 
 
-# Forward: scores, their maximum, their exponentials in bfloat16, the sum: written and
-# read again, unless a kernel keeps them. Backward: two products for each of forward's;
-# one more where scores are made again; two where a kernel makes them twice.
+# Forward: scores, their maximum, their exponentials as products take them, the sum:
+# written and read again, unless a kernel keeps them. Backward: two products for each of
+# forward's; one more where scores are made again; two where a kernel makes them twice.
 ATTENTIONS: dict[str, Attention] = {
-  "xla": Attention(2.0, 16.0, 26.0, False),
-  "chunked": Attention(3.5, 16.0, 42.0, True),
-  "splash": Attention(3.5, 0.0, 0.0, True),  # JAX's; ours: `_by_our_kernels`
-  "cudnn": Attention(2.5, 0.0, 0.0, True),
+  "xla": Attention(2.0, (3, 2), (5, 3), False),
+  "chunked": Attention(3.5, (3, 2), (8, 5), True),
+  "splash": Attention(3.5, (0, 0), (0, 0), True),  # JAX's; ours: `_by_our_kernels`
+  "cudnn": Attention(2.5, (0, 0), (0, 0), True),
 }
 
 
@@ -112,7 +113,12 @@ def padding(unit: int, *sides: int) -> float:
 
 
 def ceiling(
-  model: PixArtConfig, unit: int, *, our_kernels: bool = False, training: bool = True
+  model: PixArtConfig,
+  unit: int,
+  *,
+  our_kernels: bool = False,
+  training: bool = True,
+  itemsize: int = _HALF,
 ) -> float:
   """The share of the peak that padding matrices to the unit leaves.
 
@@ -121,9 +127,12 @@ def ceiling(
       the head's width as it is: one of two forward, three of four backward that a step
       needs.
     training: backward too.
+    itemsize: bytes of what products take, which our kernels' rows depend on.
   """
-  narrow = (4 / 6 if training else 1 / 2) if our_kernels else 0.0
-  saved = 1 - narrow * (1 - _narrow(model, unit))
+  saved = 1.0
+  if our_kernels:
+    forward, backward = _narrow(model, unit, itemsize)
+    saved = (2 + forward + 3 * backward) / 6 if training else (1 + forward) / 2
   parts = needed(model)
   multiplied = sum(
     flops * _padding_of(name, model, unit) * (saved if name in _ATTENTIONS else 1)
@@ -135,13 +144,15 @@ def ceiling(
 _ATTENTIONS = ("attention", "cross-attention")  # their own products
 
 
-def _narrow(model: PixArtConfig, unit: int) -> float:
+def _narrow(model: PixArtConfig, unit: int, itemsize: int) -> tuple[float, float]:
   """What a product with the head's width in rows costs of one that is padded to `unit`.
 
-  See `models/splash_kernels.py`.
+  Forward and backward, see `models/splash_kernels.py`.
   """
   head = model.width // model.num_heads
-  return padding(TILE_ROWS, head) / padding(unit, head)
+  # Forward there are ones beside the values, in rows of bfloat16's whatever the dtype.
+  forward, backward = padding(TILE_ROWS, head), padding(tile_rows(itemsize), head)
+  return forward / padding(unit, head), backward / padding(unit, head)
 
 
 def _by_our_kernels(stage: Stage) -> bool:
@@ -181,12 +192,17 @@ def step_time(stage: Stage) -> Time:
     transfers=transfers,
     seconds=seconds,
     needed=total,
-    ceiling=ceiling(stage.model, chip.matrix_unit, our_kernels=_by_our_kernels(stage)),
+    ceiling=ceiling(
+      *(stage.model, chip.matrix_unit),
+      our_kernels=_by_our_kernels(stage),
+      itemsize=stage.dtype.itemsize,
+    ),
   )
 
 
 def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   model, compute = stage.model, stage.program.model.compute
+  itemsize = stage.dtype.itemsize
   remat = compute.remat != "none"
   passes = TRAINING + remat
   accumulation = stage.config["accumulation"]
@@ -196,8 +212,8 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
   forward = 1.0
   if _by_our_kernels(stage):  # of two and five products, one and three are narrow
-    narrow = _narrow(model, chip.matrix_unit)
-    forward, backward = (1 + narrow) / 2, (2 + 3 * narrow) / 2
+    narrow = _narrow(model, chip.matrix_unit, itemsize)
+    forward, backward = (1 + narrow[0]) / 2, (2 + 3 * narrow[1]) / 2
   again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
 
   flops = {
@@ -213,25 +229,28 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   }
   parts: dict[str, tuple[float, float]] = {}
   for name, keys in scores.items():
-    touched = kind.forward_bytes * (1 + again) + kind.backward_bytes
+    each = zip(kind.forward_scores, kind.backward_scores, strict=True)
+    float32, rounded = ((1 + again) * there + back for there, back in each)
+    touched = _FLOAT * float32 + itemsize * rounded
     # Queries, keys, values and output; backward, their gradients too.
-    operands = 4 * _HALF * tokens * model.width * model.depth * (1 + again + 2)
+    operands = 4 * itemsize * tokens * model.width * model.depth * (1 + again + 2)
     stretch = longer**2 if name == "attention" else longer
     parts[name] = (
       flops.pop(name) * stretch * of_attention,
       tokens * keys * model.num_heads * touched + operands,
     )
   # Of a block, for each token, in widths: what its eight matrix products read and
-  # write, in bfloat16 or, where the residual stream is next, in float32.
+  # write, in its dtype or, where the residual stream is next, in float32.
   hidden = model.mlp_ratio
-  products = _HALF * (1 + 3 + 1 + 1 + 1 + 1 + 1 + 2 * hidden) + 3 * _FLOAT
-  weights = _HALF * (8 + 2 * hidden) * model.width**2 * accumulation
+  products = itemsize * (1 + 3 + 1 + 1 + 1 + 1 + 1 + 2 * hidden) + 3 * _FLOAT
+  weights = itemsize * (8 + 2 * hidden) * model.width**2 * accumulation
   parts["matrix products"] = (
     sum(flops.values()) * longer * passes,
     passes * model.depth * (tokens * model.width * products + weights),
   )
-  # Norms read the stream and write bfloat16; sums read it, a branch, and write it.
-  stream = 3 * (_FLOAT + _HALF) + 3 * 3 * _FLOAT
+  # Norms read the stream and write what products take; sums read it, a branch, and
+  # write it.
+  stream = 3 * (_FLOAT + itemsize) + 3 * 3 * _FLOAT
   parts["norms and residuals"] = (
     0.0,
     passes * model.depth * tokens * model.width * stream,
@@ -239,11 +258,11 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   fixed = memory.fixed(stage)
   state = sum(fixed[name] for name in ("parameters", "optimizer", "averages"))
   parts["optimizer and averages"] = (0.0, 2.0 * (state + memory.gradients(stage)))
-  return {name: _part(chip, *costs) for name, costs in parts.items()}
+  return {name: _part(stage, chip, *costs) for name, costs in parts.items()}
 
 
-def _part(chip: Chip, flops: float, touched: float) -> Part:
-  compute, moving = flops / chip.flops, touched / chip.bandwidth
+def _part(stage: Stage, chip: Chip, flops: float, touched: float) -> Part:
+  compute, moving = flops / chip.peak(stage.dtype), touched / chip.bandwidth
   bound = "compute" if compute >= moving else "memory"
   return Part(flops, touched, max(compute, moving), bound)
 
@@ -258,7 +277,8 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   trained = tree.size(stage.state.params)
   used = tree.size(stage.state.frozen) if stage.program.lora else trained
   gradients = memory.gradients(stage)
-  token = _HALF * stage.rows * accumulation * model.width
+  itemsize = stage.dtype.itemsize
+  token = itemsize * stage.rows * accumulation * model.width
   gathered, traded = _shared_tokens(stage)
   replicas = sizes["data"] // slices * context
   counted = {
@@ -266,7 +286,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
     "gather parameters": (
       "fsdp",
       "link",
-      (2 + remat) * accumulation * _HALF * used,
+      (2 + remat) * accumulation * itemsize * used,
       fsdp,
       True,
     ),

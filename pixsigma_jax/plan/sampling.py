@@ -93,13 +93,14 @@ def plan_sampling(
     available=chip.usable,
     flops=flops,
     seconds=seconds,
-    mfu=seconds and flops / seconds / chip.flops,
+    mfu=seconds and flops / seconds / chip.peak(dtype),
     ceiling=roofline.ceiling(
       *(model, chip.matrix_unit),
       our_kernels=splash.has_room(
         model.base_size**2, model.width // model.num_heads, machines.kind
       ),
       training=False,
+      itemsize=jnp.dtype(dtype).itemsize,
     ),
     compiled_in=compilation.seconds,
   )

@@ -5,11 +5,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from pixsigma_jax import sharding
 from pixsigma_jax.data.buckets import BUCKETS
+from pixsigma_jax.models import attention
 from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.plan import gpus
 from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.train import agreement
 from pixsigma_jax.train.batches import split_length
@@ -53,12 +56,24 @@ class Stage:
     return AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
 
   @property
+  def dtype(self) -> jnp.dtype:
+    """Of the operands of matrix products, and of attention."""
+    return jnp.dtype(self.program.model.compute.dtype)
+
+  @property
   def attention(self) -> str:
-    """Its implementation there, see `models/attention.py: choose`."""
-    asked = self.program.model.compute.attention
+    """Its implementation there, see `models/attention.py: best`.
+
+    As layers have it that compress nothing: where no kernel knows the dtype, a layer
+    of few enough scores has them all at once.
+    """
+    asked, platform = self.program.model.compute.attention, self.topology.platform
     if asked != "auto":
       return asked
-    return {"tpu": "splash", "gpu": "cudnn"}[self.topology.platform]
+    capability = gpus.capability(self.topology.kind) if platform == "gpu" else 0.0
+    head = self.model.width // self.model.num_heads
+    lengths = self.tokens, self.tokens
+    return attention.best(platform, capability, self.dtype.name, *lengths, head)
 
   @property
   def rows(self) -> int:
@@ -87,7 +102,8 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
       averages and adapter has them: they take a second or more to find.
 
   Raises:
-    ValueError: the config is not one, or its batch or mesh do not fit the machines.
+    ValueError: the config is not one, its attention does not compute in its dtype, or
+      its batch or mesh do not fit the machines.
   """
   agreement.check_config(config)
   model = model_config(config["model"])
@@ -112,6 +128,8 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
   context = sizes["context"]
   tokens = split_length(longest_sequence(model), context, model.window)
   program = make_program(config, mesh=None, scaling_factor=SCALING_FACTOR)
+  compute = program.model.compute
+  attention.check_dtype(compute.attention, compute.dtype)
   return Stage(
     config=config,
     topology=topology,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from pixsigma_jax import chips, disk
 from pixsigma_jax.models import flops
@@ -54,8 +55,13 @@ class Goodput:
 class Arithmetic:
   """Counts what the model needs for the images that it sees, in this process."""
 
-  def __init__(self, model: PixArtConfig):
-    self._model = model
+  def __init__(self, model: PixArtConfig, dtype: DTypeLike):
+    """Starts with nothing.
+
+    Args:
+      dtype: of matrix products.
+    """
+    self._model, self._dtype = model, dtype
     self._flops = 0.0
     self._of_image = functools.lru_cache(maxsize=None)(self._count)
 
@@ -83,14 +89,15 @@ class Arithmetic:
   def close(self, seconds: float) -> dict[str, float]:
     """The rate over so many seconds, for each device; starts anew.
 
-    `mfu` is its share of the chip's peak, where the chip is in `chips.CHIPS`.
+    `mfu` is its share of the chip's peak for the dtype, where the chip is in
+    `chips.CHIPS`.
     """
     devices = jax.local_devices()
     rate = self._flops / seconds / len(devices)
     self._flops = 0.0
     values = {"tflops_per_device": rate / 1e12}
     if (chip := chips.find_chip(devices[0].device_kind)) is not None:
-      values["mfu"] = rate / chip.flops
+      values["mfu"] = rate / chip.peak(self._dtype)
     if memory := devices[0].memory_stats():
       values["memory_peak_gib"] = memory["peak_bytes_in_use"] / 2**30
     return values

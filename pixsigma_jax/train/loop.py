@@ -246,7 +246,7 @@ class Run:
       first_example=first_example,
       saved=dict.fromkeys(self._checkpoints.places_of(step), step),
       window=Window(self._batch_size),
-      arithmetic=Arithmetic(self._model),
+      arithmetic=Arithmetic(self._model, self._program.model.compute.dtype),
     )
 
   def is_done(self) -> bool:

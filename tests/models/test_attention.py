@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
-from jax.experimental import topologies
+from jax.experimental import pallas, topologies
 
 from pixsigma_jax import sharding
 from pixsigma_jax.models import attention, splash
@@ -136,6 +136,34 @@ def test_its_gradient_over_several_blocks_is_that_of_the_reference(
     np.testing.assert_allclose(
       ours.astype(jnp.float32), theirs, rtol=0, atol=tolerance * np.abs(theirs).max()
     )
+
+
+@pytest.mark.parametrize("implementation", ["splash", "splash on v4"])
+def test_kernels_of_equal_blocks_know_how_many_each_has_in_one_process(
+  implementation, monkeypatch
+):
+  def unsound(axis):
+    raise AssertionError("JAX 0.11 may answer with another kernel's number")
+
+  monkeypatch.setattr(pallas, "num_programs", unsound)
+  # As in a stage: all keys, compressed ones, a caption; then all in more queries.
+  for n, m in [(256, 256), (256, 128), (256, 384), (384, 256)]:
+    query, key, value = draw((1, n, 1, 8), (1, m, 1, 8), jnp.float32)
+    mask = jnp.arange(m)[None] < m - 5
+
+    def loss(query, key, value, mask, implementation):
+      out = attention.attend(query, key, value, mask, implementation)
+      return (out**2).sum()
+
+    ours, theirs = (
+      jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=4)(
+        query, key, value, mask, name
+      )
+      for name in (implementation, "xla")
+    )
+    for have, exact in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      scale = np.abs(exact).max()
+      np.testing.assert_allclose(have, exact, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

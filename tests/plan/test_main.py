@@ -21,8 +21,8 @@ SMALL = (
 )
 KEYS = {
   *("stage", "topology", "slices", "chips", "devices", "device_kind", "mesh"),
-  *("batch_size", "tokens", "attention", "remat", "accumulation", "fits", "compiled"),
-  "memory",
+  *("batch_size", "tokens", "dtype", "attention", "remat", "accumulation", "fits"),
+  *("compiled", "memory"),
   *(
     "flops",
     "roofline",
@@ -81,6 +81,19 @@ def test_a_miniature_is_compiled_and_planned_for_four_chips(plan, libtpu):
   steps = have["total_steps"] * have["step_seconds"]
   assert have["days"] == pytest.approx(steps / 86_400)
   assert have["dollars"] == pytest.approx(steps / 3600 * 4 * 1.2)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "peak"), [("bfloat16", 989e12), ("float32", 494.5e12)]
+)
+def test_a_plan_says_its_dtype_and_takes_mfu_of_what_machines_do_in_it(dtype, peak):
+  planned = stage("stage_1k", "h200:8", compute__dtype=dtype)
+  plan = plans.make_plan(planned, compiles=False)
+  have = plans.as_dict(plan)
+  assert have["dtype"] == dtype
+  assert f" tokens an image, {dtype}, attention " in report.text(plan)
+  seconds = have["flops"]["step"] / (8 * peak)
+  assert have["mfu"] == pytest.approx(seconds / have["step_seconds"])
 
 
 def test_without_compiling_it_says_so(plan):

@@ -115,6 +115,25 @@ def test_attention_keeps_its_outputs_and_sums():
   assert attention - block == 3 * planned.length * 28 * 2 * (1152 * 2 + 16 * 4)
 
 
+def test_float32_takes_its_bytes_wherever_products_take_or_return():
+  def temporary(dtype, **changes):
+    config = {"compute__dtype": dtype, "batch_size": 192, **changes}
+    return memory.estimate(stage("stage_1k", "v5e:8x8", **config)).temporary
+
+  def more(**changes):
+    return temporary("float32", **changes) - temporary("bfloat16", **changes)
+
+  planned = stage("stage_1k", "v5e:8x8")
+  tokens, squares = 3 * planned.length, 16 * 1152**2  # of a device; of a block
+  # The MLP's hidden layer, queries, keys, values, and the gradients of all, beside
+  # those in float32; the matrices that are gathered.
+  work = 2 * 2 * (4 + 3) * tokens * 1152 + 2 * squares
+  assert more(compute__remat="block") == work
+  assert more() - work == 28 * 2 * 2 * tokens * 1152  # outputs of attention
+  scores = 3 * 16 * planned.length**2  # of all heads, as products take them
+  assert more(compute__remat="block", compute__attention="xla") - work == 2 * scores
+
+
 def test_the_total_is_the_sum_of_its_parts():
   have = memory.estimate(stage("stage_4k", "v5e:8x8"))
   parts = dataclasses.asdict(have)

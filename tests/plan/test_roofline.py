@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import jax
 import pytest
 
 from pixsigma_jax.chips import CHIPS
+from pixsigma_jax.models import products
 from pixsigma_jax.models.attention import IMPLEMENTATIONS
 from pixsigma_jax.models.flops import TRAINING
-from pixsigma_jax.plan import roofline
+from pixsigma_jax.plan import hlo, roofline, topology
 from tests.plan.stages import stage
 
 PAPER = ("stage_256_vae", "stage_512", "stage_1k", "stage_2k", "stage_4k")
@@ -172,11 +174,11 @@ def test_a_chip_twice_as_large_in_everything_takes_half_the_time():
   chip = planned.topology.chip
   numbers = ("flops", "bandwidth", "link", "network")
   twice = {name: 2 * getattr(chip, name) for name in numbers}
-  topology = dataclasses.replace(
+  machines = dataclasses.replace(
     planned.topology, chip=dataclasses.replace(chip, **twice)
   )
   slow = roofline.step_time(planned)
-  fast = roofline.step_time(dataclasses.replace(planned, topology=topology))
+  fast = roofline.step_time(dataclasses.replace(planned, topology=machines))
   assert fast.seconds == pytest.approx(slow.seconds / 2)
 
 
@@ -188,3 +190,121 @@ def test_every_tpu_has_links_slower_than_its_memory():
   for chip in CHIPS.values():
     assert chip.network <= chip.link < chip.bandwidth
     assert chip.usable < chip.memory
+
+
+# ------------------------------------------------------------------------------- dtypes
+
+
+def test_attention_is_what_suits_the_dtype_there():
+  def of(name, machines, dtype):
+    return stage(name, machines, compute__dtype=dtype).attention
+
+  assert of("stage_1k", "h200:8", "bfloat16") == "cudnn"
+  assert of("stage_1k", "h200:8", "float32") == "chunked"  # cuDNN has no such kernel
+  assert of("stage_256_vae", "a100:8", "float32") == "xla"  # few scores
+  assert of("stage_1k", "v5e:8x8", "float32") == "splash"
+
+
+def test_an_implementation_that_knows_no_float32_is_refused_before_it_is_planned():
+  with pytest.raises(ValueError, match=r"'cudnn' computes in .* not in float32"):
+    stage("stage_1k", "h200:8", compute__dtype="float32", compute__attention="cudnn")
+
+
+def in_both(name, machines, **changes):
+  dtypes = ("bfloat16", "float32")
+  return [stage(name, machines, compute__dtype=dtype, **changes) for dtype in dtypes]
+
+
+def test_float32_sends_twice_the_bytes_but_of_gradients():
+  half, whole = (
+    roofline.step_time(planned).transfers
+    for planned in in_both("stage_4k", "v5e:2x4", **mesh(1, 1, 8))
+  )
+  for name in ("gather keys and values", "trade tokens for heads"):
+    assert whole[name].bytes == 2 * half[name].bytes
+    assert whole[name].seconds == 2 * half[name].seconds
+  assert whole["sum gradients"] == half["sum gradients"]  # float32 in any case
+  half, whole = (
+    roofline.step_time(planned).transfers
+    for planned in in_both("stage_4k", "v5e:2x4", **mesh(1, 8, 1))
+  )
+  assert whole["gather parameters"].bytes == 2 * half["gather parameters"].bytes
+  assert whole["gather parameters"].bytes == 3 * 4 * 610_968_992 * 7 / 8
+  assert whole["scatter gradients"] == half["scatter gradients"]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_bytes_in_memory_are_those_of_the_dtype(dtype, size):
+  planned = stage("stage_1k", "v5e:8x8", compute__dtype=dtype)
+  parts = roofline.step_time(planned).parts
+  assert planned.rows == 3
+  tokens, blocks = 3 * planned.length * 1152, 4 * 28  # forward twice, backward twice
+  # Eight products take and give 17 widths of their own and 3 of the stream; twelve of
+  # a block's matrices are in 16 squares of the width.
+  moved = tokens * (17 * size + 3 * 4) + 16 * 1152**2 * size
+  assert parts["matrix products"].bytes == blocks * moved
+  # Three norms, three sums.
+  moved = tokens * (3 * (4 + size) + 3 * 3 * 4)
+  assert parts["norms and residuals"].bytes == blocks * moved
+  # Queries, keys, values and output, forward and twice backward; no scores.
+  assert parts["attention"].bytes == 4 * size * tokens * 28 * 3
+  state = "optimizer and averages"
+  assert parts[state] == roofline.step_time(stage("stage_1k", "v5e:8x8")).parts[state]
+
+
+def test_scores_in_memory_are_partly_of_the_dtype():
+  def touched(dtype):
+    changes = {"compute__dtype": dtype, "compute__attention": "chunked"}
+    planned = stage("stage_1k", "h200:8", **changes)
+    part = roofline.step_time(planned).parts["cross-attention"]
+    tokens, size = planned.rows * planned.length, {"bfloat16": 2, "float32": 4}[dtype]
+    operands = 4 * size * tokens * 1152 * 28 * 3
+    return (part.bytes - operands) / (tokens * 300 * 28 * 16)
+
+  # Three times in float32 and twice as products take them; backward eight and five.
+  assert touched("bfloat16") == pytest.approx(11 * 4 + 7 * 2)
+  assert touched("float32") == pytest.approx(11 * 4 + 7 * 4)
+
+
+@pytest.mark.parametrize(
+  ("machines", "share"),
+  # A GPU rounds float32 to TF32, at half the rate, a TPU to bfloat16.
+  [("h200:8", 1 / 2), ("a100:8", 1 / 2), ("v5e:8x8", 1), ("v5p:2x4x4", 1)],
+)
+def test_float32_multiplies_at_the_rate_of_what_it_is_rounded_to(machines, share):
+  half, whole = in_both("stage_1k", machines, compute__attention="chunked")
+  chip = whole.topology.chip
+  assert chip.peak(whole.dtype) == share * chip.peak(half.dtype) == share * chip.flops
+  name = "matrix products"
+  fast, slow = (roofline.step_time(planned).parts[name] for planned in (half, whole))
+  assert slow.flops == fast.flops
+  assert fast.bound == slow.bound == "compute"
+  assert slow.seconds == pytest.approx(fast.seconds / share)
+
+
+def test_the_ceiling_of_our_kernels_knows_that_float32_fills_rows_by_eight():
+  half, whole = in_both("stage_4k", "v5e:8x8")
+  bare = roofline.ceiling(whole.model, 128)
+  parts = roofline.needed(whole.model)
+  multiplied = parts["attention"] * 128 / 72
+  multiplied += parts["cross-attention"] * 128 / 72 * 384 / 300
+  total = sum(parts.values())
+  # Of six products one is 80 wide, beside which values have ones, and three are 72.
+  saved = multiplied * ((1 - 80 / 128) + 3 * (1 - 72 / 128)) / 6
+  lifted = roofline.step_time(whole).ceiling
+  assert lifted == pytest.approx(total / (total / bare - saved))
+  assert roofline.step_time(half).ceiling < lifted
+
+
+def test_a_compiled_product_in_float32_takes_the_cycles_of_one_in_bfloat16(libtpu):
+  machines = topology.parse("v5e:1x1")
+  place = jax.sharding.SingleDeviceSharding(topology.devices(machines)[0])
+
+  def cycles(dtype):
+    side = jax.ShapeDtypeStruct((2048, 2048), dtype, sharding=place)
+    with jax.default_matmul_precision(None):  # as it is outside the suite
+      compiled = jax.jit(products.matmul).lower(side, side).compile()
+    return hlo.read(compiled.as_text()).cycles
+
+  peak = machines.chip.peak("bfloat16") / machines.chip.peak("float32")
+  assert cycles("float32") / cycles("bfloat16") == pytest.approx(peak, rel=0.1)

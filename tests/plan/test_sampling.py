@@ -56,8 +56,9 @@ def test_two_passes_do_the_same_arithmetic_in_less_memory(larger, libtpu):
   assert one.parameters == two.parameters == 4 * tree.size(abstract_params(larger))
   forward = sum(forward_flops(larger, (64, 64), larger.caption_length).values())
   assert one.flops == two.flops == 20 * 2 * forward
-  ours = {"our_kernels": True, "training": False}
+  ours = {"our_kernels": True, "training": False, "itemsize": 4}
   assert one.ceiling == two.ceiling == roofline.ceiling(larger, 128, **ours)
+  assert one.mfu == pytest.approx(one.flops / one.seconds / 197e12)
   rest = [found.total - found.parameters for found in (one, two)]
   assert rest[1] < 0.7 * rest[0]
 

@@ -43,7 +43,7 @@ def test_goodput_counts_the_time_between_two_starts_of_a_run(tmp_path, monkeypat
 
 
 def test_a_steps_arithmetic_is_that_of_its_images_and_captions_without_padding():
-  counted = Arithmetic(MODEL)
+  counted = Arithmetic(MODEL, "bfloat16")
   images = [((64, 64), 12), ((32, 128), 300), ((64, 64), 0)]
   batch = {
     "grid": np.array([grid for grid, _ in images]),
@@ -55,16 +55,17 @@ def test_a_steps_arithmetic_is_that_of_its_images_and_captions_without_padding()
   assert counted.of_batch(batch) == pytest.approx(want, rel=1e-12)
 
 
-def test_mfu_is_the_share_of_the_chips_peak_on_each_device():
-  counted = Arithmetic(MODEL)
+@pytest.mark.parametrize(("dtype", "slower"), [("bfloat16", 1), ("float32", 2)])
+def test_mfu_is_the_share_of_the_chips_peak_on_each_device(dtype, slower):
+  counted = Arithmetic(MODEL, dtype)
   device = mock.Mock(device_kind="NVIDIA H200")
   device.memory_stats.return_value = {"peak_bytes_in_use": 3 * 2**30}
   counted.add(989e12 * 4)
   counted.add(989e12 * 4)
   with mock.patch.object(jax, "local_devices", return_value=[device] * 4):
-    values = counted.close(4.0)
+    values = counted.close(4.0 * slower)  # of operands in TF32 half as many
     assert values["mfu"] == pytest.approx(0.5)
-    assert values["tflops_per_device"] == pytest.approx(989 / 2)
+    assert values["tflops_per_device"] == pytest.approx(989 / 2 / slower)
     assert values["memory_peak_gib"] == 3.0
     assert counted.close(1.0)["mfu"] == 0.0
     device.device_kind = "cpu"
@@ -84,7 +85,7 @@ def test_kinds_of_devices_are_found_by_their_longest_name():
 
 
 def test_counting_a_batch_of_a_thousand_images_costs_no_step():
-  counted = Arithmetic(MODEL)
+  counted = Arithmetic(MODEL, "bfloat16")
   draw = np.random.default_rng(0)
   batch = {
     "grid": draw.choice(np.array([[64, 64], [32, 128], [128, 32]]), 1024),
