@@ -27,10 +27,11 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   workdir, total = pathlib.Path(workdir), config["total_steps"]
   _check_stage(config, workdir)
   saved, local = _steps(config, workdir)
-  if _has_last(config, workdir) and (not saved or saved[-1] >= total):
-    return f"{DONE}: {workdir} has all its {total} steps"
   start = saved[-1] if saved else 0
-  if later := run_directory.models_after(workdir, start):
+  newest = local or start
+  if _has_last(config, workdir) and (not newest or newest >= total):
+    return f"{DONE}: {workdir} has all its {total} steps"
+  if later := run_directory.models_after(workdir, newest):
     names = ", ".join(str(path.relative_to(workdir)) for path in later)
     aside = f"; {names}, of another history, move to {run_directory.ABANDONED}/"
   else:
@@ -52,10 +53,12 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
 
 
 def is_cleared(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
-  """Whether a stage is done, and nothing but its models was kept."""
-  return _has_last(config, workdir) and not checkpoint.saved_steps(
-    workdir, config["checkpoint"]["remote"]
-  )
+  """Whether a stage is done, and nothing but its models was kept.
+
+  Of checkpoints on hosts' own disks, this host's are looked for.
+  """
+  saved, local = _steps(config, workdir)
+  return _has_last(config, workdir) and not saved and local is None
 
 
 def _has_last(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
