@@ -7,6 +7,7 @@ threads and in processes.
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -151,7 +152,8 @@ class Stream:
   """An iterator over batches; see `batches`. A worker that goes is named."""
 
   def __init__(self, batches: grain.DatasetIterator[Batch], num_workers: int):
-    self._batches, self._num_workers = batches, num_workers
+    self._batches: Any = batches
+    self._num_workers = num_workers
     self._workers: set[int | None] | None = None  # process ids, once they run
 
   def __iter__(self) -> "Stream":
@@ -179,6 +181,10 @@ class Stream:
   def close(self) -> None:
     """Ends threads and workers."""
     self._batches.close()
+    if self._num_workers:
+      # What was read ahead lies in shared memory, and in cycles of Grain's objects.
+      self._batches = iter(())
+      gc.collect()
 
   def _describe(self, code: int) -> str:
     gone = sorted(map(str, (self._workers or set()) - _children()))
