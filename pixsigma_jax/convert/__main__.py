@@ -50,6 +50,12 @@ _SCALING_FACTOR = flags.DEFINE_float(
 )
 _NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads: 16 for XL/2.")
 _EMA = flags.DEFINE_bool("ema", False, "Take the EMA weights of a .pth that has both.")
+_POS_EMBED = flags.DEFINE_bool(
+  "pos_embed",
+  True,
+  "Read base_size and pe_interpolation off the table of positions in a .pth; "
+  "--nopos_embed leaves out one that is not the model's, as tools write it.",
+)
 _GPUS = flags.DEFINE_integer(
   "gpus", None, "Of a config: GPUs that the official launcher would have had."
 )
@@ -104,7 +110,13 @@ def main(arguments: list[str]) -> None:
   if _RELEASE.value is not None:
     given = given.of_release(RELEASES[_RELEASE.value])
   model.check_target(target, to_format)
-  converted = model.read(source, _FROM.value, given, ema=_EMA.value)
+  converted = model.read(
+    source,
+    _FROM.value,
+    given,
+    ema=_EMA.value,
+    stored_positions=_POS_EMBED.value,
+  )
   logging.info("Read %s: %s.", source, converted.summary())
   model.write(target, to_format, converted)
   print(target)

@@ -206,13 +206,20 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
-def write_safetensors(path: pathlib.Path, weights: Weights, note: Any = None) -> None:
+def write_safetensors(
+  path: pathlib.Path,
+  weights: Weights,
+  note: Any = None,
+  *,
+  header: Mapping[str, str] | None = None,
+) -> None:
   """Writes one safetensors file, marked as torch's layout, as diffusers wants it.
 
   Args:
     note: JSON for `note_in`.
+    header: what the file says of itself beside its tensors, for `header_of`.
   """
-  metadata = {"format": "pt"}
+  metadata = {"format": "pt", **(header or {})}
   if note is not None:
     metadata[_NOTE] = json.dumps(note)
   disk.write_whole(

@@ -6,24 +6,25 @@ A folder of an adapter holds it in both formats:
   pytorch_lora_weights.safetensors                 what diffusers loads
 
 Names are those of diffusers' modules, `transformer_blocks.0.attn1.to_q.lora_A.weight`,
-after `base_model.model.` in the one and `transformer.` in the other. diffusers' file
-says nothing of a scale, so that its lora_B is scaled already: whoever reads it, with or
-without an idea of alpha, finds the same model.
+after `base_model.model.` in the one and `transformer.` in the other. In diffusers' file
+lora_B is scaled already: whoever reads it, with or without an idea of alpha, finds the
+same model.
 """
 
 import json
 import math
 import pathlib
-import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from pixsigma_jax import disk, tree
 from pixsigma_jax.convert import files
 from pixsigma_jax.convert.layouts import DIFFUSERS, Array, Place, places_of
+from pixsigma_jax.convert.lora_settings import Settings
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms.lora import DOWN, MAGNITUDE, UP, Lora, nested
 
@@ -31,19 +32,13 @@ _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _PREFIXES = ("base_model.model.", "transformer.")
+# The entry of a file's header in which diffusers keeps PEFT's settings, as JSON.
+_HEADER = "lora_adapter_metadata"
 # What a module's tensors are called, and the leaves of ours that they become.
 _PARTS = {
   ".lora_A.weight": DOWN,
   ".lora_B.weight": UP,
   ".lora_magnitude_vector": MAGNITUDE,
-}
-# Of PEFT's settings, those that change what the tensors mean, at what leaves it alone.
-_PLAIN = {
-  "bias": "none",
-  "fan_in_fan_out": False,
-  "lora_bias": False,
-  "modules_to_save": None,
-  "layer_replication": None,
 }
 
 
@@ -75,16 +70,22 @@ def write_lora(
     "alpha_pattern": {},
     "init_lora_weights": True,
     "inference_mode": True,
-    **_PLAIN,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "layer_replication": None,
   }
   folder.parent.mkdir(parents=True, exist_ok=True)
   partial = disk.partial_path(folder)
   partial.mkdir()
   try:
     files.write_json(partial / _CONFIG, settings)
-    for file, prefix, scale in (
-      (_PEFT[0], _PREFIXES[0], 1.0),
-      (_DIFFUSERS, _PREFIXES[1], lora.scale),
+    scaled = {**settings, "lora_alpha": lora.rank}
+    packed = {f"{_PREFIXES[1]}{name}": value for name, value in scaled.items()}
+    for file, prefix, scale, header in (
+      (_PEFT[0], _PREFIXES[0], 1.0, {}),
+      (_DIFFUSERS, _PREFIXES[1], lora.scale, {_HEADER: json.dumps(packed)}),
     ):
       weights = {
         f"{prefix}{module}{suffix}": parts[part] * (scale if part == UP else 1)
@@ -93,7 +94,9 @@ def write_lora(
         if part in parts
       }
       files.write_safetensors(
-        partial / file, {k: np.ascontiguousarray(v) for k, v in weights.items()}
+        partial / file,
+        {k: np.ascontiguousarray(v) for k, v in weights.items()},
+        header=header,
       )
     disk.publish(partial, folder)
   finally:
@@ -133,18 +136,26 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
   stack has beyond them is zero.
 
   Args:
-    path: a folder as PEFT or diffusers write it, or a file of diffusers' names, in
-      which alpha is the rank unless its header says otherwise.
+    path: a folder as PEFT or diffusers write it, or a file of diffusers' names. Where
+      neither adapter_config.json nor the file's header says what alpha is, it is taken
+      for the rank, with a warning.
     config: of the model that it is for.
 
   Raises:
     FileNotFoundError: there is no adapter.
     ValueError: it is of another model, or holds what is not a LoRA's; names the
-      tensors.
+      tensors or the settings.
   """
   path = pathlib.Path(path)
   weights, settings = _open(path)
-  _check_settings(path, settings)
+  if settings is None:
+    logging.warning(
+      "%s says nothing of alpha, which is taken for the rank of each module, as "
+      "diffusers does. If it was trained with another, merge it with "
+      "--scale=ALPHA/RANK; or put PEFT's adapter_config.json beside its %s.",
+      path,
+      _PEFT[0],
+    )
   places = places_of(config, DIFFUSERS)
   modules, problems = _by_module(weights, places)
   kernels = tree.named_leaves(abstract_params(config))
@@ -184,8 +195,8 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
   return nested(leaves)
 
 
-def _open(path: pathlib.Path) -> tuple[files.Weights, dict[str, Any]]:
-  """Tensors, and PEFT's settings as far as anything tells them."""
+def _open(path: pathlib.Path) -> tuple[files.Weights, Settings | None]:
+  """Tensors, and PEFT's settings if anything tells them."""
   if not path.exists():
     raise FileNotFoundError(f"There is no adapter at {path}: no such file or folder.")
   file = path
@@ -197,29 +208,35 @@ def _open(path: pathlib.Path) -> tuple[files.Weights, dict[str, Any]]:
       raise FileNotFoundError(
         f"{path} holds no adapter: expected one of {', '.join(names)}, found {found}."
       )
-  weights = files.open_weights(file)
+  fields = _fields_of(file)
+  if fields is None:
+    return files.open_weights(file), None
+  try:
+    settings = Settings(fields)
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be merged here: {error}.") from None
+  return files.open_weights(file), settings
+
+
+def _fields_of(file: pathlib.Path) -> dict[str, Any] | None:
+  """PEFT's settings from beside a file or from its header, None if neither has them."""
   beside = file.with_name(_CONFIG)
   if file.name in _PEFT and beside.exists():
-    return weights, files.read_json(beside)
-  settings = {}
-  if file.suffix == ".safetensors":
-    header = files.header_of(file).get("lora_adapter_metadata")
-    for name, value in json.loads(header).items() if header else ():
-      settings[name.removeprefix(_PREFIXES[1])] = value
-  return weights, settings
-
-
-def _check_settings(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
-  if settings.get("peft_type", "LORA") != "LORA":
-    raise ValueError(
-      f"{path} is an adapter of the kind {settings['peft_type']!r}, not LORA."
-    )
-  for name, plain in _PLAIN.items():
-    if settings.get(name, plain) not in (plain, [], {}):
-      raise ValueError(
-        f"{path} was made with {name}={settings[name]!r}: only adapters with "
-        f"{name}={plain!r} can be read."
-      )
+    fields, whose = files.read_json(beside), str(beside)
+  elif file.suffix == ".safetensors" and (text := files.header_of(file).get(_HEADER)):
+    whose = f"{_HEADER} in {file}"
+    try:
+      fields = json.loads(text)
+    except ValueError as error:
+      raise ValueError(f"{whose} is not JSON: {error}.") from None
+  else:
+    return None
+  if not isinstance(fields, dict):
+    raise ValueError(f"{whose} holds a {type(fields).__name__}, not PEFT's settings.")
+  # A pipeline's file has the settings of all its networks, each after its prefix.
+  if packed := [name for name in fields if name.startswith(_PREFIXES[1])]:
+    return {name.removeprefix(_PREFIXES[1]): fields[name] for name in packed}
+  return None if any("." in name for name in fields) else fields
 
 
 def _by_module(
@@ -246,7 +263,7 @@ def _moved(
   parts: Mapping[str, Array],
   place: Place,
   kernel: tuple[int, ...],
-  settings: Mapping[str, Any],
+  settings: Settings | None,
   module: str,
 ) -> tuple[dict[str, Array], str]:
   """A module's matrices as ours lie, or why they cannot be."""
@@ -266,22 +283,17 @@ def _moved(
     if parts[part].shape != want:
       have = list(parts[part].shape)
       return {}, f"{part} has shape {have}, not {list(want)}"
+  scale = 1.0
+  if settings is not None:
+    if problem := settings.problem(module, rank, dora=MAGNITUDE in parts):
+      return {}, problem
+    scale = settings.scale(module, rank)
   moved = {
     DOWN: place.move.into(down).reshape(-1, rank),
-    UP: up.reshape(-1, rank).T * np.float32(_scale(settings, module, rank)),
+    UP: up.reshape(-1, rank).T * np.float32(scale),
   }
   if MAGNITUDE in parts:
     if parts[MAGNITUDE].size != shape[1]:
       return {}, f"the magnitude has {parts[MAGNITUDE].size} numbers, not {shape[1]}"
     moved[MAGNITUDE] = parts[MAGNITUDE].reshape(-1)
   return moved, ""
-
-
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-  """PEFT's: alpha / rank, or alpha / √rank if the adapter is rank-stabilized."""
-  alpha = settings.get("lora_alpha", rank)
-  for pattern, value in (settings.get("alpha_pattern") or {}).items():
-    if re.search(rf"(^|\.){pattern}$", module):
-      alpha = value
-      break
-  return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)

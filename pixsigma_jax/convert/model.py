@@ -95,14 +95,27 @@ def check_target(path: pathlib.Path, form: str) -> None:
     raise FileExistsError(f"{path} exists already and is left as it is.")
 
 
-def read(path: pathlib.Path, form: str, given: Given, *, ema: bool = False) -> Model:
+def read(
+  path: pathlib.Path,
+  form: str,
+  given: Given,
+  *,
+  ema: bool = False,
+  stored_positions: bool = True,
+) -> Model:
   """Reads a model; the parameters are NumPy arrays, or JAX's for `orbax`.
+
+  Args:
+    ema: takes the EMA weights of a .pth that has both.
+    stored_positions: False leaves the table of positions in a .pth out of account.
 
   Raises:
     FileNotFoundError: nothing is there.
     ValueError: it is damaged, another format or another network, or something about it
       is neither shown nor given, or is given otherwise than shown.
   """
+  if not stored_positions and form != "pixart":
+    raise ValueError(f"--nopos_embed is for --from=pixart: {form} stores no pos_embed.")
   if form == "orbax":
     return _read_snapshot(path, given)
   weights, about = _weights(path, form, ema)
@@ -115,15 +128,17 @@ def read(path: pathlib.Path, form: str, given: Given, *, ema: bool = False) -> M
       base_size=given.base_size,
       pe_interpolation=given.pe_interpolation,
       caption_length=given.caption_length,
+      stored_positions=stored_positions,
     )
-    null_caption = pixart.null_caption_in(weights)
   else:
-    shown = pixart.shown_by_config(files.read_json(path / _CONFIG))
-    pixart.settled(shown, dataclasses.asdict(given))
     config, params = pixart.from_diffusers(
-      weights, caption_length=given.caption_length, **shown
+      weights,
+      num_heads=given.num_heads,
+      base_size=given.base_size,
+      pe_interpolation=given.pe_interpolation,
+      caption_length=given.caption_length,
+      config_json=files.read_json(path / _CONFIG),
     )
-    null_caption = None
   if about is not None and PixArtConfig.from_dict(about.model) != config:
     raise ValueError(
       f"{path} says that it was {about.model}, but its weights are {config.to_dict()}."
@@ -131,7 +146,7 @@ def read(path: pathlib.Path, form: str, given: Given, *, ema: bool = False) -> M
   return Model(
     config=config,
     params=params,
-    null_caption=null_caption,
+    null_caption=pixart.null_caption_in(weights),
     metadata=about or _metadata(path, form, config, given),
     step=0,
   )

@@ -7,6 +7,7 @@ guessed, because a wrong position scale draws pictures that are merely bad.
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +31,18 @@ from pixsigma_jax.models.pixart import VARIANTS, PixArtConfig
 
 # Buffers of the official state dict.
 POSITIONS, NULL_CAPTION = "pos_embed", "y_embedder.y_embedding"
+# The same of diffusers': its versions 0.22 to 0.24 kept the null caption, so exports of
+# α have it; the table is there if somebody kept buffers that diffusers recomputes.
+PEER_POSITIONS = "pos_embed.pos_embed"
+PEER_NULL_CAPTION = "caption_projection.y_embedding"
+
+# Base size and scale of the one table that OneTrainer writes, whatever the model is
+# (`convert_pixart_diffusers_to_ckpt.py`). No release has both: it tells nothing.
+_ONETRAINER = {"base_size": 64, "pe_interpolation": 1.0}
+_POSITIONS_HINT = (
+  "So says pos_embed: if that is not the model's, as tools write one that is not "
+  "(OneTrainer does), leave it out with --nopos_embed."
+)
 
 _COMPRESSOR = "blocks/attention/kv_compressor"
 
@@ -41,6 +54,7 @@ def from_pixart(
   base_size: int | None = None,
   pe_interpolation: float | None = None,
   caption_length: int | None = None,
+  stored_positions: bool = True,
 ) -> tuple[PixArtConfig, Any]:
   """Hyper-parameters and parameters out of an official state dict.
 
@@ -48,36 +62,61 @@ def from_pixart(
     weights: official names to NumPy arrays, perhaps with the buffers `pos_embed` and
       `y_embedder.y_embedding`, which show what is not given below.
     num_heads: needed where depth and width are not those of a named variant.
-    base_size, pe_interpolation: see `PixArtConfig`; needed without `pos_embed`.
+    base_size, pe_interpolation: see `PixArtConfig`; needed without `pos_embed`, and
+      where that is the table of OneTrainer, which writes one for all models.
     caption_length: needed without `y_embedder.y_embedding`.
+    stored_positions: False leaves `pos_embed` out of account.
 
   Raises:
     ValueError: tensors are missing, left over or misshapen, a hyper-parameter is
       neither shown nor given, or what is given contradicts the weights.
   """
-  shown: dict[str, Any] = {}
-  null_caption = null_caption_in(weights)
-  if null_caption is not None:
-    shown["caption_length"] = len(null_caption)
-  if POSITIONS in weights:
-    shown |= _positions_shown(weights[POSITIONS])
+  shown = _length_shown(weights)
   given = {
     "num_heads": num_heads,
     "base_size": base_size,
     "pe_interpolation": pe_interpolation,
     "caption_length": caption_length,
   }
-  weights = _Without(weights, (POSITIONS, NULL_CAPTION))
-  config = _config(weights, OFFICIAL, settled(shown, given))
-  return config, params_from(weights, config, OFFICIAL)
+  if POSITIONS in weights and stored_positions:
+    shown |= _positions_told(weights[POSITIONS], given)
+  known = settled(shown, given, hints=dict.fromkeys(_ONETRAINER, _POSITIONS_HINT))
+  parameters = _Changed(weights, without=(POSITIONS, NULL_CAPTION))
+  config = _config(parameters, OFFICIAL, known)
+  _check_null_caption(weights, config)
+  return config, params_from(parameters, config, OFFICIAL)
 
 
 def null_caption_in(weights: Weights) -> Float32[np.ndarray, "t e"] | None:
-  """What a dropped caption was replaced with, where an official state dict has it."""
-  if NULL_CAPTION not in weights:
+  """What a dropped caption was replaced with, where a state dict has it.
+
+  Raises:
+    ValueError: it is no sequence of embeddings.
+  """
+  name = next((n for n in (NULL_CAPTION, PEER_NULL_CAPTION) if n in weights), None)
+  if name is None:
     return None
   # A copy: a view would keep the whole file in memory.
-  return np.array(weights[NULL_CAPTION], np.float32)
+  null_caption = np.array(weights[name], np.float32)
+  if null_caption.ndim != 2:
+    raise ValueError(
+      f"{name} has shape {list(null_caption.shape)}, not [tokens, caption channels]."
+    )
+  return null_caption
+
+
+def _check_null_caption(weights: Weights, config: PixArtConfig) -> None:
+  null_caption = null_caption_in(weights)
+  if null_caption is not None and null_caption.shape[1] != config.caption_width:
+    raise ValueError(
+      f"The null caption is {null_caption.shape[1]} channels wide, but captions of "
+      f"these weights are {config.caption_width}: the file was put together from two."
+    )
+
+
+def _length_shown(weights: Weights) -> dict[str, Any]:
+  null_caption = null_caption_in(weights)
+  return {} if null_caption is None else {"caption_length": len(null_caption)}
 
 
 def to_pixart(
@@ -105,34 +144,71 @@ def from_diffusers(
   base_size: int | None = None,
   pe_interpolation: float | None = None,
   caption_length: int | None = None,
+  config_json: Mapping[str, Any] | None = None,
 ) -> tuple[PixArtConfig, Any]:
   """Hyper-parameters and parameters out of a `PixArtTransformer2DModel`'s state dict.
 
   Args:
-    num_heads, base_size, pe_interpolation: as `shown_by_config` finds them.
-    caption_length: 300 for Σ, 120 for α: diffusers does not note it down.
+    weights: diffusers' names to NumPy arrays, perhaps with the buffers that older
+      versions of it kept: the null caption and the table of positions.
+    num_heads, base_size, pe_interpolation: needed without `config_json`.
+    caption_length: 300 for Σ, 120 for α; needed where the null caption is not kept.
+    config_json: the content of diffusers' config.json.
 
   Raises:
-    ValueError: see `from_pixart`.
+    ValueError: see `from_pixart`; or `config_json` is another network's than the
+      weights.
   """
+  shown = _length_shown(weights)
+  if config_json is not None:
+    shown |= shown_by_config(config_json)
   given = {
     "num_heads": num_heads,
     "base_size": base_size,
     "pe_interpolation": pe_interpolation,
     "caption_length": caption_length,
   }
-  config = _config(weights, DIFFUSERS, settled({}, given))
-  return config, params_from(weights, config, DIFFUSERS)
+  known = settled(shown, given)
+  if PEER_POSITIONS in weights:
+    known = settled(_positions_shown(weights[PEER_POSITIONS]), known)
+  parameters = _Changed(weights, without=(PEER_POSITIONS, PEER_NULL_CAPTION))
+  parameters = _without_guard(parameters)
+  if config_json is not None:
+    _check_heads(config_json, parameters)
+  config = _config(parameters, DIFFUSERS, known)
+  if config_json is not None:
+    _check_config(config_json, config)
+  _check_null_caption(weights, config)
+  return config, params_from(parameters, config, DIFFUSERS)
 
 
 def to_diffusers(config: PixArtConfig, params: Any) -> dict[str, np.ndarray]:
   """diffusers' state dict; of a compressing model with names that only we know.
 
+  Stock diffusers leaves out names that it does not know, with a warning. So that it
+  refuses a compressing model, `scale_shift_table` has a row of zeros more than its own.
+
   Raises:
     ValueError: the compression has no parameters to tell it by.
   """
   _check_operator(config)
-  return weights_from(params, config, DIFFUSERS)
+  weights = weights_from(params, config, DIFFUSERS)
+  if config.kv_compression.layers:
+    table = weights[_GUARDED]
+    weights[_GUARDED] = np.concatenate([table, np.zeros_like(table[:1])])
+  return weights
+
+
+def _without_guard(weights: Weights) -> Weights:
+  """A state dict less the row that `to_diffusers` adds; earlier exports lack it."""
+  if _GUARDED not in weights or not layers_in(
+    weights, DIFFUSERS, f"{_COMPRESSOR}/kernel"
+  ):
+    return weights
+  table = weights[_GUARDED]
+  if len(table) != 3 or np.any(table[2]):
+    return weights
+  return _Changed(weights, instead={_GUARDED: table[:2]})
 
 
 # What diffusers' config.json must say, where it says anything, for the network to be
@@ -143,11 +219,16 @@ _REQUIRED = {
   "norm_eps": 1e-6,
   "activation_fn": "gelu-approximate",
   "attention_bias": True,
+  "attention_type": "default",
+  "only_cross_attention": False,
+  "double_self_attention": False,
+  "num_vector_embeds": None,
 }
 CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 # The class that a compressing model is exported under: stock diffusers has none of that
 # name and says so, where it would load the known class and drop the compression.
 COMPRESSED_CLASS = "PixArtKVCompressedTransformer2DModel"
+_GUARDED = "scale_shift_table"
 
 
 def shown_by_config(json: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,14 +251,77 @@ def shown_by_config(json: Mapping[str, Any]) -> dict[str, Any]:
   missing = [k for k in ("num_attention_heads", "sample_size") if json.get(k) is None]
   if missing:
     raise ValueError(f"config.json does not say {' and '.join(missing)}.")
-  size = json["sample_size"]
+  heads, size = json["num_attention_heads"], json["sample_size"]
+  patch_size = json.get("patch_size", 2)
   scale = json.get("interpolation_scale")
+  if scale is None:  # diffusers' own rule
+    scale = max(size // 64, 1) if isinstance(size, int) else 1
+  for field, value, kinds in (
+    ("num_attention_heads", heads, int),
+    ("sample_size", size, int),
+    ("patch_size", patch_size, int),
+    ("interpolation_scale", scale, int | float),
+  ):
+    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+      raise ValueError(
+        f"config.json has {field}={value!r}, which is no number above 0."
+      )
+  if size % patch_size:
+    raise ValueError(
+      f"config.json has sample_size={size}, which is no multiple of "
+      f"patch_size={patch_size}."
+    )
   return {
-    "num_heads": json["num_attention_heads"],
-    "base_size": size // json.get("patch_size", 2),
-    # diffusers' own rule for configs that leave it out.
-    "pe_interpolation": float(max(size // 64, 1) if scale is None else scale),
+    "num_heads": heads,
+    "base_size": size // patch_size,
+    "pe_interpolation": float(scale),
   }
+
+
+def _check_heads(json: Mapping[str, Any], weights: Weights) -> None:
+  """Compares the width, which is that of all heads together in diffusers."""
+  heads = json["num_attention_heads"]
+  size = json.get("attention_head_dim")
+  width = shapes_in(weights, DIFFUSERS).get("patch_embedding/bias", (None,))[0]
+  if size is not None and width is not None and heads * size != width:
+    raise ValueError(
+      f"config.json has num_attention_heads={heads} of attention_head_dim={size}, "
+      f"together {heads * size}, but these weights are of width {width}: they are of "
+      "two models. Fetch the config.json that belongs to the weights."
+    )
+
+
+def _check_config(json: Mapping[str, Any], config: PixArtConfig) -> None:
+  """Compares what config.json says with what the weights show.
+
+  What it leaves out is no contradiction, nor are fields that shape no tensor.
+
+  Raises:
+    ValueError: they differ; names each field with both values.
+  """
+  shown = diffusers_config(config)
+  stated = {field: json[field] for field in _SHAPING if field in json}
+  # None means what it does to diffusers: as many, or what the size suggests.
+  if stated.get("out_channels", 0) is None:
+    stated["out_channels"] = config.in_channels
+  if stated.get("use_additional_conditions", False) is None:
+    del stated["use_additional_conditions"]
+  problems = [
+    f"{field}={value!r} (the weights: {shown.get(field)!r})"
+    for field, value in stated.items()
+    if value != shown.get(field)
+  ]
+  compressed = json["_class_name"] == COMPRESSED_CLASS
+  if compressed != bool(config.kv_compression.layers):
+    problems.insert(
+      0,
+      f"the class {json['_class_name']} (the weights are of {shown['_class_name']})",
+    )
+  if problems:
+    raise ValueError(
+      f"config.json has {', '.join(problems)}: they are of two models. Fetch the "
+      "config.json that belongs to the weights."
+    )
 
 
 def diffusers_config(config: PixArtConfig) -> dict[str, Any]:
@@ -225,8 +369,24 @@ def _check_operator(config: PixArtConfig) -> None:
     )
 
 
-def settled(shown: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+# Fields of diffusers' config.json that a tensor's shape shows, too.
+_SHAPING = (
+  *("num_layers", "attention_head_dim", "cross_attention_dim", "patch_size"),
+  *("in_channels", "out_channels", "caption_channels", "use_additional_conditions"),
+  *("kv_compress_ratio", "kv_compress_layers", "kv_compress_norm"),
+)
+
+
+def settled(
+  shown: Mapping[str, Any],
+  given: Mapping[str, Any],
+  *,
+  hints: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
   """What is shown or given (where it is not None), if they agree.
+
+  Args:
+    hints: what to say besides where these do not agree.
 
   Raises:
     ValueError: they do not; names every contradiction.
@@ -234,10 +394,11 @@ def settled(shown: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
   asked = {name: value for name, value in given.items() if value is not None}
   others = [name for name in asked if asked[name] != shown.get(name, asked[name])]
   if others:
+    more = dict.fromkeys(f" {hints[name]}" for name in others if name in hints)
     raise ValueError(
       f"{', '.join(f'{name}={asked[name]}' for name in others)} was asked for, but "
       f"these weights have {', '.join(f'{name}={shown[name]}' for name in others)}: "
-      "they are of another release or resolution."
+      f"they are of another release or resolution.{''.join(more)}"
     )
   return asked | dict(shown)
 
@@ -329,6 +490,25 @@ def _not_pixart(weights: Weights) -> str:
   )
 
 
+def _positions_told(table: np.ndarray, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Base size and scale, or nothing if the table is that which tells nothing.
+
+  Raises:
+    ValueError: it tells nothing, and they are not given.
+  """
+  shown = _positions_shown(table)
+  if shown != _ONETRAINER:
+    return shown
+  unsaid = [name for name in shown if given.get(name) is None]
+  if unsaid:
+    raise ValueError(
+      "pos_embed has base_size=64 and pe_interpolation=1.0, the table that OneTrainer "
+      f"writes whatever the model is: give {' and '.join(unsaid)} (64 and 2 for 1024 "
+      "pixels), or --release."
+    )
+  return {}
+
+
 def _positions_shown(table: np.ndarray) -> dict[str, Any]:
   """Base size and scale that a stored table of positions was made with."""
   table = np.asarray(table, np.float32)
@@ -362,17 +542,24 @@ def _table(
   return np.asarray(codes)
 
 
-class _Without(Mapping[str, np.ndarray]):
-  """A state dict less some names; still read only when asked."""
+class _Changed(Mapping[str, np.ndarray]):
+  """A state dict less some names, with other tensors under some; still read lazily."""
 
-  def __init__(self, weights: Weights, names: tuple[str, ...]):
+  def __init__(
+    self,
+    weights: Weights,
+    *,
+    without: tuple[str, ...] = (),
+    instead: Weights | None = None,
+  ):
     self._weights = weights
-    self._names = {name: None for name in weights if name not in names}
+    self._instead = instead or {}
+    self._names = {name: None for name in weights if name not in without}
 
   def __getitem__(self, name: str) -> np.ndarray:
     if name not in self._names:
       raise KeyError(name)
-    return self._weights[name]
+    return self._instead[name] if name in self._instead else self._weights[name]
 
   def __contains__(self, name: object) -> bool:
     return name in self._names

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixsigma_jax.convert.files import Weights
-from pixsigma_jax.convert.pixart import diffusers_config
+from pixsigma_jax.convert.pixart import (
+  PEER_NULL_CAPTION,
+  PEER_POSITIONS,
+  diffusers_config,
+)
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.layers import Compute
@@ -112,7 +116,9 @@ def run_diffusers(config: PixArtConfig, weights: Weights, inputs: Inputs) -> Tra
   )
 
   model: Any = PixArtTransformer2DModel.from_config(diffusers_config(config))
-  model.load_state_dict({name: torch.tensor(weights[name]) for name in weights})
+  # Buffers of older exports are none of the network's parameters.
+  names = [name for name in weights if name not in (PEER_POSITIONS, PEER_NULL_CAPTION)]
+  model.load_state_dict({name: torch.tensor(weights[name]) for name in names})
   model.eval()
   trace: dict[str, np.ndarray] = {}
   for i, block in enumerate(model.transformer_blocks):

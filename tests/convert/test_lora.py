@@ -185,6 +185,210 @@ def test_an_adapter_that_peft_saved_merges_to_what_peft_draws(fields, tmp_path):
       assert tree.named_leaves(after)[name] is leaf
 
 
+def trained_by_peft(settings, config, params, kind=diffusers.PixArtTransformer2DModel):
+  """A model with an adapter of PEFT's whose every number is at random."""
+  torch.manual_seed(0)
+  model = theirs(config, params, kind)
+  if kind is Adaptable:
+    model.add_adapter(settings)
+  else:
+    model = peft.get_peft_model(model, settings)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if "lora_" in name:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+  return model
+
+
+def merged_by_peft(folder, config, params):
+  model = peft.PeftModel.from_pretrained(theirs(config, params), folder)
+  return {k: v.numpy() for k, v in model.merge_and_unload().state_dict().items()}
+
+
+def merged_by_us(path, config, params):
+  _, after = merge_lora(config, params, adapter=read_lora(path, config))
+  return to_diffusers(config, after)
+
+
+def assert_merged_alike(have, want, before):
+  """Within the rounding of sums of products; and some kernel did change."""
+  assert have.keys() == want.keys()
+  for name, array in want.items():
+    np.testing.assert_allclose(have[name], array, rtol=0, atol=1e-6, err_msg=name)
+  assert any(np.abs(want[name] - before[name]).max() > 1e-3 for name in want)
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+UNDERSTOOD = {
+  "gaussian": {"init_lora_weights": "gaussian"},
+  "no initialisation": {"init_lora_weights": False},
+  "orthogonal": {"init_lora_weights": "orthogonal"},
+  "EVA, which leaves the base alone": {
+    "init_lora_weights": "eva",
+    "eva_config": peft.EvaConfig(),
+  },
+  "alternatives in one pattern": {
+    "rank_pattern": {"to_q|attn1.to_v": 6},
+    "alpha_pattern": {"attn1.to_k|to_out.0": 3},
+  },
+  "the first of several patterns": {
+    "alpha_pattern": {"attn2.to_k": 5, "to_k": 2, "attn1.to_k": 50},
+    "rank_pattern": {r"attn\d.to_v": 2, "to_v": 6},
+  },
+  "patterns of whole names": {
+    "alpha_pattern": {"^transformer_blocks.0.attn1.to_q": 3, "o_q": 7, "attn1": 9},
+  },
+  "rank-stabilized, with patterns": {
+    "use_rslora": True,
+    "rank_pattern": {"to_v": 2},
+    "alpha_pattern": {"to_q": 1.5},
+  },
+  "some layers": {
+    "layers_to_transform": [1],
+    "layers_pattern": "transformer_blocks",
+  },
+  "one layer by one of two patterns": {
+    "layers_to_transform": 0,
+    "layers_pattern": ["blocks", "transformer_blocks"],
+  },
+  "without some": {"exclude_modules": ["attn2.to_q"]},
+  "without some by an expression": {"exclude_modules": r".*attn1\..*"},
+  "targets by an expression": {"target_modules": r".*\.1\..*to_[qv]"},
+  "DoRA, with patterns": {"use_dora": True, "alpha_pattern": {"to_v": 9}},
+}
+
+
+# Remarks of PEFT's on what a test does on purpose.
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+@pytest.mark.parametrize("fields", UNDERSTOOD.values(), ids=UNDERSTOOD)
+def test_settings_of_peft_mean_to_us_what_they_mean_to_peft(fields, tmp_path):
+  config, params = random_model()
+  settings = peft.LoraConfig(
+    r=4, lora_alpha=6, **{"target_modules": ATTENTION, **fields}
+  )
+  trained_by_peft(settings, config, params).save_pretrained(tmp_path)
+  assert_merged_alike(
+    merged_by_us(tmp_path, config, params),
+    merged_by_peft(tmp_path, config, params),
+    to_diffusers(config, params),
+  )
+
+
+def test_what_a_file_of_settings_leaves_out_is_peft_s_default(tmp_path):
+  config, params = random_model()
+  settings = peft.LoraConfig(r=8, lora_alpha=3, target_modules=["to_q"])
+  trained_by_peft(settings, config, params).save_pretrained(tmp_path)
+  said = json.loads((tmp_path / "adapter_config.json").read_text())
+  kept = {name: said[name] for name in ("peft_type", "target_modules")}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(kept))
+  assert_merged_alike(
+    merged_by_us(tmp_path, config, params),
+    merged_by_peft(tmp_path, config, params),
+    to_diffusers(config, params),
+  )
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_holds_a_part_of_its_base_is_refused(start, tmp_path):
+  config, params = random_model()
+  settings = peft.LoraConfig(
+    r=4, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=start
+  )
+  model = peft.get_peft_model(theirs(config, params), settings)
+  model.peft_config["default"].init_lora_weights = True
+  model.save_pretrained(tmp_path / "initial")
+  model.peft_config["default"].init_lora_weights = start
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if "lora_" in name:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+  model.save_pretrained(tmp_path / "trained")
+  with pytest.raises(
+    ValueError,
+    match=f"init_lora_weights='{start}', which takes a part out of the base model, .*"
+    "path_initial_model_for_weight_conversion",
+  ):
+    read_lora(tmp_path / "trained", config)
+  # The way out that the message names.
+  model.save_pretrained(
+    tmp_path / "converted",
+    path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
+  )
+  want = {k: v.numpy() for k, v in model.merge_and_unload().state_dict().items()}
+  have = merged_by_us(tmp_path / "converted", config, params)
+  for name, array in want.items():
+    np.testing.assert_allclose(have[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_file_of_diffusers_means_what_its_header_says(tmp_path, caplog):
+  config, params = random_model()
+  settings = peft.LoraConfig(
+    r=4, lora_alpha=6, target_modules=ATTENTION, alpha_pattern={"to_q": 1}
+  )
+  model = trained_by_peft(settings, config, params, Adaptable)
+  model.save_lora_adapter(tmp_path)
+  again = theirs(config, params, Adaptable)
+  again.load_lora_adapter(
+    str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors"
+  )
+  again.fuse_lora()
+  again.unload_lora()
+  want = {k: v.detach().numpy() for k, v in again.state_dict().items()}
+  have = merged_by_us(tmp_path, config, params)
+  assert_merged_alike(have, want, to_diffusers(config, params))
+  assert "alpha" not in caplog.text
+
+
+def without_settings(folder):
+  (folder / "adapter_config.json").unlink()
+
+
+def without_header(folder):
+  file = folder / "pytorch_lora_weights.safetensors"
+  save_file(load_file(file), file)
+
+
+@pytest.mark.parametrize(
+  ("file", "edit"),
+  [
+    ("adapter_model.safetensors", without_settings),
+    ("pytorch_lora_weights.safetensors", without_header),
+  ],
+)
+def test_alpha_is_never_guessed_without_a_warning(file, edit, tmp_path, caplog):
+  config, params = random_model()
+  spec = lora(("qkv",))
+  adapter = random_adapter(spec, params)
+  write_lora(tmp_path, config, adapter, spec)
+  write_lora(tmp_path / "a", config, adapter, spec)
+  read_lora(tmp_path / "a" / file, config)
+  assert "alpha" not in caplog.text
+  edit(tmp_path / "a")
+  back = tree.named_leaves(read_lora(tmp_path / "a" / file, config))
+  assert re.search(rf"{file} says nothing of alpha, .* rank", caplog.text)
+  unscaled = file == "adapter_model.safetensors"
+  for name, leaf in tree.named_leaves(adapter).items():
+    scale = spec.scale if name.endswith("/up") and not unscaled else 1
+    np.testing.assert_array_equal(back[name], leaf * np.float32(scale))
+
+
+def test_a_header_that_is_none_is_an_error(tmp_path):
+  config, params = random_model()
+  spec = lora(("qkv",))
+  write_lora(tmp_path / "a", config, random_adapter(spec, params), spec)
+  file = tmp_path / "a" / "pytorch_lora_weights.safetensors"
+  for text, message in (("{", "is not JSON"), ("[]", "holds a list, not PEFT's")):
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match=f"lora_adapter_metadata in .* {message}"):
+      read_lora(file, config)
+  # Settings of another network of the pipeline are not the transformer's.
+  text = json.dumps({"text_encoder.lora_alpha": 90, "text_encoder.bias": "all"})
+  save_file(load_file(file), file, metadata={"lora_adapter_metadata": text})
+  read_lora(file, config)
+
+
 def test_our_network_draws_what_peft_draws_from_our_adapter(tmp_path):
   config, params = random_model()
   spec = lora(EVERYTHING, dora=True)
@@ -322,18 +526,101 @@ def test_every_tensor_is_used_or_named(edit, message, tmp_path):
     read_lora(folder, config)
 
 
+MORE_THAN_A_LORA = [
+  *({"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["proj_out"]}),
+  *({"fan_in_fan_out": True}, {"lora_bias": True}, {"use_qalora": True}),
+  *({"layer_replication": [[0, 2]]}, {"target_parameters": ["scale_shift_table"]}),
+  *({"trainable_token_indices": [0]}, {"alora_invocation_tokens": [5, 6]}),
+  *({"use_bdlora": {"nblocks": 1}}, {"arrow_config": {"top_k": 3}}),
+  *({"kasa_config": {"beta": 1e-4}}, {"megatron_config": {"a": 1}}),
+  {"a_setting_of_tomorrow": "other"},
+]
+
+
+@pytest.mark.parametrize("fields", MORE_THAN_A_LORA, ids=str)
+def test_an_adapter_that_is_more_than_a_lora_is_refused(fields, tmp_path):
+  folder, config = saved(tmp_path, lambda _: None, fields)
+  ((name, value),) = fields.items()
+  message = re.escape(f"made with {name}={value!r}, by which it may be more")
+  with pytest.raises(ValueError, match=f"{re.escape(str(folder))} .* {message}"):
+    read_lora(folder, config)
+
+
+@pytest.mark.parametrize("off", [None, False, [], {}, "", {"fast": False}], ids=str)
+def test_a_setting_of_tomorrow_that_is_off_is_no_matter(off, tmp_path):
+  folder, config = saved(tmp_path, lambda _: None, {"a_setting_of_tomorrow": off})
+  read_lora(folder, config)
+
+
+def test_every_setting_of_the_peft_at_hand_is_fine_at_its_default(tmp_path):
+  defaults = peft.LoraConfig(r=4, lora_alpha=6).to_dict()
+  defaults |= {"peft_type": "LORA", "target_modules": ["to_q", "to_k", "to_v"]}
+  folder, config = saved(tmp_path, lambda _: None, defaults)
+  read_lora(folder, config)
+
+
+STARTS = ["corda", "loftq", "lora_ga", "mica", "PiSSA", "one_of_tomorrow", 3]
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
     ({"peft_type": "LOHA"}, "of the kind 'LOHA', not LORA"),
-    ({"bias": "all"}, "made with bias='all'"),
-    ({"modules_to_save": ["proj_out"]}, r"made with modules_to_save=\['proj_out'\]"),
+    *(
+      ({"init_lora_weights": s}, f"init_lora_weights={s!r}, which takes")
+      for s in STARTS
+    ),
+    ({"r": 8}, r"to_q: its tensors are of rank 4, and the settings say 8"),
+    ({"rank_pattern": {"to_k": 2}}, "1.to_k: its tensors are of rank 4, .* say 2"),
+    (
+      {"use_dora": True},
+      "to_q: it has no magnitude, and the settings say use_dora=True",
+    ),
+    ({"target_modules": ["to_q"]}, "to_k: the settings do not target it"),
+    ({"target_modules": ".*to_q"}, "to_k: the settings do not target it"),
+    ({"exclude_modules": ["to_k"]}, "to_k: the settings do not target it"),
+    (
+      {
+        "target_modules": ["to_q", "to_k", "to_v"],
+        "layers_to_transform": [0],
+        "layers_pattern": "transformer_blocks",
+      },
+      r"blocks\.1\.attn1\.to_q: the settings do not target it",
+    ),
+    ({"lora_alpha": "six"}, "it has lora_alpha='six', which is no number"),
+    ({"lora_alpha": None}, "it has lora_alpha=None, which is no number"),
+    (
+      {"alpha_pattern": {"to_q": None}},
+      "alpha_pattern=.*'to_q': None.* gives no number",
+    ),
+    (
+      {"alpha_pattern": {"to_(": 1}},
+      r"alpha_pattern with 'to_\(', which is no regular",
+    ),
+    ({"target_modules": "to_("}, r"target_modules with 'to_\(', which is no regular"),
+    ({"exclude_modules": [1]}, r"exclude_modules=\[1\], which names no modules"),
+    (
+      {"layers_to_transform": ["1"]},
+      r"layers_to_transform=\['1'\], which are no layers",
+    ),
   ],
 )
-def test_an_adapter_that_is_more_than_a_lora_is_refused(fields, message, tmp_path):
+def test_settings_that_the_tensors_contradict_are_refused(fields, message, tmp_path):
   folder, config = saved(tmp_path, lambda _: None, fields)
   with pytest.raises(ValueError, match=message):
     read_lora(folder, config)
+
+
+def test_magnitudes_that_the_settings_deny_are_refused(tmp_path):
+  config, params = random_model()
+  spec = lora(("qkv",), dora=True)
+  write_lora(tmp_path / "a", config, random_adapter(spec, params), spec)
+  file = tmp_path / "a" / "adapter_config.json"
+  file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": False}))
+  with pytest.raises(
+    ValueError, match="a magnitude, and the settings say use_dora=Fal"
+  ):
+    read_lora(tmp_path / "a", config)
 
 
 def test_where_there_is_no_adapter_it_says_what_is_there(tmp_path):

@@ -17,7 +17,11 @@ from pixsigma_jax.convert import files
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.kv_compression import KVCompression
 from tests import commands
-from tests.convert.test_pixart import assert_equal_trees, random_model
+from tests.convert.test_pixart import (
+  assert_equal_trees,
+  onetrainers_table,
+  random_model,
+)
 from tests.models import reference
 from tests.sample.models import metadata
 
@@ -135,12 +139,68 @@ def test_diffusers_own_folder_and_network_are_ours(convert, tmp_path, shards):
   assert model.config.interpolation_scale == 2.0
 
 
+def test_the_null_caption_of_an_older_export_is_the_models(convert, tmp_path):
+  weights = write_diffusers(tmp_path / "transformer")
+  null_caption = np.arange(120 * 32, dtype=np.float32).reshape(120, 32)
+  save_file(
+    {**weights, "caption_projection.y_embedding": null_caption},
+    tmp_path / "transformer" / "diffusion_pytorch_model.safetensors",
+  )
+  done = convert(
+    *("--from=diffusers", "--to=orbax", tmp_path / "transformer", tmp_path / "run"),
+    *("--scaling_factor=0.18215", "--verify"),
+  )
+  assert done.code == 0, done.err
+  snapshot = checkpoint.read_snapshot(tmp_path / "run")
+  assert snapshot.config.caption_length == 120
+  np.testing.assert_array_equal(snapshot.null_caption, null_caption)
+
+
+def test_a_file_of_onetrainer_is_what_is_said_of_it(convert, tmp_path):
+  """It stores the positions of 1024 pixels at scale 1 beside any model's weights."""
+  weights = {
+    **write_official(tmp_path / "model.pth"),
+    "pos_embed": onetrainers_table(48),
+  }
+  path = tmp_path / "model.safetensors"
+  save_file(weights, path)
+  about = ("--num_heads=4", "--scaling_factor=0.13025")
+  arguments = ("--from=pixart", "--to=orbax", path, tmp_path / "run", *about)
+  done = convert(*arguments)
+  assert (done.code, "OneTrainer writes" in done.err) == (1, True)
+  assert not (tmp_path / "run").exists()
+  done = convert(*arguments, "--base_size=64", "--pe_interpolation=2")
+  assert done.code == 0, done.err
+  config = checkpoint.read_snapshot(tmp_path / "run").config
+  assert (config.base_size, config.pe_interpolation) == (64, 2.0)
+
+
+def test_a_stored_table_is_left_out_where_asked(convert, tmp_path):
+  write_official(tmp_path / "model.pth")
+  arguments = ("--from=pixart", "--to=orbax", tmp_path / "model.pth", tmp_path / "run")
+  about = ("--num_heads=4", "--scaling_factor=0.13025")
+  sizes = ("--base_size=64", "--pe_interpolation=2")
+  done = convert(*arguments, *about, *sizes)
+  assert (done.code, "leave it out with --nopos_embed" in done.err) == (1, True)
+  done = convert(*arguments, *about, *sizes, "--nopos_embed")
+  assert done.code == 0, done.err
+  assert checkpoint.read_snapshot(tmp_path / "run").config.base_size == 64
+  write_diffusers(tmp_path / "transformer")
+  done = convert(
+    *("--from=diffusers", "--to=orbax", tmp_path / "transformer", tmp_path / "x"),
+    *(*SIGMA, "--nopos_embed"),
+  )
+  assert (done.code, "diffusers stores no pos_embed" in done.err) == (1, True)
+
+
 def test_stock_diffusers_refuses_a_compressing_model_loudly(convert, tmp_path):
   write_snapshot(tmp_path / "run", **COMPRESSED)
   done = convert("--from=orbax", "--to=diffusers", tmp_path / "run", tmp_path / "there")
   assert done.code == 0, done.err
   with pytest.raises(Exception, match="PixArtKVCompressedTransformer2DModel"):
     diffusers.AutoModel.from_pretrained(tmp_path / "there")
+  with pytest.raises(ValueError, match="scale_shift_table"):
+    diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "there")
 
 
 def test_a_wrong_weight_is_found_by_running_both(convert, tmp_path, monkeypatch):
