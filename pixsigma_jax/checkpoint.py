@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from pixsigma_jax import distributed, sharding
+from pixsigma_jax import disk, distributed, sharding
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 
@@ -487,8 +487,8 @@ def _saving(directory: Any) -> Iterator[None]:
     kept = steps_in(directory)
     raise SavingError(
       f"Could not save to {directory}: {_first_line(error)} "
-      f"Complete steps there: {kept or 'none'}; none of them was touched. Make room "
-      "or choose another --workdir, and start the same command again."
+      f"Complete steps there: {kept or 'none'}; none of them was touched. "
+      f"{disk.way_out(directory, '--workdir')}, and start the same command again."
     ) from error
 
 

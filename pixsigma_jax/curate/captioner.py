@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from pixsigma_jax.wording import install
+
 _NUM_BEAMS = 3
 _REPETITION_PENALTY = 1.5
 
@@ -69,9 +71,7 @@ def _load(model: str) -> tuple[Any, Any]:
   try:
     import torch
   except ImportError:
-    raise ValueError(
-      'A captioner needs torch: pip install "pixsigma-jax[curate]".'
-    ) from None
+    raise ValueError(f"A captioner needs torch: {install('curate')}.") from None
   from transformers import AutoModelForImageTextToText, AutoProcessor
 
   try:

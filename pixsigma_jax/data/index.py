@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pixsigma_jax import disk
 from pixsigma_jax.data import sources
 from pixsigma_jax.data.sources import Unit
+from pixsigma_jax.wording import listed
 
 FORMAT_VERSION = 1
 
@@ -116,7 +117,9 @@ class Index:
     """
     names = SCHEMAS[step].names
     if sorted(table.column_names) != sorted(names):
-      raise ValueError(f"{step} has the columns {names}, not {table.column_names}.")
+      raise ValueError(
+        f"{step} has the columns {names}, not {listed(table.column_names)}."
+      )
     if step != "scan" and len(table) != self.rows(part):
       raise ValueError(
         f"Part {part} of {self.directory} has {self.rows(part)} images, and {step} has "

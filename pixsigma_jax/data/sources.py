@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixsigma_jax.data import tar_headers
+from pixsigma_jax.wording import listed
 
 Captions: TypeAlias = tuple[tuple[str, str], ...]  # (text, "long" or "short")
 
@@ -426,8 +427,8 @@ def _parquet_rows(source: str) -> int:
     raise ValueError(f"{source} is damaged: {rows} rows in {size} bytes.")
   if not set(_PATH_FIELDS) & set(names):
     raise ValueError(
-      f"{source} does not say where its images are: it has the columns {names}, and "
-      f"none of {', '.join(_PATH_FIELDS)}."
+      f"{source} does not say where its images are: it has the columns "
+      f"{listed(names)}, and none of {', '.join(_PATH_FIELDS)}."
     )
   return rows
 

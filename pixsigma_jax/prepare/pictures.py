@@ -34,6 +34,7 @@ from pixsigma_jax.data import ingest, sources, wire
 from pixsigma_jax.data.crops import CropRule
 from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import Index, open_index
+from pixsigma_jax.wording import listed
 
 _FORMAT = 1
 _PLAN, _ROWS, _REFUSED = "plan.json", "plan.npy", "refused.jsonl"
@@ -306,7 +307,7 @@ def _store_plan(
     if lines:
       raise FileExistsError(
         f"{directory} was begun with other arguments, or the index has changed (then → "
-        f"now): {_shortened('; '.join(lines))}. Give the same ones to go on, or choose "
+        f"now): {listed(lines, joint='; ')}. Give the same ones to go on, or choose "
         "another --pictures."
       )
     return
@@ -335,10 +336,6 @@ def _store_plan(
     "refused": count_reasons(refusals).get("image", {}),
   }
   files.write_json(path, plan)
-
-
-def _shortened(text: str) -> str:
-  return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 def write_shard(
@@ -389,8 +386,8 @@ def write_shard(
     disk.write_whole(pictures._shard(number), write)
   except RuntimeError as error:  # ArrayRecord's
     raise OSError(
-      f"Cannot write {pictures._shard(number)}: {error}. Make room or choose another "
-      "directory, and run the command again."
+      f"Cannot write {pictures._shard(number)}: {error}. "
+      f"{disk.way_out(pictures.directory, '--pictures')}, and run the command again."
     ) from error
   refused = [dataclasses.asdict(refusal) for refusal in refusals]
   files.write_json(pictures._report(number), {**about, "refused": refused})

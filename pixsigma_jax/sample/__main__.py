@@ -29,6 +29,7 @@ from pixsigma_jax.sample.pipeline import (
 )
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.sample.timing import Timing
+from pixsigma_jax.wording import shortened
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
@@ -209,7 +210,7 @@ def _settings(requests: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]
         if flag is not None or missing:
           raise ValueError(
             f"Some prompts have a {name} of their own: give --{name} once, for the "
-            f"others{f' such as {missing[0]!r}' if missing else ''}."
+            f"others{f' such as {shortened(missing[0])}' if missing else ''}."
           )
         flag = [0]
       settings[name] = each(name, flag * count)

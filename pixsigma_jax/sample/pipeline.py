@@ -35,6 +35,7 @@ from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance
 from pixsigma_jax.sample.timing import Timing
+from pixsigma_jax.wording import shortened
 
 Sides: TypeAlias = int | Sequence[int] | None
 Texts: TypeAlias = str | Sequence[str]
@@ -575,9 +576,9 @@ class Pipeline:
     )
     if not np.isfinite(latents).all():
       raise ValueError(
-        f"The picture of {request.prompt!r} (seed {request.seed}) is not made of "
-        "finite numbers: the parameters have diverged, or the dtype overflows. Try an "
-        "earlier step of the checkpoint, or float32."
+        f"The picture of {shortened(request.prompt)} (seed {request.seed}) is not made "
+        "of finite numbers: the parameters have diverged, or the dtype overflows. Try "
+        "--dtype=float32, or with --checkpoint=RUN/snapshots/STEP an earlier step."
       )
     # One at a time: pictures may differ in size, and large ones fill the memory.
     with self.timing.part("autoencoder"):
