@@ -124,7 +124,12 @@ class _Tensors(Mapping[str, np.ndarray]):
     ):
       if tensor.dtype == kind:
         return tensor.view(bits).numpy().view(of_ours)
-    return tensor.numpy()
+    try:
+      return tensor.numpy()
+    except TypeError as error:
+      raise ValueError(
+        f"{name} is of the type {tensor.dtype}, which cannot be read: {_TAKE_PLAIN}."
+      ) from error
 
   def __contains__(self, name: object) -> bool:
     return name in self._tensors
@@ -195,8 +200,8 @@ def open_weights(
 
   Raises:
     FileNotFoundError: there are no weights at `path`; says what is there.
-    ValueError: the files are damaged, hold something else than weights, or tensors that
-      need a factor each; or a folder has several variants, and none was asked for.
+    ValueError: the files are damaged or hold something else than weights, or a folder
+      has several variants, and none was asked for.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -207,12 +212,6 @@ def open_weights(
     raise ValueError(f"{path} is one file: leave out --variant={variant}.")
   else:
     weights = _open_file(path, which)
-  scaled = [name for name in weights if _SCALES.search(name)]
-  if scaled:
-    raise ValueError(
-      f"{path} is quantised: beside its tensors it has what they must be multiplied "
-      f"with ({listed(scaled, 2)}), which is not supported: {_TAKE_PLAIN}."
-    )
   return weights
 
 
@@ -230,7 +229,8 @@ def part_of(weights: Weights, network: Network, source: object) -> Weights:
     source: for messages.
 
   Raises:
-    ValueError: the network is there several times.
+    ValueError: the network is there several times, or quantised with factors that its
+      tensors are to be multiplied with.
   """
   found = {
     name.removesuffix(landmark): None
@@ -245,6 +245,12 @@ def part_of(weights: Weights, network: Network, source: object) -> Weights:
       "told: save one of them alone."
     )
   prefix = next(iter(found), "")
+  scaled = [n for n in weights if n.startswith(prefix) and _SCALES.search(n)]
+  if scaled:
+    raise ValueError(
+      f"{source} is quantised: beside its tensors it has what they must be multiplied "
+      f"with ({listed(scaled, 2)}), which is not supported: {_TAKE_PLAIN}."
+    )
   if not prefix:
     return weights
   names = {n.removeprefix(prefix): n for n in weights if n.startswith(prefix)}
@@ -344,7 +350,7 @@ def weights_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   found: dict[str, list[tuple[int, int, int, pathlib.Path]]] = {}
   for path in folder.iterdir():
     match = _IN_FOLDER.fullmatch(path.name)
-    if match is None or (match["variant"] and match["index"]):
+    if match is None:
       continue
     variant = match["variant"] or match["of_index"] or ""
     found.setdefault(variant, []).append(
@@ -422,8 +428,8 @@ def _load_pickle(path: pathlib.Path) -> dict[str, Any]:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     first = re.split(r"Weights only load failed|(?<=\.)\s", reason[0])[0]
     raise ValueError(
-      f"Could not read {path}: {first or 'it is no file of torch'} The file is "
-      "truncated or none of torch's: fetch it again."
+      f"Could not read {path}: {first.rstrip('.') or 'it has another format'}. The "
+      "file is truncated or none of torch's: fetch it again."
     ) from error
   if not isinstance(content, dict):
     raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict.")

@@ -429,11 +429,15 @@ class _Source:
     if self.weights is None:
       named = self.content.get("dtype") or self.content.get("torch_dtype")
       return jnp.dtype(named or "float32")
-    some = ("attention/q/kernel", "mlp/out/kernel")
-    kinds = [self.weights[f"encoder.block.0.{_LAYER[name]}"].dtype for name in some]
-    if all(jnp.finfo(kind).bits == 8 for kind in kinds):
-      return jnp.dtype(jnp.bfloat16)
-    return jnp.promote_types(*kinds)
+    some = (_LAYER["attention/q/kernel"], _LAYER["mlp/out/kernel"])
+    names = [f"encoder.block.0.{name}" for name in some]
+    kinds = {self.weights[name].dtype for name in names if name in self.weights}
+    if not kinds or not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+      return jnp.dtype(jnp.float32)  # refused when they are read
+    return max(
+      (jnp.dtype(jnp.bfloat16) if kind.itemsize == 1 else kind for kind in kinds),
+      key=lambda kind: kind.itemsize,
+    )
 
   def params(self, dtype: np.dtype, mesh: Mesh) -> Any:
     """The parameters, straight into their shards."""

@@ -202,7 +202,8 @@ def vae_to_weights(
   if layout not in _RULES:
     raise ValueError(f"Unknown layout {layout!r}; choose one of {', '.join(_RULES)}.")
   expected = abstract_params(config)
-  wrong = tree.differences(params, expected)
+  # What a leaf has beside what it should have.
+  wrong = sorted(tree.differences(params, expected), key=lambda line: line[2:])
   if wrong:
     raise ValueError(
       f"These are not the parameters of an autoencoder with {config} (- has, + wants): "

@@ -430,7 +430,9 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-    raise OSError(
+    # Whoever finishes a dataset tells a file that is gone from all else.
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+    raise kind(
       f"Cannot write {path}: {error}. {disk.way_out(path.parent, '--output')}, and run "
       "the command again."
     ) from error

@@ -15,7 +15,7 @@ from safetensors.torch import save_file as save_torch
 
 from pixsigma_jax import tree
 from pixsigma_jax.convert import files, model, t5, vae
-from pixsigma_jax.convert.files import open_weights
+from pixsigma_jax.convert.files import Network, open_weights, part_of
 from pixsigma_jax.models.vae import VAEConfig
 from tests import commands
 from tests.convert.published import write_spiece, write_t5
@@ -31,6 +31,7 @@ GIVEN = model.Given(
 )
 DIFFUSERS = model.Given(caption_length=10, scaling_factor=0.13025)
 VAE = VAEConfig(channels=CHANNELS, norm_groups=NORM_GROUPS)
+NETWORK = Network(landmarks=("one",), prefixes=("vae.",))
 SOME = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.ones(3, "f4")}
 
 
@@ -317,14 +318,23 @@ def test_weights_that_need_a_factor_are_refused_in_words(tmp_path, factor):
   with pytest.raises(
     ValueError, match=rf"quantised: .*\({factor}\).* take the file in"
   ):
-    open_weights(path)
+    part_of(open_weights(path), NETWORK, path)
+
+
+def test_factors_of_one_network_do_not_stand_in_anothers_way(tmp_path):
+  path = tmp_path / "model.safetensors"
+  save_file({"vae.one": SOME["one"], "t5.scaled_fp8": SOME["two"]}, path)
+  assert_weights(part_of(open_weights(path), NETWORK, path), {"one": SOME["one"]})
 
 
 def test_types_that_nobody_can_read_are_refused_in_words(tmp_path):
   path = tmp_path / "model.safetensors"
-  header = {"one": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}
+  header = {
+    "first": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    "one": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [4, 8]},
+  }
   text = json.dumps(header).encode()
-  path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+  path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
   with pytest.raises(ValueError, match="one is of the type F8_E8M0, which cannot be"):
     open_weights(path)["one"]
 
