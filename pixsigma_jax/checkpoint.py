@@ -654,8 +654,8 @@ def saving(directory: Any) -> Iterator[None]:
     kept = steps_in(directory)
     raise SavingError(
       f"Could not save to {directory}: {_first_line(error)} "
-      f"Complete steps there: {kept or 'none'}; none of them was touched. Make room "
-      "or choose another --workdir, and start the same command again."
+      f"Complete steps there: {kept or 'none'}; none of them was touched. "
+      f"{disk.way_out(directory, '--workdir')}, and start the same command again."
     ) from error
 
 

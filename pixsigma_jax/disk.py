@@ -178,3 +178,15 @@ def sync(path: pathlib.Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def way_out(directory: Any, flag: str) -> str:
+  """What helps where `directory` could not be written to.
+
+  Args:
+    directory: a path, perhaps of a bucket.
+    flag: what names it on the command line.
+  """
+  if directory.exists():
+    return f"Make room there, see that it may be written to, or choose another {flag}"
+  return f"{directory} is not there (any more): make it again, or choose another {flag}"

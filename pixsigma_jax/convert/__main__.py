@@ -5,7 +5,8 @@
 
 SRC and DST are a .pth file for `pixart`, the transformer's folder for `diffusers`, a
 workdir or snapshot for `orbax`. Nothing that exists is overwritten. The frozen networks
-are folders of `diffusers` or of ours, `orbax`, and an autoencoder of `ldm` is one file:
+are folders of `diffusers` or of ours, `orbax`; an autoencoder of `ldm` is one file, and
+so is a T5 of `comfyui`:
 
   python -m pixsigma_jax.convert --model=vae --from=ldm --to=diffusers SRC DST
   python -m pixsigma_jax.convert --model=t5 --from=diffusers --to=orbax SRC DST
@@ -24,7 +25,7 @@ from pixsigma_jax.convert import mmcv, model, t5, vae, verify
 from pixsigma_jax.convert.released import RELEASES
 
 _KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS, "t5": t5.FORMATS}
-_FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS]))
+_FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS, *t5.FORMATS]))
 _MODEL = flags.DEFINE_enum("model", "transformer", list(_KINDS), "Which network.")
 _FROM = flags.DEFINE_enum(
   "from", None, [*_FORMATS, "mmcv"], "Format of SRC.", required=True
@@ -56,6 +57,12 @@ _POS_EMBED = flags.DEFINE_bool(
   "Read base_size and pe_interpolation off the table of positions in a .pth; "
   "--nopos_embed leaves out one that is not the model's, as tools write it.",
 )
+_VARIANT = flags.DEFINE_string(
+  "variant",
+  None,
+  "Which of a folder's weights: fp16 for ….fp16.safetensors. By default those without "
+  "a variant in their name, or the only one.",
+)
 _GPUS = flags.DEFINE_integer(
   "gpus", None, "Of a config: GPUs that the official launcher would have had."
 )
@@ -86,7 +93,11 @@ def main(arguments: list[str]) -> None:
       )
   if _MODEL.value == "t5":
     t5.convert_text_encoder(
-      source, target, from_format=_FROM.value, to_format=to_format
+      source,
+      target,
+      from_format=_FROM.value,
+      to_format=to_format,
+      variant=_VARIANT.value,
     )
     print(target)
     return
@@ -97,6 +108,7 @@ def main(arguments: list[str]) -> None:
       from_layout=_FROM.value,
       to_layout=to_format,
       scaling_factor=_SCALING_FACTOR.value,
+      variant=_VARIANT.value,
     )
     print(target)
     return
@@ -116,6 +128,7 @@ def main(arguments: list[str]) -> None:
     given,
     ema=_EMA.value,
     stored_positions=_POS_EMBED.value,
+    variant=_VARIANT.value,
   )
   logging.info("Read %s: %s.", source, converted.summary())
   model.write(target, to_format, converted)
@@ -144,8 +157,11 @@ def _verify(
   inputs = verify.fixed_inputs(converted.config)
   logging.info("Running %s and %s on the same inputs.", source, target)
   traces = [
-    model.run(path, form, converted, inputs, ema=_EMA.value and form == _FROM.value)
-    for path, form in ((source, _FROM.value), (target, to_format))
+    model.run(path, form, converted, inputs, ema=ema, variant=variant)
+    for path, form, ema, variant in (
+      (source, _FROM.value, _EMA.value, _VARIANT.value),
+      (target, to_format, False, None),
+    )
   ]
   differences = verify.compare(*traces)
   print(f"{'':10}{'largest difference':>20}{'of the largest number':>24}")

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from pixsigma_jax import tree
 from pixsigma_jax.convert.files import Weights
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, segment_name
+from pixsigma_jax.wording import listed
 
 Array: TypeAlias = Float[np.ndarray, "..."]
 
@@ -178,7 +180,9 @@ def params_from(weights: Weights, config: PixArtConfig, layout: Layout) -> Any:
         their_name = their_name.format(i=layer)
         shape = rule.move.back(into).shape
         tensor = weights[their_name]
-        if tensor.shape == shape:
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+          problems.append(f"{their_name} is {tensor.dtype}, which is quantised")
+        elif tensor.shape == shape:
           into[...] = rule.move.into(tensor)
         else:
           found = f"{list(tensor.shape)}, not {list(shape)}"
@@ -192,11 +196,9 @@ def params_from(weights: Weights, config: PixArtConfig, layout: Layout) -> Any:
 
 def _refuse(problems: list[str], config: PixArtConfig) -> None:
   if problems:
-    shown = "; ".join(problems[:6])
-    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
     raise ValueError(
       f"These are not the weights of {config.depth} layers of width {config.width} in "
-      f"this layout: {shown}{more}."
+      f"this layout: {listed(problems, joint='; ')}."
     )
 
 

@@ -27,6 +27,7 @@ from pixsigma_jax.convert.layouts import DIFFUSERS, Array, Place, places_of
 from pixsigma_jax.convert.lora_settings import Settings
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms.lora import DOWN, MAGNITUDE, UP, Lora, nested
+from pixsigma_jax.wording import listed
 
 _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
@@ -168,11 +169,10 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
     else:
       found.setdefault(place.leaf, []).append((place.index, matrix))
   if problems or not found:
-    shown = "; ".join(problems[:6]) or "it holds no tensors"
-    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+    shown = listed(problems, joint="; ") if problems else "it holds no tensors"
     raise ValueError(
       f"{path} is no LoRA for a PixArt of {config.depth} layers of width "
-      f"{config.width}: {shown}{more}."
+      f"{config.width}: {shown}."
     )
   leaves: dict[str, Array] = {}
   for leaf, slots in found.items():

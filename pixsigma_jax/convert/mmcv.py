@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pixsigma_jax import disk
+from pixsigma_jax.wording import listed, shortened
 
 # Fields that the official training code does not read, or not to any effect; those of
 # its latent consistency training, which is another program, among them.
@@ -219,8 +220,8 @@ def _refusal(node: ast.stmt | ast.expr | ast.AST, path: pathlib.Path) -> ValueEr
   line = getattr(node, "lineno", "?")
   text = ast.unparse(node).splitlines()[0]
   return ValueError(
-    f"{path}, line {line}: {text!r} is not a value. A config is read, not run: write "
-    "out what it stands for."
+    f"{path}, line {line}: {shortened(text)} is not a value. A config is read, not "
+    "run: write out what it stands for."
   )
 
 
@@ -372,7 +373,7 @@ def _optimizer(
       "'AdamW' have."
     )
   if source:
-    raise ValueError(f"optimizer has fields that are unknown: {', '.join(source)}.")
+    raise ValueError(f"optimizer has fields that are unknown: {listed(source)}.")
   fields["clip_norm"] = left.pop("gradient_clip", 1.0)
   rule = left.pop("auto_lr", None)
   fields["scale_rule"] = rule["rule"] if rule else "none"

@@ -27,6 +27,12 @@ FORMATS = ("orbax", "pixart", "diffusers")
 
 _CONFIG, _ABOUT = "config.json", "pixsigma_jax.json"
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Of PixArt in the official layout and in diffusers', in a file of ComfyUI with all of a
+# pipeline or alone.
+_NETWORK = files.Network(
+  landmarks=("t_block.1.weight", "adaln_single.linear.weight"),
+  prefixes=("model.diffusion_model.", "diffusion_model."),
+)
 _DOWNSAMPLING = 8  # pixels to a latent, of SD's and SDXL's autoencoders
 
 
@@ -102,6 +108,7 @@ def read(
   *,
   ema: bool = False,
   stored_positions: bool = True,
+  variant: str | None = None,
 ) -> Model:
   """Reads a model; the parameters are NumPy arrays, or JAX's for `orbax`.
 
@@ -118,7 +125,9 @@ def read(
     raise ValueError(f"--nopos_embed is for --from=pixart: {form} stores no pos_embed.")
   if form == "orbax":
     return _read_snapshot(path, given)
-  weights, about = _weights(path, form, ema)
+  if form == "diffusers":
+    path = files.part_folder(path, "transformer")
+  weights, about = _weights(path, form, ema, variant)
   if about is not None:
     given = _agreed(given, about)
   if form == "pixart":
@@ -184,29 +193,39 @@ def write(path: pathlib.Path, form: str, model: Model) -> None:
 
 
 def run(
-  path: pathlib.Path, form: str, model: Model, inputs: verify.Inputs, *, ema: bool
+  path: pathlib.Path,
+  form: str,
+  model: Model,
+  inputs: verify.Inputs,
+  *,
+  ema: bool,
+  variant: str | None = None,
 ) -> verify.Trace:
   """What the network at `path` makes of `inputs`, by the code that the format is of.
 
   diffusers has no key/value compression, so a compressing model in its layout is run
   as ours.
   """
+  if form == "diffusers":
+    path = files.part_folder(path, "transformer")
   if form == "pixart":
-    return verify.run_official(model.config, _weights(path, form, ema)[0], inputs)
+    weights, _ = _weights(path, form, ema, variant)
+    return verify.run_official(model.config, weights, inputs)
   if form == "diffusers" and not model.config.kv_compression.layers:
-    return verify.run_diffusers(model.config, _weights(path, form, ema)[0], inputs)
+    weights, _ = _weights(path, form, ema, variant)
+    return verify.run_diffusers(model.config, weights, inputs)
   again = read(path, form, Given())
   return verify.run_ours(again.config, again.params, inputs)
 
 
 def _weights(
-  path: pathlib.Path, form: str, ema: bool
+  path: pathlib.Path, form: str, ema: bool, variant: str | None
 ) -> tuple[files.Weights, Metadata | None]:
   if form == "pixart":
     if path.is_dir():
       raise ValueError(f"{path} is a folder: --from=pixart takes a .pth file.")
     about = files.note_in(path)
-    weights = files.open_weights(path, "ema" if ema else "raw")
+    weights = files.open_weights(path, "ema" if ema else "raw", variant=variant)
   else:
     if not path.is_dir():
       raise ValueError(f"{path} is not a folder: --from=diffusers takes a folder.")
@@ -217,7 +236,8 @@ def _weights(
       )
     noted = path / _ABOUT
     about = files.read_json(noted) if noted.exists() else None
-    weights = files.open_weights(path)
+    weights = files.open_weights(path, variant=variant)
+  weights = files.part_of(weights, _NETWORK, path)
   return weights, None if about is None else Metadata.from_json(about)
 
 

@@ -28,6 +28,7 @@ from pixsigma_jax.convert.layouts import (
 from pixsigma_jax.models import positions, tokens
 from pixsigma_jax.models.kv_compression import WINDOWS, KVCompression
 from pixsigma_jax.models.pixart import VARIANTS, PixArtConfig
+from pixsigma_jax.wording import listed
 
 # Buffers of the official state dict.
 POSITIONS, NULL_CAPTION = "pos_embed", "y_embedder.y_embedding"
@@ -481,12 +482,13 @@ def _not_pixart(weights: Weights) -> str:
   names = list(weights)
   if any("lora" in name.lower() for name in names):
     return (
-      f"These are the weights of a LoRA ({names[0]}), not of a model: fuse it into its "
-      "base model with diffusers (fuse_lora), save that, and convert the result."
+      f"These are the weights of a LoRA ({names[0]}), not of a model: "
+      "convert the model that it changes to orbax, and merge the two with python -m "
+      "pixsigma_jax.transform merge_lora MODEL DST --adapter=LORA."
     )
   return (
     f"These are not PixArt's weights in this layout: no layer was found among "
-    f"{len(names)} tensors such as {', '.join(names[:3]) or 'none'}. Is --from right?"
+    f"{len(names)} tensors such as {listed(names, 3)}. Is --from right?"
   )
 
 

@@ -4,6 +4,8 @@ A tensor is read, cast and split, and forgotten before the next is read: XXL, 19
 float32, passes through the memory of a small host, and never through torch.
 """
 
+import dataclasses
+import itertools
 import os
 import pathlib
 import zlib
@@ -17,9 +19,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from pixsigma_jax import checkpoint, sharding, tree
+from pixsigma_jax.convert import spiece
 from pixsigma_jax.convert.files import (
+  Network,
   Weights,
+  lone_file,
   open_weights,
+  part_folder,
+  part_of,
   read_json,
   write_json,
   write_safetensors,
@@ -33,6 +40,7 @@ from pixsigma_jax.models.t5 import (
   layer_name,
   t5_shardings,
 )
+from pixsigma_jax.wording import listed
 
 # Ours ↔ theirs. Kernels of ours are [in, out], theirs [out, in]; the rest is the same.
 _OUTSIDE: dict[str, str] = {
@@ -55,8 +63,19 @@ _LAYER: dict[str, str] = {
 }
 # The embedding table's second name: some files have only this one, some have both.
 _TIED = "encoder.embed_tokens.weight"
-# The other half of a full T5, which makes text and is of no use here.
-_DECODER = ("decoder.", "lm_head.")
+# The other half of a full T5, which makes text and is of no use here, and a tokenizer
+# that ComfyUI keeps beside the weights.
+_UNUSED = ("decoder.", "lm_head.", "spiece_model")
+# Alone in a file as in a file of ComfyUI with all of a pipeline, or in one of ours.
+_NETWORK = Network(
+  landmarks=(f"encoder.block.0.{_LAYER['attention/q/kernel']}",),
+  prefixes=(
+    "text_encoders.t5xxl.transformer.",
+    "t5xxl.transformer.",
+    "text_encoder.",
+    "cond_stage_model.t5xxl.transformer.",
+  ),
+)
 
 _ARCHITECTURES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
 _SIZES = {
@@ -78,7 +97,10 @@ _REQUIRED: tuple[tuple[str, Any, Any], ...] = (
   ("quantization_config", None, None),
 )
 
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_TOKENIZER_FILES = (spiece.TOKENIZER, spiece.SPIECE)
+# Embeddings that belong to no token: T5's sentinels, which not every tokenizer counts,
+# and what rounds the table up to a multiple of 128.
+_SPARE_ROWS = 256
 # Every letter: a vocabulary of whatever language that T5 ever had can spell it.
 _SENTENCE = "the quick brown fox jumps over a lazy dog."
 
@@ -168,15 +190,14 @@ def _check_names(weights: Weights, names: Mapping[str, str], config: T5Config) -
   known = {*names.values(), _TIED}
   missing = [name for name in names.values() if name not in weights]
   left_over = [
-    name for name in weights if name not in known and not name.startswith(_DECODER)
+    name for name in weights if name not in known and not name.startswith(_UNUSED)
   ]
   problems = [f"{name} is missing" for name in missing]
   problems += [f"{name} is not used" for name in left_over]
   if problems:
-    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
     raise ValueError(
       f"These are not the weights of a T5 v1.1 encoder of {config.num_layers} layers: "
-      f"{'; '.join(problems[:6])}{more}."
+      f"{listed(problems, joint='; ')}."
     )
 
 
@@ -206,7 +227,7 @@ def t5_config_from(content: Mapping[str, Any]) -> T5Config:
   architectures = content.get("architectures") or [_ARCHITECTURES[0]]
   if not set(architectures) & set(_ARCHITECTURES):
     raise ValueError(
-      f"config.json is of {', '.join(architectures)}; a T5 encoder is one of "
+      f"config.json is of {listed(architectures)}; a T5 encoder is one of "
       f"{', '.join(_ARCHITECTURES)}."
     )
   for field, want, assumed in _REQUIRED:
@@ -234,8 +255,49 @@ def t5_config_from(content: Mapping[str, Any]) -> T5Config:
   )
 
 
+def t5_config_shown(weights: Weights) -> T5Config:
+  """Sizes from the shapes of an encoder's tensors, for a file without config.json.
+
+  Raises:
+    ValueError: it is no T5 v1.1.
+  """
+
+  def shape(ours: str) -> tuple[int, ...]:
+    name = (_OUTSIDE | _LAYER)[ours]
+    name = name if ours in _OUTSIDE else f"encoder.block.0.{name}"
+    if ours == "embedding" and name not in weights:
+      name = _TIED
+    if name not in weights or weights[name].ndim != 2:
+      raise ValueError(
+        f"{name} is missing or no matrix: these are not the weights of a T5 v1.1, but "
+        f"{len(weights)} tensors such as {listed(weights, 3)}."
+      )
+    return weights[name].shape
+
+  vocabulary, width = shape("embedding")
+  num_buckets, num_heads = shape("relative_bias")
+  inner = shape("attention/q/kernel")[0]
+  norm = _LAYER["attention_norm/scale"]
+  depth = next(
+    i for i in itertools.count() if f"encoder.block.{i}.{norm}" not in weights
+  )
+  if inner % num_heads:
+    raise ValueError(
+      f"{num_heads} heads do not divide the {inner} features of T5's attention."
+    )
+  return T5Config(
+    width=width,
+    num_layers=depth,
+    num_heads=num_heads,
+    head_width=inner // num_heads,
+    hidden=shape("mlp/gate/kernel")[0],
+    vocabulary=vocabulary,
+    num_buckets=num_buckets,
+  )
+
+
 def load_text_encoder(
-  folder: str | os.PathLike[str],
+  path: str | os.PathLike[str],
   tokenizer_folder: str | os.PathLike[str],
   *,
   dtype: DTypeLike,
@@ -244,7 +306,8 @@ def load_text_encoder(
   """T5 from a `text_encoder/` and a `tokenizer/` as diffusers and transformers save it.
 
   Args:
-    folder: with config.json and the weights, in one file or in shards.
+    path: a folder with config.json and the weights, in one file or in shards; or one
+      file, alone in its folder or by its own name, as ComfyUI has it.
     tokenizer_folder: with tokenizer.json or spiece.model; may be the same folder.
     dtype: of parameters and matrix products: bfloat16 or float32. XXL overflows in
       float16.
@@ -255,33 +318,43 @@ def load_text_encoder(
     ValueError: the files are of another network or damaged, the tokenizer does not
       belong to T5, or `dtype` is float16.
   """
-  folder = pathlib.Path(folder)
+  path = pathlib.Path(path)
   dtype = jnp.dtype(dtype)
   if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
     raise ValueError(f"T5 runs in bfloat16 or float32, not in {dtype.name}.")
   mesh = sharding.single_device_mesh() if mesh is None else mesh
   try:
-    config = t5_config_from(read_json(folder / "config.json"))
+    source = _Source.at(path)
     # Before the weights, which take minutes.
     tokenizer = load_tokenizer(tokenizer_folder)
-    _check_vocabulary(tokenizer, tokenizer_folder, config)
-    params = _params(folder, config, dtype, mesh)
+    _check_vocabulary(tokenizer, tokenizer_folder, source)
+    params = source.params(dtype, mesh)
   except ValueError as error:
-    raise ValueError(f"Could not load the text encoder of {folder}: {error}") from error
+    raise ValueError(f"Could not load the text encoder of {path}: {error}") from error
   return T5TextEncoder(
-    config=config, params=params, tokenizer=tokenizer, dtype=dtype, mesh=mesh
+    config=source.config, params=params, tokenizer=tokenizer, dtype=dtype, mesh=mesh
   )
 
 
-FORMATS = ("diffusers", "orbax")
+FORMATS = ("diffusers", "orbax", "comfyui")
 
 
 def convert_text_encoder(
-  source: pathlib.Path, target: pathlib.Path, *, from_format: str, to_format: str
+  source: pathlib.Path,
+  target: pathlib.Path,
+  *,
+  from_format: str,
+  to_format: str,
+  variant: str | None = None,
 ) -> None:
-  """Writes T5's encoder as the other of `FORMATS`, in its own dtype, to the bit.
+  """Writes T5's encoder as another of `FORMATS`, in its own dtype, to the bit.
 
-  `load_text_encoder` reads both; `orbax` is read in parallel and without a transpose.
+  `load_text_encoder` reads them all; `orbax` is read in parallel and without a
+  transpose. float8 becomes bfloat16, which holds the same numbers.
+
+  Args:
+    source, target: a folder, of `comfyui` a file.
+    variant: see `open_weights`.
 
   Raises:
     FileNotFoundError: there is no source.
@@ -290,29 +363,122 @@ def convert_text_encoder(
   """
   if target.exists():
     raise FileExistsError(f"{target} exists already and is left as it is.")
-  content = read_json(source / "config.json")
-  config = t5_config_from(content)
-  if checkpoint.has_arrays(source) != (from_format == "orbax"):
-    raise ValueError(f"{source} is not of the format {from_format!r}: is --from right?")
-  dtype = jnp.dtype(content.get("dtype") or content.get("torch_dtype") or "float32")
-  params = _params(source, config, dtype, sharding.single_device_mesh())
+  if to_format == "comfyui" and target.suffix != ".safetensors":
+    raise ValueError(
+      f"{target} must end in .safetensors: --to=comfyui writes one such file."
+    )
+  found = _Source.at(source, variant)
+  if found.form != from_format:
+    raise ValueError(
+      f"{source} is not of the format {from_format!r}: give --from={found.form}."
+    )
+  dtype = found.dtype()
+  params = found.params(dtype, sharding.single_device_mesh())
   if to_format == "orbax":
     checkpoint.save_arrays(target, params)
   else:
-    weights = t5_to_weights(params, config)
+    weights = t5_to_weights(params, found.config)
+    if to_format == "comfyui":
+      write_safetensors(target, weights)
+      return
     write_safetensors(target / "model.safetensors", weights)
-  write_json(target / "config.json", content)
+  write_json(target / "config.json", {**found.content, "dtype": dtype.name})
 
 
-def _params(folder: pathlib.Path, config: T5Config, dtype: np.dtype, mesh: Mesh) -> Any:
-  """The parameters of a folder in either format, straight into their shards."""
-  if not checkpoint.has_arrays(folder):
-    return t5_from_weights(open_weights(folder), config, dtype=dtype, mesh=mesh)
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_t5_params(config)
-  )
-  placed = sharding.placed(shapes, t5_shardings(config, mesh))
-  return checkpoint.read_arrays(folder, placed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+  """An encoder on a disk, of any format; its weights are not read yet.
+
+  Attributes:
+    path: its folder or file.
+    form: which of `FORMATS` it is.
+    content: config.json, or what it would be.
+    weights: unless the format is `orbax`.
+  """
+
+  path: pathlib.Path
+  form: str
+  config: T5Config
+  content: dict[str, Any]
+  weights: Weights | None
+
+  @classmethod
+  def at(cls, path: pathlib.Path, variant: str | None = None) -> "_Source":
+    path = part_folder(path, "text_encoder")
+    file = lone_file(path)
+    if file is not None:
+      weights = part_of(open_weights(file, variant=variant), _NETWORK, file)
+      config = t5_config_shown(weights)
+      return cls(
+        path=path,
+        form="comfyui",
+        config=config,
+        content=_config_fields(config),
+        weights=weights,
+      )
+    content = read_json(path / "config.json")
+    config = t5_config_from(content)
+    form, weights = "orbax", None
+    if not checkpoint.has_arrays(path):
+      form, weights = "diffusers", open_weights(path, variant=variant)
+      weights = part_of(weights, _NETWORK, path)
+    return cls(path=path, form=form, config=config, content=content, weights=weights)
+
+  def dtype(self) -> np.dtype:
+    """Of the weights; the widest, as some files keep a few tensors in float32."""
+    if self.weights is None:
+      named = self.content.get("dtype") or self.content.get("torch_dtype")
+      return jnp.dtype(named or "float32")
+    some = (_LAYER["attention/q/kernel"], _LAYER["mlp/out/kernel"])
+    names = [f"encoder.block.0.{name}" for name in some]
+    kinds = {self.weights[name].dtype for name in names if name in self.weights}
+    if not kinds or not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+      return jnp.dtype(jnp.float32)  # refused when they are read
+    return max(
+      (jnp.dtype(jnp.bfloat16) if kind.itemsize == 1 else kind for kind in kinds),
+      key=lambda kind: kind.itemsize,
+    )
+
+  def params(self, dtype: np.dtype, mesh: Mesh) -> Any:
+    """The parameters, straight into their shards."""
+    if self.weights is not None:
+      return t5_from_weights(self.weights, self.config, dtype=dtype, mesh=mesh)
+    shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
+      abstract_t5_params(self.config),
+    )
+    placed = sharding.placed(shapes, t5_shardings(self.config, mesh))
+    return checkpoint.read_arrays(self.path, placed)
+
+
+def _config_fields(config: T5Config) -> dict[str, Any]:
+  """config.json of an encoder for transformers."""
+  return {
+    "architectures": [_ARCHITECTURES[0]],
+    **{field: value for field, value, _ in _REQUIRED if value is not None},
+    **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+    "relative_attention_num_buckets": config.num_buckets,
+    "relative_attention_max_distance": config.max_distance,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+    "is_encoder_decoder": False,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+  }
+
+
+def text_encoder_config(path: str | os.PathLike[str]) -> T5Config:
+  """Sizes of the encoder at `path`, as `load_text_encoder` finds them there.
+
+  Raises:
+    FileNotFoundError: files are missing; says which. Of weights beside a config.json
+      nothing is asked.
+    ValueError: they are of another network.
+  """
+  path = part_folder(pathlib.Path(path), "text_encoder")
+  if lone_file(path) is not None:
+    return _Source.at(path).config
+  return t5_config_from(read_json(path / "config.json"))
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -329,26 +495,22 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
   if not folder.is_dir():
     raise FileNotFoundError(f"There is no tokenizer at {folder}: no such folder.")
   if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(
       f"{folder} has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)}, found "
-      f"{found}."
+      f"{listed(sorted(path.name for path in folder.iterdir()))}."
     )
   # Here, because it takes a second and imports torch where that is installed.
   from transformers import AutoTokenizer
 
   try:
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if (folder / spiece.TOKENIZER).is_file():
+      tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    else:
+      tokenizer = spiece.load_fast_tokenizer(folder)
   except Exception as error:  # tokenizers raises bare Exceptions
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    way_out = (
-      ""
-      if (folder / "tokenizer.json").is_file()
-      else " spiece.model alone needs the package sentencepiece: install that, or take "
-      "a folder with tokenizer.json."
-    )
     raise ValueError(
-      f"Could not read the tokenizer of {folder}: {reason[0]}{way_out}"
+      f"Could not read the tokenizer of {folder}: {reason[0]}"
     ) from error
   _check_tokenizer(tokenizer, folder)
   return tokenizer
@@ -382,11 +544,17 @@ def _check_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
 
 
 def _check_vocabulary(
-  tokenizer: Any, folder: str | os.PathLike[str], config: T5Config
+  tokenizer: Any, folder: str | os.PathLike[str], source: _Source
 ) -> None:
-  largest = max(tokenizer.get_vocab().values())
-  if largest >= config.vocabulary:
+  largest, rows = max(tokenizer.get_vocab().values()), source.config.vocabulary
+  if largest >= rows:
     raise ValueError(
-      f"the tokenizer of {folder} has ids up to {largest}, and T5 only "
-      f"{config.vocabulary} embeddings: they are of different models."
+      f"the tokenizer of {folder} has ids up to {largest}, and T5 only {rows} "
+      "embeddings: they are of different models."
+    )
+  # mT5 is built as T5 is and has seven times its vocabulary.
+  if source.form == "comfyui" and rows > largest + _SPARE_ROWS:
+    raise ValueError(
+      f"the tokenizer of {folder} has ids up to {largest}, and this T5 {rows} "
+      "embeddings: they are of different models."
     )

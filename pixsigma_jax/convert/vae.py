@@ -20,13 +20,18 @@ from jax.typing import DTypeLike
 
 from pixsigma_jax import checkpoint, sharding, tree
 from pixsigma_jax.convert.files import (
+  Network,
   Weights,
+  lone_file,
   open_weights,
+  part_folder,
+  part_of,
   read_json,
   write_json,
   write_safetensors,
 )
 from pixsigma_jax.models.vae import KLAutoencoder, VAEConfig, abstract_params
+from pixsigma_jax.wording import listed
 
 _SHARED = (
   (r"^\w+/(quant_conv|post_quant_conv)", r"\1"),
@@ -67,8 +72,12 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     (r"(attn_1)/out", r"\1/proj_out"),
   ),
 }
-# In a file with all of a Stable Diffusion model.
-_LDM_PREFIX = "first_stage_model."
+# In a file with all of a Stable Diffusion model, in its own layout and in ComfyUI's.
+_NETWORK = Network(
+  landmarks=("decoder.conv_in.weight",), prefixes=("first_stage_model.", "vae.")
+)
+# What LDM's own autoencoders were trained with.
+_UNUSED = ("loss.",)
 
 # Fields of diffusers' config.json that may have one value here, or be absent.
 _ONLY: dict[str, Any] = {
@@ -138,14 +147,16 @@ def vae_config(config: Mapping[str, Any]) -> VAEConfig:
 def vae_from_weights(weights: Weights, config: VAEConfig) -> dict[str, Any]:
   """The parameters, float32, from tensors of any layout of `_RULES`.
 
-  The layout is the one that has most of the names. Names may all stand under
-  `first_stage_model.`.
+  The layout is the one that has most of the names. Names may stand under
+  `first_stage_model.` or `vae.`, beside those of other networks; the discriminator that
+  LDM trained with, `loss.*`, is left out.
 
   Raises:
-    ValueError: tensors are missing, left over or of another shape; names all of them.
+    ValueError: tensors are missing, left over, of another shape or not of floating
+      point; names them.
   """
-  prefix = _LDM_PREFIX if all(n.startswith(_LDM_PREFIX) for n in weights) else ""
-  present = {name.removeprefix(prefix) for name in weights}
+  weights = part_of(weights, _NETWORK, "this file")
+  present = {name for name in weights if not name.startswith(_UNUSED)}
   expected = abstract_params(config)
   layouts = {layout: _names(expected, config, layout) for layout in _RULES}
   layout = max(layouts, key=lambda x: len(present & set(layouts[x].values())))
@@ -153,23 +164,26 @@ def vae_from_weights(weights: Weights, config: VAEConfig) -> dict[str, Any]:
 
   missing = sorted(set(names.values()) - present)
   unused = sorted(present - set(names.values()))
-  problems = [f"missing: {', '.join(missing)}"] if missing else []
-  problems += [f"not used: {', '.join(unused)}"] if unused else []
+  problems = [f"missing: {listed(missing)}"] if missing else []
+  problems += [f"not used: {listed(unused)}"] if unused else []
   leaves = {}
   for leaf, shape in tree.named_leaves(expected).items():
     if names[leaf] in missing:
       continue
     # One tensor at a time: `weights` may be on a disk.
-    tensor = np.asarray(weights[prefix + names[leaf]])
+    tensor = np.asarray(weights[names[leaf]])
     wanted = _outward(np.empty(shape.shape, np.bool_), leaf, layout).shape
     if tensor.shape != wanted:
       problems.append(f"{names[leaf]} has shape {tensor.shape}, not {wanted}")
+      continue
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+      problems.append(f"{names[leaf]} is {tensor.dtype}, which is quantised")
       continue
     leaves[leaf] = _inward(tensor, leaf).astype(np.float32)
   if problems:
     raise ValueError(
       f"These are not the weights of an autoencoder with {config}, in the layout "
-      f"{layout!r}:\n  " + "\n  ".join(problems)
+      f"{layout!r}: {listed(problems, joint='; ')}."
     )
   return tree.map_with_name(lambda leaf, _: leaves[leaf], expected)
 
@@ -188,11 +202,12 @@ def vae_to_weights(
   if layout not in _RULES:
     raise ValueError(f"Unknown layout {layout!r}; choose one of {', '.join(_RULES)}.")
   expected = abstract_params(config)
-  wrong = tree.differences(params, expected)
+  # What a leaf has beside what it should have.
+  wrong = sorted(tree.differences(params, expected), key=lambda line: line[2:])
   if wrong:
     raise ValueError(
-      f"These are not the parameters of an autoencoder with {config} (- has, + wants):"
-      "\n  " + "\n  ".join(wrong)
+      f"These are not the parameters of an autoencoder with {config} (- has, + wants): "
+      f"{listed(wrong, joint='; ')}."
     )
   names = _names(expected, config, layout)
   return {
@@ -208,9 +223,11 @@ def load_autoencoder(
   mesh: Mesh | None = None,
   scaling_factor: float | None = None,
 ) -> KLAutoencoder:
-  """The autoencoder of a folder: config.json and safetensors, or `convert`'s arrays.
+  """The autoencoder of a folder: config.json and weights, or `convert`'s arrays.
 
   Args:
+    folder: `vae/`, the pipeline that has it, or one file without config.json: that of
+      SD's or SDXL's sizes, in any layout.
     dtype: of activations, float32 or bfloat16.
     mesh: devices that are to share the work, see `KLAutoencoder`.
     scaling_factor: for a config.json without one.
@@ -220,8 +237,13 @@ def load_autoencoder(
     ValueError: either cannot be used; says which field or tensors. There is no scaling
       factor, or two of them.
   """
-  path = pathlib.Path(folder) / "config.json"
-  fields = read_json(path)
+  source = part_folder(pathlib.Path(folder), "vae")
+  path = lone_file(source)
+  if path is None:
+    path = source / "config.json"
+    fields = read_json(path)
+  else:
+    source, fields = path, _config_fields(VAEConfig(), None)
   config = vae_config(fields)
   noted = fields.get("scaling_factor")
   if scaling_factor is None and noted is None:
@@ -239,7 +261,7 @@ def load_autoencoder(
     raise ValueError(f"scaling_factor {factor!r} must be a positive number.")
   return KLAutoencoder(
     config=config,
-    params=_params(pathlib.Path(folder), config, mesh),
+    params=_params(source, config, mesh),
     scaling_factor=float(factor),
     dtype=jnp.dtype(dtype),
     mesh=mesh,
@@ -257,6 +279,7 @@ def convert_autoencoder(
   from_layout: str,
   to_layout: str,
   scaling_factor: float | None,
+  variant: str | None = None,
 ) -> None:
   """Writes the autoencoder at `source` in another of `LAYOUTS`, equal to the bit.
 
@@ -264,6 +287,7 @@ def convert_autoencoder(
     source, target: a folder of diffusers or of ours, or of LDM one file: .safetensors
       to be written, also .ckpt to be read.
     scaling_factor: for a source that does not say it, as LDM's files.
+    variant: see `open_weights`.
 
   Raises:
     FileNotFoundError: there is no source.
@@ -275,6 +299,7 @@ def convert_autoencoder(
   if from_layout == "ldm":
     fields = _config_fields(VAEConfig(), scaling_factor)
   else:
+    source = part_folder(source, "vae")
     fields = read_json(source / "config.json")
     if fields.get("scaling_factor") is None:
       fields["scaling_factor"] = scaling_factor
@@ -284,7 +309,7 @@ def convert_autoencoder(
       "SDXL's autoencoder, 0.18215 for SD's."
     )
   config = vae_config(fields)
-  params = jax.tree.map(np.asarray, _params(source, config, None))
+  params = jax.tree.map(np.asarray, _params(source, config, None, variant))
   if to_layout == "ldm":
     write_safetensors(target, vae_to_weights(params, config, to_layout))
     return
@@ -295,11 +320,17 @@ def convert_autoencoder(
   write_json(target / "config.json", _config_fields(config, fields["scaling_factor"]))
 
 
-def _params(source: pathlib.Path, config: VAEConfig, mesh: Mesh | None) -> Any:
+def _params(
+  source: pathlib.Path,
+  config: VAEConfig,
+  mesh: Mesh | None,
+  variant: str | None = None,
+) -> Any:
   """The parameters at `source`, a folder or a file, the same on every device."""
   place = NamedSharding(mesh or sharding.single_device_mesh(), P())
   if not checkpoint.has_arrays(source):
-    return jax.device_put(vae_from_weights(open_weights(source), config), place)
+    weights = open_weights(source, variant=variant)
+    return jax.device_put(vae_from_weights(weights, config), place)
   shapes = abstract_params(config)
   places = jax.tree.map(lambda _: place, shapes)
   return checkpoint.read_arrays(source, sharding.placed(shapes, places))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32
 from PIL import Image
 
 from pixsigma_jax.convert import files
+from pixsigma_jax.wording import install, listed
 
 # Kernel [inputs, outputs] and bias of each layer, in their order.
 Head: TypeAlias = tuple[tuple[jax.Array, jax.Array], ...]
@@ -42,12 +43,12 @@ def load_head(path: str | os.PathLike[str]) -> Head:
   expected = {f"layers.{i}.{part}" for i in _LAYERS for part in ("weight", "bias")}
   if missing := sorted(expected - set(weights)):
     raise ValueError(
-      f"{path} is not LAION's aesthetic head: it lacks {', '.join(missing[:4])} and "
-      f"holds {', '.join(sorted(weights)[:4]) or 'nothing'}."
+      f"{path} is not LAION's aesthetic head: it lacks {listed(missing, 4)} and "
+      f"holds {listed(sorted(weights), 4)}."
     )
   if unknown := sorted(set(weights) - expected):
     raise ValueError(
-      f"{path} is not LAION's aesthetic head: it also holds {', '.join(unknown[:4])}, "
+      f"{path} is not LAION's aesthetic head: it also holds {listed(unknown, 4)}, "
       "which nothing here would use."
     )
   layers, inputs = [], WIDTH
@@ -110,9 +111,7 @@ def _load_clip(clip: str) -> Any:
   try:
     import torch
   except ImportError:
-    raise ValueError(
-      'Scoring needs torch for CLIP: pip install "pixsigma-jax[curate]".'
-    ) from None
+    raise ValueError(f"Scoring needs torch for CLIP: {install('curate')}.") from None
   from transformers import AutoConfig, CLIPVisionModelWithProjection
   from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
   from transformers.utils import logging

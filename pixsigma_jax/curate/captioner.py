@@ -19,6 +19,7 @@ from pixsigma_jax.curate import captions
 from pixsigma_jax.curate.score import decoded, identity
 from pixsigma_jax.data import ingest
 from pixsigma_jax.data.index import Index, open_index
+from pixsigma_jax.wording import install
 
 _NUM_BEAMS = 3
 _REPETITION_PENALTY = 1.5
@@ -152,9 +153,7 @@ def _load(model: str) -> tuple[Any, Any]:
   try:
     import torch
   except ImportError:
-    raise ValueError(
-      'A captioner needs torch: pip install "pixsigma-jax[curate]".'
-    ) from None
+    raise ValueError(f"A captioner needs torch: {install('curate')}.") from None
   from transformers import AutoModelForImageTextToText, AutoProcessor
 
   try:

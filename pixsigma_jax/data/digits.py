@@ -20,6 +20,7 @@ from jaxtyping import Float32
 from sklearn.datasets import load_digits
 
 from pixsigma_jax.models.hashed_words import split_words
+from pixsigma_jax.wording import listed, shortened
 
 Relation: TypeAlias = Literal["left_of", "above"]
 Task: TypeAlias = Literal["single", "left_of", "above"]
@@ -172,10 +173,10 @@ def parse(prompt: str) -> Scene:
       )
       return Scene(items, None if task == "single" else task)
   known = {*COLORS, *DIGITS}.union(*(phrase.split() for _, phrase in _phrases()))
-  unknown = ", ".join(repr(word) for word in words if word not in known)
+  unknown = [repr(word) for word in words if word not in known]
   raise ValueError(
-    f"Cannot read the prompt {prompt!r}"
-    + (f" (unknown: {unknown})" if unknown else "")
+    f"Cannot read the prompt {shortened(prompt)}"
+    + (f" (unknown: {listed(unknown)})" if unknown else "")
     + ": write it like 'a red seven', 'a red seven left of a blue two' or 'a red seven "
     f"above a blue two', with the colors {', '.join(COLORS)} and the digits zero to "
     "nine."

@@ -25,6 +25,7 @@ from absl import logging
 from pixsigma_jax import disk
 from pixsigma_jax.data import sources
 from pixsigma_jax.data.sources import Unit
+from pixsigma_jax.wording import listed
 
 FORMAT_VERSION = 1
 
@@ -124,7 +125,9 @@ class Index:
     """
     names = SCHEMAS[step].names
     if sorted(table.column_names) != sorted(names):
-      raise ValueError(f"{step} has the columns {names}, not {table.column_names}.")
+      raise ValueError(
+        f"{step} has the columns {names}, not {listed(table.column_names)}."
+      )
     if step != "scan" and len(table) != self.rows(part):
       raise ValueError(
         f"Part {part} of {self.directory} has {self.rows(part)} images, and {step} has "

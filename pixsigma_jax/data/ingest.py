@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pixsigma_jax import command
+from pixsigma_jax.wording import install
 
 # Beam's own default, DirectRunner, may first fetch another, Prism, from the network.
 _HERE = "FnApiRunner"
@@ -46,9 +47,7 @@ def beam() -> Any:
     logging.disable(logging.WARNING)
     import apache_beam
   except ImportError:
-    raise ValueError(
-      'Curation needs Apache Beam: pip install "pixsigma-jax[curate]".'
-    ) from None
+    raise ValueError(f"Curation needs Apache Beam: {install('curate')}.") from None
   finally:
     logging.disable(before)
   return apache_beam

@@ -33,6 +33,7 @@ from array_record.python import (
 from jaxtyping import Float, Float16
 
 from pixsigma_jax.data import wire
+from pixsigma_jax.wording import shortened
 
 FORMAT_VERSION = 1
 CAPTION_KINDS = ("long", "short")
@@ -238,12 +239,12 @@ def problem(record: Record, features: Features) -> str | None:
       return f"caption kind {caption_kind!r} is none of {', '.join(CAPTION_KINDS)}."
   for text in (record.id, *record.captions):
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-      return f"the text {text!r} holds half a character and is no Unicode."
+      return f"the text {shortened(text)} holds half a character and is no Unicode."
   for caption, length in zip(record.captions, lengths.tolist(), strict=True):
     if not 1 <= length <= limit:
       return (
-        f"caption {caption!r} has {length} tokens, expected 1 to {limit}, the caption "
-        "length: shorten it, or encode with a greater length."
+        f"caption {shortened(caption)} has {length} tokens, expected 1 to {limit}, the "
+        "caption length: shorten it, or encode with a greater length."
       )
   if embeddings is not None and lengths.sum() != len(embeddings):
     return (

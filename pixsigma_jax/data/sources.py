@@ -35,6 +35,7 @@ from pixsigma_jax.data.rows import (
   lines,
   parse_json,
 )
+from pixsigma_jax.wording import listed
 
 PassedOver: TypeAlias = collections.Counter[str]  # what → how often
 
@@ -794,7 +795,8 @@ def _image_column(table: str, schema: pa.Schema, reading: Reading) -> str | None
     return None
   hint = [f.name for f in schema if parquet_images.holds_images(f.type)]
   raise ValueError(
-    f"{table} does not say where its images are: it has the columns {schema.names}, "
+    f"{table} does not say where its images are: it has the columns "
+    f"{listed(schema.names)}, "
     f"and none of {', '.join((*paths, name))} holds paths or images. "
     + (f"Give --image_field={hint[0]}." if hint else "--image_field names another.")
   )

@@ -431,10 +431,10 @@ def _savez(file: Any, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
 def _writing(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
-  except FileNotFoundError:
-    raise
   except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-    raise OSError(
-      f"Cannot write {path}: {error}. Make room or choose another directory, and run "
+    # Whoever finishes a dataset tells a file that is gone from all else.
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+    raise kind(
+      f"Cannot write {path}: {error}. {disk.way_out(path.parent, '--output')}, and run "
       "the command again."
     ) from error

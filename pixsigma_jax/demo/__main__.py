@@ -11,6 +11,7 @@ from pixsigma_jax import command
 from pixsigma_jax.models import attention
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
+from pixsigma_jax.wording import install
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
@@ -46,9 +47,7 @@ def main(_: list[str]) -> None:
   except ModuleNotFoundError as error:
     if error.name != "gradio":
       raise
-    raise ValueError(
-      'The page needs Gradio: pip install "pixsigma-jax[demo]".'
-    ) from error
+    raise ValueError(f"The page needs Gradio: {install('demo')}.") from error
 
   command.keep_compiled()
   pipeline = Pipeline.from_checkpoint(

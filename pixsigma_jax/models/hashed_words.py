@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
+from pixsigma_jax.wording import shortened
+
 # Four integers to one: the word itself counts 2, each character 3-gram 0.5.
 WORD_WEIGHT, GRAM_WEIGHT = 4, 1
 POSITION_WEIGHT = 0.5
@@ -138,8 +140,9 @@ class HashedWordEncoder:
       count = len(words) + 1
       if count > length:
         raise ValueError(
-          f"The caption {prompt!r} has {count} tokens (words and an end token), and "
-          f"the limit is {length}: shorten it or raise the caption length."
+          f"The caption {shortened(prompt)} has {count} tokens (words and an end "
+          f"token), and the limit is {length}: shorten it, or raise --caption_length "
+          "if you are preparing data."
         )
       tokens = [_word_vector(word, self.width) for word in words]
       tokens += [end] + [padding] * (length - count)

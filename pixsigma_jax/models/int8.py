@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pixsigma_jax.wording import install
+
 _MAPS = ("qkv", "query", "kv", "in", "out")
 
 
@@ -60,5 +62,5 @@ def _qwix() -> Any:
   try:
     import qwix
   except ImportError:
-    raise ValueError('int8 needs qwix: pip install "pixsigma-jax[int8]".') from None
+    raise ValueError(f"int8 needs qwix: {install('int8')}.") from None
   return qwix

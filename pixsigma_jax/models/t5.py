@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pixsigma_jax import tree
 from pixsigma_jax.models.layers import Initializer
+from pixsigma_jax.wording import shortened
 
 # Captions and a length in tokens to arrays of a batch.
 ReadCaptions: TypeAlias = Callable[[Sequence[str], int], dict[str, np.ndarray]]
@@ -396,9 +397,9 @@ def _read_captions(
     if len(tokens) > length:
       _, cut = _truncated(tokenizer, prompt, length)
       raise ValueError(
-        f"The caption {prompt!r} has {len(tokens)} tokens (the end token included), "
-        f"and the limit is {length}: {cut!r} at its end would be cut off. Shorten it, "
-        "or raise the caption length."
+        f"The caption {shortened(prompt)} has {len(tokens)} tokens (the end token "
+        f"included), and the limit is {length}: {shortened(cut)} at its end would be "
+        "cut off. Shorten it, or raise --caption_length if you are preparing data."
       )
     ids[row, : len(tokens)] = tokens
     mask[row, : len(tokens)] = True

@@ -23,6 +23,7 @@ from pixsigma_jax.plan.stage import stage_on
 from pixsigma_jax.train import agreement
 from pixsigma_jax.train.config import model_config
 from pixsigma_jax.train.config_flag import run_with_config
+from pixsigma_jax.wording import install
 
 config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -58,7 +59,8 @@ def main(config: dict[str, Any]) -> None:
   if compiles and machines.platform == "gpu" and not gpus.can_compile():
     logging.info(
       "Nothing is compiled: this is the analytic model, and memory is an estimate. To "
-      "compile for GPUs, which needs none: pip install pixsigma_jax[gpu]."
+      "compile for GPUs, which needs none: %s.",
+      install("gpu"),
     )
     compiles = False
   if _SEARCH.value:

@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from pixsigma_jax.chips import CHIPS, Chip
 from pixsigma_jax.plan import gpus
+from pixsigma_jax.wording import install
 
 GPUS_A_BOX = 8
 
@@ -162,6 +163,10 @@ def here(found: Sequence[Any]) -> Topology:
   return machines
 
 
+# --sample has no analytic model.
+_WITHOUT = "Or give --nocompile, without --sample, for the analytic model."
+
+
 def devices(topology: Topology) -> Sequence[Any]:
   """A topology's devices, as the installed compiler for them describes them.
 
@@ -173,8 +178,7 @@ def devices(topology: Topology) -> Sequence[Any]:
     if not gpus.can_compile():
       raise ValueError(
         "Compiling for a GPU needs JAX's CUDA plugin, which runs on any machine with "
-        "Linux: `pip install pixsigma_jax[gpu]`. Or give --nocompile for the analytic "
-        "model."
+        f"Linux: {install('gpu')}. {_WITHOUT}"
       )
     return gpus.devices(
       topology.kind, boxes=topology.slices, per_box=topology.per_slice
@@ -182,7 +186,7 @@ def devices(topology: Topology) -> Sequence[Any]:
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
       "Compiling for a TPU needs libtpu, which runs on any machine: "
-      "`pip install pixsigma_jax[plan]`. Or give --nocompile for the analytic model."
+      f"{install('plan')}. {_WITHOUT}"
     )
   generation = topology.name.partition(":")[0]
   options: dict[str, Any] = dict(GENERATIONS[generation].options)

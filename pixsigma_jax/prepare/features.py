@@ -139,9 +139,7 @@ def prepare_features(
   devices = jax.local_devices() if devices is None else devices
   mesh = _mesh(devices, data=len(devices))
   autoencoder = vae.load_autoencoder(folder / "vae", dtype=jnp.float32, mesh=mesh)
-  t5_config = t5.t5_config_from(
-    files.read_json(folder / "text_encoder" / "config.json")
-  )
+  t5_config = t5.text_encoder_config(folder / "text_encoder")
   features = _features(pictures, settings, autoencoder, t5_config)
   made_of = _made_of(pictures, settings)
   if update:
@@ -426,6 +424,9 @@ def weights_hash(folder: pathlib.Path) -> str:
   """
   found = sorted(folder.iterdir()) if folder.is_dir() else []
   paths = [path for path in found if _WEIGHTS.fullmatch(path.name)]
+  if not paths:  # under any other name
+    kinds = (".safetensors", *files.PICKLES)
+    paths = [path for path in found if path.suffix in kinds]
   if not paths:  # arrays of our own: many small files in folders
     inside = [path for path in found if path.is_dir()]
     paths = sorted(path for top in inside for path in top.rglob("*") if path.is_file())

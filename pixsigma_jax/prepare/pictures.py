@@ -260,10 +260,10 @@ def prepare_pictures(
     if not update:
       raise FileExistsError(
         f"{directory} was begun with other arguments, or the index has changed (then → "
-        f"now): {_shortened('; '.join(lines))}. Give --update to make anew what has "
+        f"now): {listed(lines, joint='; ')}. Give --update to make anew what has "
         "changed, the same arguments to go on, or choose another --pictures."
       )
-    logging.info("Updating %s: %s.", directory, _shortened("; ".join(lines)))
+    logging.info("Updating %s: %s.", directory, listed(lines, joint="; "))
     contents.set_aside(directory, is_complete=not open_pictures(directory).missing())
   _store_plan(directory, arguments, plan, images_per_shard)
   pictures = open_pictures(directory)
@@ -440,10 +440,6 @@ def _store_plan(
       disk.write_whole(path, lambda partial, data=data: partial.write_bytes(data))
 
 
-def _shortened(text: str) -> str:
-  return text if len(text) <= 400 else f"{text[:400]} …"
-
-
 def write_shard(
   index_directory: str,
   directory: str,
@@ -494,8 +490,8 @@ def write_shard(
     disk.write_whole(pictures._shard(number), write)
   except RuntimeError as error:  # ArrayRecord's
     raise OSError(
-      f"Cannot write {pictures._shard(number)}: {error}. Make room or choose another "
-      "directory, and run the command again."
+      f"Cannot write {pictures._shard(number)}: {error}. "
+      f"{disk.way_out(pictures.directory, '--pictures')}, and run the command again."
     ) from error
   refused = [dataclasses.asdict(refusal) for refusal in refusals]
   files.write_json(pictures._report(number), {**about, "refused": refused})

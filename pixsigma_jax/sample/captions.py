@@ -22,6 +22,8 @@ from bs4 import (
   XMLParsedAsHTMLWarning,
 )
 
+from pixsigma_jax.wording import shortened
+
 Rules: TypeAlias = tuple[tuple[re.Pattern[str], str], ...]
 
 _ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -105,8 +107,8 @@ def _text_of_html(caption: str) -> str:
       return BeautifulSoup(caption, "html.parser").text
     except ParserRejectedMarkup as error:
       raise ValueError(
-        f"The caption {caption!r} cannot be cleaned, since it is broken HTML: correct "
-        "it, or choose the mode 'lower' or 'raw'."
+        f"The caption {shortened(caption)} cannot be cleaned, since it is broken HTML: "
+        "correct it, or choose --caption_cleaning=lower or raw."
       ) from error
 
 

@@ -6,6 +6,7 @@ are files: a folder of diffusers with `vae/`, `text_encoder/` and `tokenizer/`.
 
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float32
 from pixsigma_jax.convert import files, t5, vae
 from pixsigma_jax.models.autoencoders import autoencoder_from
 from pixsigma_jax.models.text_encoders import text_encoder_from
+from pixsigma_jax.wording import shortened
 
 # What each release of PixArt was published with, on the hub.
 HUB_IDS = {
@@ -105,7 +107,7 @@ def _refuse_another(
   if dict(found) != dict(wanted):
     raise ValueError(
       f"This needs the {what} {dict(wanted)}, and this one is "
-      f"{dict(found)}: give its own with --frozen."
+      f"{dict(found)}: give its own with --frozen (when training config.frozen)."
     )
 
 
@@ -117,7 +119,7 @@ def _folder(
     if name not in HUB_IDS:
       raise ValueError(
         f"The model needs the autoencoder {metadata.autoencoder}, which is none of the "
-        "published: say with --frozen where it is."
+        "published: say with --frozen (when training config.frozen) where it is."
       )
     source = HUB_IDS[name]
   return locate(source)
@@ -145,10 +147,12 @@ def _downloaded(hub_id: str) -> pathlib.Path:
       )
     )
   except (HFValidationError, HfHubHTTPError, OSError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    # The first sentence: advice that may follow is for callers of huggingface_hub.
+    reason = re.split(r"(?<=\.)\s", str(error).strip())[0] or type(error).__name__
     raise FileNotFoundError(
-      f"{hub_id} is neither a folder nor could it be fetched from the hub: {reason[0]} "
-      f"Give --frozen a folder with {', '.join(f'{part}/' for part in _PARTS)}."
+      f"{hub_id} is neither a folder nor could it be fetched from the hub: {reason} "
+      f"Give --frozen (when training config.frozen) a folder with "
+      f"{', '.join(f'{part}/' for part in _PARTS)}."
     ) from error
 
 
@@ -229,7 +233,7 @@ class RememberedCaptions:
   def _row(self, prompt: str) -> int:
     if prompt not in self._rows:
       raise ValueError(
-        f"The caption {prompt!r} is not among the {len(self._rows)} that were "
+        f"The caption {shortened(prompt)} is not among the {len(self._rows)} that were "
         "remembered: encode it too, or load the text encoder."
       )
     return self._rows[prompt]

@@ -61,6 +61,7 @@ from pixsigma_jax.sample.settings import (
   check_prompts,
 )
 from pixsigma_jax.sample.timing import Timing
+from pixsigma_jax.wording import shortened
 
 # What is made of a checkpoint's parameters before they draw.
 QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
@@ -526,11 +527,12 @@ class Pipeline:
     latents = tokens.from_tokens(
       sequence, request.grid, self.config.patch_size, self.config.window
     )
-    which = f"Picture {number}, of {request.prompt!r} (seed {request.seed}),"
+    which = f"Picture {number}, of {shortened(request.prompt)} (seed {request.seed}),"
     if not np.isfinite(latents).all():
       raise ValueError(
         f"{which} is not made of finite numbers: the parameters have diverged, or the "
-        "dtype overflows. Try an earlier step of the checkpoint, or float32."
+        "dtype overflows. Try --dtype=float32, or with "
+        "--checkpoint=RUN/snapshots/STEP an earlier step."
       )
     # One at a time: pictures may differ in size, and large ones fill the memory.
     with self.timing.part("autoencoder"):

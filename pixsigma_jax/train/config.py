@@ -27,6 +27,7 @@ from pixsigma_jax.train.checks import (
   whole,
   zero_or,
 )
+from pixsigma_jax.wording import listed
 
 # Sections and fields of a training config, read by `train/loop.py`.
 FIELDS = (
@@ -223,7 +224,7 @@ def check_fields(section: str, have: Mapping[str, Any], want: Any) -> None:
   problems += [f"missing {dot}{name}" for name in want if name not in have]
   if problems:
     raise ValueError(
-      f"The config does not fit: {'; '.join(problems)}. "
+      f"The config does not fit: {listed(problems, 20, '; ')}. "
       f"Its fields here are {', '.join(want)}."
     )
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Key
 from pixsigma_jax import tree
 from pixsigma_jax.models.layers import uniform_init
 from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.wording import listed
 
 _KERNEL = "/kernel"
 _CONVOLUTION = "patch_embedding"
@@ -105,7 +106,7 @@ class Lora:
       if not target or not any(re.search(target, name) for name in kernels):
         raise ValueError(
           f"config.adapter.targets={self.targets}: {target!r} is found in the name of "
-          f"no kernel. They are {', '.join(kernels)}."
+          f"no kernel. They are {listed(kernels, 20)}."
         )
     return {
       name.removesuffix(_KERNEL): _matrices(name, leaf)

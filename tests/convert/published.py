@@ -4,9 +4,12 @@ Weights are random, and large where a fault must show: norms are not all one, bi
 positions are as large as scores.
 """
 
+import io
 import json
+import random
 import string
 
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -96,3 +99,43 @@ def write_tokenizer(folder):
     "model_max_length": 512,
   }
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_spiece(folder, *, extra_ids=4, settings=True, **training):
+  """A vocabulary in `folder` as T5's is published: spiece.model and its settings.
+
+  Trained by sentencepiece, whose own processor of it is returned.
+  """
+  chosen = random.Random(0)
+  symbols = string.ascii_letters + string.digits + string.punctuation
+  lines = [" ".join(chosen.choices(_WORDS, k=8)) for _ in range(500)] + list(symbols)
+  written = io.BytesIO()
+  options = {
+    "vocab_size": 150,
+    "pad_id": 0,
+    "eos_id": 1,
+    "unk_id": 2,
+    "bos_id": -1,
+    "minloglevel": 2,
+    "character_coverage": 1.0,
+  }
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines), model_writer=written, **(options | training)
+  )
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "spiece.model").write_bytes(written.getvalue())
+  if settings:
+    sentinels = [f"<extra_id_{i}>" for i in range(extra_ids)]
+    fields = {
+      "tokenizer_class": "T5Tokenizer",
+      "pad_token": "<pad>",
+      "eos_token": "</s>",
+      "unk_token": "<unk>",
+      "extra_ids": extra_ids,
+      "additional_special_tokens": sentinels,
+      "legacy": True,
+      "sp_model_kwargs": {},
+      "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+  return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())

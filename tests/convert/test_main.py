@@ -286,7 +286,7 @@ def broken_sources(folder):
   peer = ("--from=diffusers", "--to=orbax")
   heads = ("--num_heads=4", "--scaling_factor=0.13025")
   return {
-    "truncated pth": ((*pixart, truncated), "is truncated, or holds more than tensors"),
+    "truncated pth": ((*pixart, truncated), "is truncated or none of torch's: fetch"),
     "truncated safetensors": ((*peer, short, *SIGMA), "truncated or not safetensors"),
     "no file": ((*pixart, folder / "none.pth"), "no such file"),
     "no folder": ((*peer, folder / "none"), "is not a folder"),

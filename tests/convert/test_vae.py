@@ -120,14 +120,17 @@ def test_half_precision_is_read_as_float32(weights, params):
 def test_tensors_that_do_not_fit_are_all_named(weights):
   spoilt = dict(weights)
   del spoilt["decoder.conv_out.bias"], spoilt["quant_conv.weight"]
-  spoilt["loss.logvar"] = np.zeros((), np.float32)
+  spoilt["encoder.extra"] = np.zeros((), np.float32)
   spoilt["encoder.conv_in.weight"] = np.zeros((16, 4, 3, 3), np.float32)
-  with pytest.raises(ValueError, match="layout 'diffusers'") as error:
+  spoilt["encoder.conv_in.bias"] = spoilt["encoder.conv_in.bias"].astype(np.int8)
+  with pytest.raises(ValueError, match="layout 'diffusers': ") as error:
     vae_from_weights(spoilt, CONFIG)
-  assert str(error.value).splitlines()[1:] == [
-    "  missing: decoder.conv_out.bias, quant_conv.weight",
-    "  not used: loss.logvar",
-    "  encoder.conv_in.weight has shape (16, 4, 3, 3), not (16, 3, 3, 3)",
+  _, _, problems = str(error.value).partition("layout 'diffusers': ")
+  assert problems.split("; ") == [
+    "missing: decoder.conv_out.bias, quant_conv.weight",
+    "not used: encoder.extra",
+    "encoder.conv_in.bias is int8, which is quantised",
+    "encoder.conv_in.weight has shape (16, 4, 3, 3), not (16, 3, 3, 3).",
   ]
 
 

@@ -92,7 +92,7 @@ def test_progress_may_be_by_the_image(tmp_path, caplog, known, several):
 
 def test_without_beam_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
-  with pytest.raises(ValueError, match=r'pip install "pixsigma-jax\[curate\]"'):
+  with pytest.raises(ValueError, match=r'pip install -e "\.\[curate\]"'):
     ingest.run_parts(print, [0], what="Nothing", beam_options=HERE)
 
 

@@ -229,3 +229,10 @@ def test_two_and_a_half_gigabytes_are_one_shard_and_need_no_tensorflow(tmp_path)
       assert not read[number + 1 :].any()
   assert "tensorflow" not in sys.modules
   shutil.rmtree(tmp_path)  # pytest would keep it for a while
+
+
+def test_a_directory_that_is_gone_is_not_said_to_be_full(tmp_path):
+  directory = tmp_path / "data"
+  gone = pytest.raises(FileNotFoundError, match=r"data is not there \(any more\)")
+  with gone, writing._writing(directory / "records-train-00000.array_record"):
+    (directory / "a").write_text("")

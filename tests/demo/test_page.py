@@ -417,5 +417,6 @@ def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch, wo
   done = commands.run(capsys, monkeypatch, "demo", f"--checkpoint={workdir}")
   assert (done.code, done.err) == (
     1,
-    'Error: The page needs Gradio: pip install "pixsigma-jax[demo]".\n',
+    "Error: The page needs Gradio: in the repository's root, pip install -e "
+    '".[demo]".\n',
   )

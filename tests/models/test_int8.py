@@ -126,5 +126,5 @@ def test_keys_and_values_of_captions_are_made_of_them_too(key):
 
 def test_without_qwix_it_is_said_how_to_get_it(monkeypatch):
   monkeypatch.setitem(sys.modules, "qwix", None)
-  with pytest.raises(ValueError, match=r'pip install "pixsigma-jax\[int8\]"'):
+  with pytest.raises(ValueError, match=r'pip install -e "\.\[int8\]"'):
     int8.quantize(random_params())

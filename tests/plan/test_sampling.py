@@ -89,7 +89,7 @@ def test_a_picture_on_a_gpu_needs_its_compiler(plan, monkeypatch):
   monkeypatch.setattr(gpus, "can_compile", lambda: False)
   done = plan("--topology=h200:8")
   assert done.code == 1
-  assert "pip install pixsigma_jax[gpu]" in done.err
+  assert 'pip install -e ".[gpu]"' in done.err
 
 
 def test_a_picture_is_planned_for_a_gpu(plan, cuda_plugin):

@@ -70,13 +70,18 @@ def test_more_gpus_than_a_box_has_are_several_boxes():
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"pip install pixsigma_jax\[plan\]"):
+  with pytest.raises(
+    ValueError,
+    match=r'pip install -e "\.\[plan\]"\. Or give --nocompile, without --sample',
+  ):
     topology.devices(topology.parse("v5e:2x2"))
 
 
 def test_without_the_cuda_plugin_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(gpus, "can_compile", lambda: False)
-  with pytest.raises(ValueError, match=r"pip install pixsigma_jax\[gpu\]"):
+  with pytest.raises(
+    ValueError, match=r'pip install -e "\.\[gpu\]"\. Or give --nocompile, without'
+  ):
     topology.devices(topology.parse("h200:8"))
 
 
