@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 from jax.sharding import Mesh
+from PIL import Image
 
 from pixsigma_jax import checkpoint, command, disk, sharding
 from pixsigma_jax.models import attention
@@ -43,12 +44,13 @@ _FROZEN = flags.DEFINE_string(
   "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
   "of one on the hub. By default what the model was published with, from the hub.",
 )
+_OWN_SETTINGS = [name for name, setting in SETTINGS.items() if setting.of_a_prompt]
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
   "prompts_file",
   None,
   "Prompts after those of --prompt, one a line; - for standard input. In a .jsonl file "
-  "a line is an object: prompt, and its own negative_prompt, height, width or seed.",
+  f"a line is an object: prompt, and of its own {', '.join(_OWN_SETTINGS)}.",
 )
 _SETTINGS = SettingFlags()
 _SAVE_CAPTIONS = flags.DEFINE_string(
@@ -85,8 +87,6 @@ _FORMAT = flags.DEFINE_enum(
   "format", "png", list(pictures.FORMATS), "Of the pictures' files."
 )
 _GRID = flags.DEFINE_bool("grid", False, "Also write all pictures in one, grid.*.")
-
-_OWN_SETTINGS = [name for name, setting in SETTINGS.items() if setting.of_a_prompt]
 
 
 def main(_: list[str]) -> None:
@@ -145,17 +145,17 @@ def _draw(
   )
   drawn = pipeline.stream(prompts, **asked)
   folder = pictures.PictureFolder(directory, _FORMAT.value)
-  output = Output([], [])
+  for_grid: dict[int, tuple[Image.Image, dict[str, Any]]] = {}
   total = len(prompts) * settings.num_images_per_prompt
   for number, picture, about in command.progress(drawn, total, "Pictures"):
     written[number] = path = folder.save(number, picture, about)
     print(path, flush=True)
     if _GRID.value:
-      output.images.append(picture)
-      output.settings.append(about)
+      for_grid[number] = picture, about
   print(f"Spent: {timing}.", file=sys.stderr)
   if _GRID.value:
-    print(_save_grid(output, prompts, written[0]))
+    images, abouts = zip(*(for_grid[i] for i in range(total)), strict=True)
+    print(_save_grid(Output(list(images), list(abouts)), prompts, written[0]))
 
 
 def _save_grid(output: Output, prompts: list[str], first: pathlib.Path) -> pathlib.Path:

@@ -138,6 +138,25 @@ def test_prompts_come_from_the_flags_and_then_from_the_lines_of_a_file(
   assert settings_of(out / "grid.png")["prompts"] == prompts
 
 
+def test_a_grid_has_the_order_of_the_prompts_whatever_is_ready_first(
+  sample, monkeypatch, tmp_path
+):
+  gridded = []
+  grid = pictures.grid
+  monkeypatch.setattr(
+    pictures, "grid", lambda images, *more: gridded.extend(images) or grid(images)
+  )
+  sides = [f"--height={side}" for side in (8, 16, 8)]
+  prompts = [f"--prompt={prompt}" for prompt in "abc"]
+  done = sample(*prompts, *sides, "--grid", f"--output={tmp_path}")
+  assert done.code == 0, done.err
+  assert [image.height for image in gridded] == [8, 16, 8]
+  paths = [tmp_path / f"0000{i}.png" for i in range(3)]
+  assert [settings_of(path)["prompt"] for path in paths] == ["a", "b", "c"]
+  # The one of another size was drawn last.
+  assert done.out.splitlines()[:3] == [str(paths[i]) for i in (0, 2, 1)]
+
+
 def test_one_snapshot_of_a_run_can_be_named(sample, workdir, tmp_path):
   sample("--prompt=a", f"--output={tmp_path}", checkpoint=workdir / "snapshots" / "3")
   assert settings_of(tmp_path / "00000.png")["step"] == 3

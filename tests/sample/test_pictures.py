@@ -95,6 +95,15 @@ def test_two_that_write_to_one_folder_lose_no_picture(tmp_path, form):
     assert (said["who"], said["number"]) == (who, number)
 
 
+def test_pictures_go_on_behind_all_that_others_wrote_meanwhile(tmp_path):
+  folder = pictures.PictureFolder(tmp_path)
+  for i in range(5):
+    (tmp_path / f"{i:05d}.png").write_text("another's")
+  names = [folder.save(i, plain("red"), SETTINGS).name for i in range(3)]
+  assert names == ["00005.png", "00006.png", "00007.png"]
+  assert (tmp_path / "00004.png").read_text() == "another's"
+
+
 def test_alone_pictures_have_their_calls_order_in_whatever_order_they_come(tmp_path):
   (tmp_path / "00006.webp").touch()
   folder = pictures.PictureFolder(tmp_path)
