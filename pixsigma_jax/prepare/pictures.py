@@ -39,6 +39,7 @@ from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import COMMANDS, Index, open_index
 from pixsigma_jax.prepare import contents
 from pixsigma_jax.prepare.contents import CONTENTS, Contents
+from pixsigma_jax.wording import listed
 
 _FORMAT = 1
 _PLAN, _ROWS, _REFUSED = "plan.json", "plan.npy", "refused.jsonl"
