@@ -143,7 +143,7 @@ def _opened_heif(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-  if image.format in ("TIFF", _HEIF):  # these are turned already
+  if image.format == "TIFF":  # Pillow turns these itself, as pillow-heif does HEIF
     return 1
   # To look for EXIF behind the pixels, Pillow decodes a whole PNG.
   if image.format == "PNG" and not any(mark in data for mark in _MARKS_OF_EXIF):

@@ -45,7 +45,7 @@ class ImageTable:
           continue
         keys.append(hash(name) & _HASH_MASK)
         places.append(place)
-    order = np.argsort(np.array(keys, np.int64), kind="stable")
+    order = np.argsort(np.array(keys, np.int64))
     self._keys = np.array(keys, np.int64)[order]
     self._places = np.array(places, np.int64)[order]
 

@@ -589,8 +589,9 @@ def test_captions_that_cannot_be_read_refuse_an_image_only_without_others(
 ):
   bad = {name: b'\xff{"caption": '}
   source = beside_images(layout, tmp_path / "1", bad, ["a.jpg"])
-  [entry] = found(source)
+  [entry], passed_over = found_and_passed_over(source)
   assert entry.error.startswith("its captions cannot be read: not UTF-8")
+  assert passed_over == {}
   source = beside_images(layout, tmp_path / "2", {**bad, "a.caption": "x"}, ["a.jpg"])
   [entry], passed_over = found_and_passed_over(source)
   assert (entry.error, entry.captions) == (None, (("x", "short"),))
