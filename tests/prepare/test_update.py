@@ -180,17 +180,10 @@ def test_changes_are_refused_by_name_or_made_and_nothing_else_is(
 def test_an_interrupted_first_attempt_does_not_mix_old_and_new(
   folder, frozen, monkeypatch, tmp_path
 ):
-  write = pictures.write_shard
-
-  def dies(*arguments):
-    if arguments[-1] == 1:
-      raise OSError("killed")
-    write(*arguments)
-
-  monkeypatch.setattr(pictures, "write_shard", dies)
+  monkeypatch.setattr(pictures, "write_shard", world.write_shard_or_die)
   with pytest.raises(OSError, match="killed"):
     crop(folder)
-  monkeypatch.setattr(pictures, "write_shard", write)
+  monkeypatch.setattr(pictures, "write_shard", world.write_shard)
   new_caption(folder)
   with pytest.raises(FileExistsError, match=r"other captions \(01\)"):
     crop(folder)

@@ -11,6 +11,7 @@ from pixsigma_jax.data import sources
 from pixsigma_jax.data.buckets import Bucket
 from pixsigma_jax.data.crops import CropRule
 from pixsigma_jax.data.index import SCHEMAS, create_index
+from pixsigma_jax.prepare import pictures
 
 TABLE = {0.5: Bucket(32, 64), 1.0: Bucket(32, 32)}
 RULE = CropRule(TABLE, "bicubic")
@@ -79,3 +80,13 @@ def write_frozen(root):
   their_t5 = write_t5(root / "text_encoder")
   write_tokenizer(root / "tokenizer")
   return their_vae, their_t5
+
+
+write_shard = pictures.write_shard
+
+
+def write_shard_or_die(*arguments):
+  """Dies at the second shard. Of a module, as Beam pickles what it calls."""
+  if arguments[-1] == 1:
+    raise OSError("killed")
+  write_shard(*arguments)
