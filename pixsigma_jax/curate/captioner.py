@@ -61,7 +61,7 @@ def write_captions(
   missing = [
     part
     for part in range(index.num_parts)
-    if supplier not in captions._suppliers(index, part)
+    if supplier not in captions.suppliers_of(index, part)
   ]
   if not missing:
     return None
@@ -73,7 +73,7 @@ def write_captions(
     by_image=True,
     images=sum(map(index.rows, missing)),
   )
-  return captions._finish(index, [supplier], asked)
+  return captions.finish(index, [supplier], asked)
 
 
 def _write_part(directory: str, supplier: str, part: int) -> None:

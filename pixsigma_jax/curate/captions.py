@@ -1,11 +1,10 @@
-"""Captions of the images of an index: read from JSON lines, or written by a model.
+"""Captions of the images of an index: read from JSON lines, and added to.
 
 What comes is added to what is there. Each part notes whose captions it has, so that a
 command that was killed goes on after its finished parts.
 """
 
 import collections
-import functools
 import hashlib
 import itertools
 import json
@@ -17,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from pixsigma_jax import command
-from pixsigma_jax.curate.score import decoded
-from pixsigma_jax.data import ingest, sources
-from pixsigma_jax.data.index import SCHEMAS, Index, open_index
+from pixsigma_jax.data import sources
+from pixsigma_jax.data.index import SCHEMAS, Index
 from pixsigma_jax.data.rows import (
   Reading,
   captions_of,
@@ -30,7 +28,6 @@ from pixsigma_jax.data.rows import (
 
 _NAME_FIELDS = ("id", "path", "file_name")
 _NAMED = 5  # of the lines that name no image
-_BATCH = 8  # images that a captioner sees at once
 _OFFSET_BITS = 48  # of a place in one of several files
 _SUPPLIERS = b"captions_from"  # in a part's metadata
 _SUFFIXES = [f".{end}" for e in sources.EXTENSIONS for end in (e, e.upper())]
@@ -61,7 +58,7 @@ def import_captions(
   reading = Reading(tuple(caption_fields))
   fields = f":{','.join(caption_fields)}" if caption_fields else ""
   suppliers = [f"import:{_sha256(file)}{fields}" for file in files]
-  if not set(suppliers) - set(_suppliers_of_all(index)):
+  if not set(suppliers) - set(suppliers_of_all(index)):
     return None
   book = _Book(files, index.source, reading)
   used: set[int] = set()
@@ -72,10 +69,10 @@ def import_captions(
       places = book.places(row["id"], row["location"])
       used.update(places)
       found.append([caption for place in places for caption in book.captions(place)])
-    if set(suppliers) - set(_suppliers(index, part)):
+    if set(suppliers) - set(suppliers_of(index, part)):
       counts += add_captions(index, part, suppliers, found)
   unknown = [name for place, name in book.names.items() if place not in used]
-  return _finish(
+  return finish(
     index,
     suppliers,
     {
@@ -91,64 +88,6 @@ def import_captions(
   )
 
 
-def write_captions(
-  index: Index,
-  *,
-  model: str,
-  instruction: str,
-  kind: str,
-  max_new_tokens: int,
-  beam_options: Sequence[str],
-) -> dict[str, Any] | None:
-  """Adds what a model of images and text says of every image that can be read.
-
-  Nothing is asked of duplicates, if scan has marked them.
-
-  Args:
-    model: a folder of transformers, or a hub id.
-    instruction: what the model is told beside each image.
-    kind: "long" or "short": which its captions are.
-
-  Returns:
-    The report that is also written to captions/report.json; None if its captions are
-    in already.
-  """
-  asked = {
-    "captioner": model,
-    "instruction": instruction,
-    "kind": kind,
-    "max_new_tokens": max_new_tokens,
-  }
-  supplier = json.dumps(asked)
-  if supplier in _suppliers_of_all(index):
-    return None
-  parts = range(index.num_parts)
-  ingest.run_parts(
-    functools.partial(_write_part, index.directory, supplier),
-    [part for part in parts if supplier not in _suppliers(index, part)],
-    what="Captioning parts",
-    beam_options=beam_options,
-  )
-  return _finish(index, [supplier], asked)
-
-
-def _write_part(directory: str, supplier: str, part: int) -> None:
-  from pixsigma_jax.curate import captioner
-
-  index, asked = open_index(directory), json.loads(supplier)
-  captions: list[list[tuple[str, str]]] = [[] for _ in range(index.rows(part))]
-  for rows, images in decoded(index, part, _BATCH):
-    texts = captioner.caption_images(
-      images,
-      model=asked["captioner"],
-      instruction=asked["instruction"],
-      max_new_tokens=asked["max_new_tokens"],
-    )
-    for row, text in zip(rows, texts, strict=True):
-      captions[row].append((text, asked["kind"]))
-  add_captions(index, part, [supplier], captions)
-
-
 def add_captions(
   index: Index,
   part: int,
@@ -161,7 +100,7 @@ def add_captions(
     suppliers: whose captions the part then has, besides those that it had.
     captions: of each row.
   """
-  earlier = _suppliers(index, part)
+  earlier = suppliers_of(index, part)
   step = "captions" if part not in index.missing("captions") else "scan"
   merged, counts = [], collections.Counter[str]()
   rows = index.read(part, step, columns=["captions"])["captions"].to_pylist()
@@ -183,22 +122,30 @@ def add_captions(
   return counts
 
 
-def _suppliers(index: Index, part: int) -> list[str]:
+def suppliers_of(index: Index, part: int) -> list[str]:
+  """Whose captions a part has, in the order in which they came."""
   if part in index.missing("captions"):
     return []
   return json.loads(index.metadata(part, "captions")[_SUPPLIERS])
 
 
-def _suppliers_of_all(index: Index) -> list[str]:
-  """Those whose captions all parts have."""
-  settings = index.settings("captions") or {"from": []}
-  return settings["from"] if index.has("captions") else []
+def suppliers_of_all(index: Index) -> list[str]:
+  """Whose captions are finished, and in all parts: one may have been deleted."""
+  if not index.has("captions"):
+    return []
+  finished = (index.settings("captions") or {"from": []})["from"]
+  parts = [suppliers_of(index, part) for part in range(index.num_parts)]
+  return [supplier for supplier in finished if all(supplier in p for p in parts)]
 
 
-def _finish(
+def finish(
   index: Index, suppliers: Sequence[str], report: Mapping[str, Any]
 ) -> dict[str, Any]:
-  earlier = _suppliers_of_all(index)
+  """Notes that all parts have a supplier's captions, and returns the whole report.
+
+  It is written to captions/report.json, too.
+  """
+  earlier = suppliers_of_all(index)
   new = [supplier for supplier in suppliers if supplier not in earlier]
   images, without = 0, 0
   for part in range(index.num_parts):

@@ -57,7 +57,7 @@ def earlier(directory: str, new: str) -> Earlier:
       more = [caption for caption in every if caption[0] not in texts]
       score = None if scores is None else scores[number]
       images[row["id"]] = _Before(row["sha256"], own, more, score)
-  suppliers = captions._suppliers_of_all(index) if has_captions else []
+  suppliers = captions.suppliers_of_all(index) if has_captions else []
   return Earlier(images, suppliers, has_scores, index.settings("scores"))
 
 
@@ -131,7 +131,7 @@ def take_over(before: Earlier, index: Index) -> None:
       captions.add_captions(index, part, before.suppliers if fine else [], more)
   if before.suppliers and index.has("captions"):
     everywhere = all(
-      set(before.suppliers) <= set(captions._suppliers(index, part))
+      set(before.suppliers) <= set(captions.suppliers_of(index, part))
       for part in range(index.num_parts)
     )
     index.note("captions", {"from": before.suppliers if everywhere else []})

@@ -182,7 +182,7 @@ def test_a_captioner_is_asked_once_of_every_image(index, tmp_path, monkeypatch):
       "kind": "long",
       "max_new_tokens": 9,
     }
-    return captions.write_captions(index, **options | changes, beam_options=[])
+    return captioner.write_captions(index, **options | changes, beam_options=[])
 
   report = ask()
   assert asked == [
@@ -199,6 +199,17 @@ def test_a_captioner_is_asked_once_of_every_image(index, tmp_path, monkeypatch):
   monkeypatch.setattr(captioner, "caption_images", lambda *_, **__: ["", ""])
   ask(instruction="Say nothing.")
   assert len(captions_of(index)["a/1"]) == 2  # an empty answer is no caption
+
+
+def test_captions_of_a_part_that_was_made_again_are_imported_again(index, tmp_path):
+  file = write_lines(tmp_path / "c.jsonl", {"id": "a/1", "caption": "one"})
+  other = write_lines(tmp_path / "d.jsonl", {"id": "z", "caption": "other"})
+  assert captions.import_captions(index, [file])["added"] == 1
+  pathlib.Path(index.directory, "captions", "00000.parquet").unlink()
+  assert captions.import_captions(index, [other])["added"] == 1
+  assert ("one", "short") not in captions_of(index)["a/1"]
+  assert captions.import_captions(index, [file])["added"] == 1
+  assert ("one", "short") in captions_of(index)["a/1"]
 
 
 def test_duplicates_are_not_looked_at_again(index, tmp_path):
