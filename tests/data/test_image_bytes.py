@@ -123,6 +123,7 @@ def test_sixteen_bits_keep_their_range():
   ("depth", "color_type", "samples", "transparent", "shown"),
   [
     # of white, black, and a gray or color that is transparent
+    (1, 0, b"\xa0", (0,), [255, 255, 255, 255]),
     (2, 0, b"\xc4", (1,), [255, 0, 255, 0]),
     (4, 0, b"\xf0\x10", (1,), [255, 0, 255, 0]),
     (8, 0, b"\xff\0\x07\0", (7,), [255, 0, 255, 0]),
