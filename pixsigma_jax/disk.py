@@ -31,6 +31,11 @@ def partial_path(path: pathlib.Path) -> pathlib.Path:
   killed ones had begun of it is taken away.
   """
   remove_abandoned(path.parent, path.name)
+  return attempt_path(path)
+
+
+def attempt_path(path: pathlib.Path) -> pathlib.Path:
+  """`partial_path` of what is written often: the folder is not looked through."""
   attempt = f"{_machine()}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
   return path.with_name(f"{path.name}.{attempt}.partial")
 

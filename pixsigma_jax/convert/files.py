@@ -115,7 +115,13 @@ class _Tensors(Mapping[str, np.ndarray]):
   def __getitem__(self, name: str) -> np.ndarray:
     import torch
 
-    tensor = self._tensors[name].detach().contiguous()
+    tensor = self._tensors[name].detach()
+    if tensor.is_meta:
+      raise ValueError(
+        f"{name} has a shape and no numbers: it was saved before its model was loaded."
+      )
+    # Whatever a state dict may hold a tensor as: sparse, conjugated, negated, a view.
+    tensor = tensor.to_dense().resolve_conj().resolve_neg().contiguous()
     # NumPy has none of these of its own.
     for kind, bits, of_ours in (
       (torch.bfloat16, torch.int16, ml_dtypes.bfloat16),

@@ -172,6 +172,8 @@ def scanned(source: str, entry: Entry) -> dict[str, Any]:
     row["phash"] = perceptual_hash(image)
   except FileNotFoundError:
     row["error"] = "no such file"
+    if "\\" in entry.location:  # of a manifest that was written on Windows
+      row["error"] += ": its path has \\, and folders are parted by /"
   except (OSError, ValueError) as error:
     row["error"] = str(error) or type(error).__name__
   return row

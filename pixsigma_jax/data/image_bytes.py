@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pixsigma_jax.data import jpegs
 from pixsigma_jax.data.color_profiles import Fate, to_srgb
 
 # Pillow's own limit, above which it suspects a decompression bomb: 9459 x 9459.
@@ -23,7 +24,10 @@ _NOT_READ = {
 # Not every plug-in of Pillow: the one for EPS starts Ghostscript on what it is given.
 # JPEG's also opens MPO, which is what many phones and cameras write.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
+_JPEGS = ("JPEG", "MPO")
 _ORIENTATION = 0x0112  # the EXIF tag
+_PNG_DEPTH = 24  # the byte that says how many bits a sample has
+_PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # TIFF's tags
 _MARKS_OF_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # in a PNG
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,12 +93,17 @@ def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
     if at_least is not None and image.format != _HEIF:
       image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
     image.load()
+    is_whole = image.format not in _JPEGS or jpegs.is_whole(data, image)
+    if image.format == "PNG":
+      _match_transparency(image, depth=data[_PNG_DEPTH])
     image, profile = _rgb(image)
     if orientation in _UPRIGHT:
       image = image.transpose(_UPRIGHT[orientation])
   except Exception as error:  # Pillow raises whatever its decoders come across
     reason = "truncated" if "truncated" in str(error).lower() else "damaged"
     raise ValueError(f"{reason}: {type(error).__name__}: {error}") from None
+  if not is_whole:
+    raise ValueError("truncated: part of the picture is missing")
   image.info = {}  # the profile holds no longer, and would be saved with the image
   return Decoded(image, profile)
 
@@ -155,14 +164,22 @@ def _orientation(image: Image.Image, data: bytes) -> int:
   return found if isinstance(found, int) else 1
 
 
+def _match_transparency(image: Image.Image, *, depth: int) -> None:
+  """Says a PNG's transparent color in the levels that Pillow has made of its samples.
+
+  Pillow leaves the color as it is in the file, whatever the file's samples are.
+  """
+  color = image.info.get("transparency")
+  if isinstance(color, int) and image.mode == "L":  # of 2, 4 or 8 bits
+    most = 2**depth - 1
+    image.info["transparency"] = (color & most) * 255 // most
+  elif isinstance(color, tuple) and depth == 16:  # of which Pillow keeps the upper half
+    image.info["transparency"] = tuple(level >> 8 for level in color)
+
+
 def _rgb(image: Image.Image) -> tuple[Image.Image, Fate]:
   if image.mode.startswith("I"):  # 16 bits a pixel
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-      raise ValueError("more than 16 bits a pixel")
-    about = image.info
-    image = Image.fromarray((levels // 257).astype(np.uint8))
-    image.info = about
+    image = _eight_bits(image)
   if image.mode == "F":
     raise ValueError("floating-point pixels, whose white is unknown")
   image, profile = to_srgb(image)
@@ -171,3 +188,21 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, Fate]:
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
   return image.convert("RGB"), profile
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+  """Grays of more bits, with black, white and what is transparent where they were."""
+  levels = np.asarray(image).astype(np.int64)
+  white, about = 65535, dict(image.info)
+  if image.format == "TIFF" and image.mode.startswith("I;16"):
+    tags = getattr(image, "tag_v2", {})
+    white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1  # scanners write 12
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero: Pillow only sees to 8 bits
+      levels = white - levels
+  if levels.min() < 0 or levels.max() > white:
+    raise ValueError("more than 16 bits a pixel")
+  gray = Image.fromarray((levels * 255 // white).astype(np.uint8))
+  if isinstance(color := about.pop("transparency", None), int):
+    gray.putalpha(Image.fromarray(np.where(levels == color, 0, 255).astype(np.uint8)))
+  gray.info = about
+  return gray

@@ -15,6 +15,8 @@ def holds_images(type: pa.DataType) -> bool:
   """Whether a column may hold images themselves: bytes, or the hub's {bytes, path}."""
   if pa.types.is_struct(type):
     return "bytes" in [type.field(number).name for number in range(type.num_fields)]
+  if pa.types.is_dictionary(type):  # each different value once, as pandas may have it
+    type = type.value_type
   return (
     pa.types.is_binary(type)
     or pa.types.is_large_binary(type)

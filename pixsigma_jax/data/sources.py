@@ -47,6 +47,7 @@ EXTENSIONS = (
 )
 
 _PATH_FIELDS = ("path", "file_name")
+_URL_FIELDS = ("url", "image_url")  # of lists like LAION's
 _IMAGE_FIELD = "image"  # of the hub: the image itself, or its path
 # What devices and programs leave among pictures: thumbnails, what was deleted.
 _LITTER = frozenset(
@@ -60,6 +61,8 @@ _IN_A_TAR = re.compile(r"(.+\.(?i:tar))\?offset=(\d{1,18})&size=(\d{1,18})", re.
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _ROWS_LOOKED_AT = 10_000  # of a manifest, for the fields that are asked for
 _IN_PARQUET = re.compile(r"(.+\.(?i:parquet))\?row=(\d{1,18})&column=(.+)", re.DOTALL)
+_URLS = ("http://", "https://")
+_FETCH = "fetch the images first, as with img2dataset"
 _OUTSIDE = "its path leads outside of the source's folder"
 
 
@@ -627,7 +630,9 @@ def _read_member(
 ) -> None:
   found = beside.setdefault(_stem(member.name), _Found())
   found.names.append(member.name)
-  if found.is_small_enough(member.name, member.size):
+  if found.names.count(member.name) > 1:  # the first, as of images
+    found.counted[f".{_extension(member.name)} whose name is in the tar twice"] += 1
+  elif found.is_small_enough(member.name, member.size):
     file.seek(member.offset)
     try:
       found.read(member.name, file.read(member.size), reading)
@@ -794,11 +799,13 @@ def _image_column(table: str, schema: pa.Schema, reading: Reading) -> str | None
   if set(paths) & set(schema.names):  # each row will say what is wrong with it
     return None
   hint = [f.name for f in schema if parquet_images.holds_images(f.type)]
+  urls = [f.name for f in schema if f.name.lower() in _URL_FIELDS]
   raise ValueError(
     f"{table} does not say where its images are: it has the columns "
     f"{listed(schema.names)}, "
     f"and none of {', '.join((*paths, name))} holds paths or images. "
     + (f"Give --image_field={hint[0]}." if hint else "--image_field names another.")
+    + (f" URLs ({listed(urls)}) are not followed: {_FETCH}." if urls else "")
   )
 
 
@@ -904,6 +911,8 @@ def _row_entry(
   if not isinstance(row, Mapping):
     raise ValueError("not an object of fields")
   named = _path_of(row, reading)
+  if named.startswith(_URLS):
+    raise ValueError(f"a URL, which is not followed: {_FETCH}")
   _, root = folder_of(source)
   try:
     path = _inside(posixpath.join(root, folder) if folder else root, named)

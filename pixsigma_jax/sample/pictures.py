@@ -108,6 +108,8 @@ class PictureFolder:
     directory.mkdir(parents=True, exist_ok=True)
     self.directory, self.form = directory, form
     self._first = next_number(directory)
+    self._partial = f"picture.{form}"
+    disk.remove_abandoned(directory, self._partial)
 
   def save(
     self, number: int, picture: Image.Image, settings: Mapping[str, Any]
@@ -120,7 +122,7 @@ class PictureFolder:
     Raises:
       OSError: the file cannot be written.
     """
-    partial = disk.partial_path(self.directory / f"picture.{self.form}")
+    partial = disk.attempt_path(self.directory / self._partial)
     try:
       _write(partial, self.form, picture, settings)
       while True:

@@ -339,6 +339,38 @@ def test_types_that_nobody_can_read_are_refused_in_words(tmp_path):
     open_weights(path)["one"]
 
 
+def test_a_pickles_tensors_are_their_numbers_however_torch_holds_them(tmp_path):
+  matrix = torch.arange(12.0).reshape(3, 4) - 5
+  held = {
+    "transposed": matrix.t(),
+    "a column": matrix[:, 1],
+    "expanded": matrix[:1].expand(3, 4),
+    "empty": matrix[:0],
+    "tied": matrix,
+    "tied too": matrix,
+    "trained": torch.nn.Parameter(matrix.clone()),
+    "halves": matrix.half().t(),
+    "a counter": torch.tensor(7),
+    "sparse": matrix.to_sparse(),
+    "negated": torch.complex(matrix, matrix).conj().imag,
+    "conjugated": torch.complex(matrix, matrix).conj(),
+  }
+  torch.save(held, tmp_path / "a.pth")
+  found = open_weights(tmp_path / "a.pth")
+  assert set(found) == set(held)
+  for name, tensor in held.items():
+    want = tensor.detach().to_dense().resolve_conj().resolve_neg()
+    assert found[name].dtype == want.numpy().dtype
+    assert found[name].tolist() == want.tolist(), name
+
+
+def test_tensors_that_were_saved_without_their_numbers_are_named(tmp_path):
+  held = {"first": torch.zeros(3), "one": torch.zeros(3, device="meta")}
+  torch.save(held, tmp_path / "a.pth")
+  with pytest.raises(ValueError, match="one has a shape and no numbers"):
+    open_weights(tmp_path / "a.pth")["one"]
+
+
 def test_integers_are_not_taken_for_a_transformers_weights(official, tmp_path):
   _, weights = official
   name = "blocks.0.attn.qkv.weight"

@@ -332,6 +332,15 @@ def test_an_image_that_vanished_is_a_row(tmp_path):
 # ---- what was read ----
 
 
+def test_a_path_that_was_written_on_windows_is_said_to_be_one(tmp_path):
+  (tmp_path / "a").mkdir()
+  photo("rocket", 96).save(tmp_path / "a" / "1.png")
+  entries = [sources.Entry("1", path) for path in ("a\\1.png", "a/2.png", "a/1.png")]
+  errors = [scan_module.scanned(str(tmp_path), entry)["error"] for entry in entries]
+  parted = "no such file: its path has \\, and folders are parted by /"
+  assert errors == [parted, "no such file", None]
+
+
 def test_the_report_says_what_has_no_caption_and_what_was_passed_over(tmp_path):
   files = {
     **{f"{n}.png": encoded(photo(n, 64)) for n in ("coffee", "rocket", "chelsea")},

@@ -15,7 +15,7 @@ from pixsigma_jax.data.image_bytes import open_image
 from tests.data.test_sources import picture
 
 
-def png_header(width, height):
+def png(width, height, depth, color_type, *chunks):
   def chunk(name, data):
     return (
       struct.pack(">I", len(data))
@@ -24,8 +24,24 @@ def png_header(width, height):
       + struct.pack(">I", zlib.crc32(name + data))
     )
 
-  head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"")
+  head = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+  chunks = [(b"IHDR", head), *chunks]
+  return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+def png_header(width, height):
+  return png(width, height, 8, 2, (b"IDAT", b""))
+
+
+def tiff(samples, *, bits=16, white_is_zero=False):
+  """One row of grays, of little-endian bytes."""
+  tags = {
+    **{256: len(samples) * 8 // bits, 257: 1, 258: bits, 259: 1, 277: 1, 278: 1},
+    **{262: 0 if white_is_zero else 1, 273: 200, 279: len(samples)},
+  }
+  entries = b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in sorted(tags.items()))
+  head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+  return head.ljust(200, b"\0") + samples
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -101,6 +117,97 @@ def test_sixteen_bits_keep_their_range():
   Image.fromarray(levels).save(file, "PNG")
   shown = np.asarray(open_image(file.getvalue()))[..., 0]
   np.testing.assert_array_equal(shown, [[0, 127], [255, 1]])
+
+
+@pytest.mark.parametrize(
+  ("depth", "color_type", "samples", "transparent", "shown"),
+  [
+    # of white, black, and a gray or color that is transparent
+    (1, 0, b"\xa0", (0,), [255, 255, 255, 255]),
+    (2, 0, b"\xc4", (1,), [255, 0, 255, 0]),
+    (4, 0, b"\xf0\x10", (1,), [255, 0, 255, 0]),
+    (8, 0, b"\xff\0\x07\0", (7,), [255, 0, 255, 0]),
+    # 300 is 1 of 255, and so is 301, which is not transparent
+    (16, 0, struct.pack(">4H", 300, 0, 301, 44 * 257), (300,), [255, 0, 1, 44]),
+    (16, 2, struct.pack(">6H", 0x8000, 9, 0, 0, 0, 0), (0x8000, 9, 0), [255, 0]),
+  ],
+)
+def test_what_is_transparent_in_a_png_is_white_at_every_depth(
+  depth, color_type, samples, transparent, shown
+):
+  data = png(
+    *(len(shown), 1, depth, color_type),
+    (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+    (b"IDAT", zlib.compress(b"\0" + samples)),
+    (b"IEND", b""),
+  )
+  assert np.asarray(open_image(data))[0, :, 1].tolist() == shown
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize(
+  ("bits", "samples"),
+  [
+    (16, struct.pack("<3H", 0, 32896, 65535)),
+    (12, b"\x00\x08\x08\xff\xf0\x00"),  # 0, 0x808, 0xfff, and what fills the byte
+    (8, bytes([0, 128, 255])),
+  ],
+)
+def test_a_scanners_gray_keeps_its_white_and_its_black(bits, samples, white_is_zero):
+  data = tiff(samples, bits=bits, white_is_zero=white_is_zero)
+  if bits == 12 and white_is_zero:  # which Pillow does not know
+    with pytest.raises(ValueError, match="not an image"):
+      open_image(data)
+    return
+  shown = np.asarray(open_image(data))[0, :3, 0]
+  assert shown.tolist() == ([255, 127, 0] if white_is_zero else [0, 128, 255])
+
+
+MODES = {"RGB": {}, "L": {}, "progressive": {"progressive": True}}
+
+
+def jpeg(kind):
+  image = Image.open(io.BytesIO(picture(size=(160, 160))))
+  image = image.convert("L") if kind == "L" else image
+  file = io.BytesIO()
+  image.save(file, "JPEG", **MODES[kind])
+  return file.getvalue()
+
+
+@pytest.mark.parametrize("at_least", [None, 32])
+@pytest.mark.parametrize("kind", MODES)
+def test_a_jpeg_that_ends_early_is_truncated_whatever_stands_behind_it(kind, at_least):
+  data = jpeg(kind)
+  half = len(data) // 2
+  cuts = [
+    data[:half] + b"\xff\xd9",  # by a program that closed what it had
+    data[: 9 * len(data) // 10] + b"\xff\xd9",
+    data[:2] + b"\xff" + data[2:half] + b"\xff\xd9",  # a fill byte before a marker
+    data[:half] + bytes(half),  # by a download that had reserved its room
+  ]
+  for cut in cuts:
+    with pytest.raises(ValueError, match="truncated"):
+      open_image(cut, at_least=at_least)
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_a_jpeg_that_is_whole_is_read_with_whatever_else_is_in_its_file(kind):
+  data = jpeg(kind)
+  whole = np.asarray(open_image(data))
+  for more in (
+    data[:-2] + b"\0\0\0" + data[-2:],  # libjpeg warns of these, and has it all
+    data + b"behind the end",
+    data[:2] + b"\xff" + data[2:],
+  ):
+    np.testing.assert_array_equal(np.asarray(open_image(more)), whole)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_flat_jpeg_is_whole(mode, progressive):
+  file = io.BytesIO()
+  Image.new(mode, (40, 24)).save(file, "JPEG", progressive=progressive)
+  assert open_image(file.getvalue()).size == (40, 24)
 
 
 def test_a_small_jpeg_is_the_picture_made_smaller():

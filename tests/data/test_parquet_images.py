@@ -119,6 +119,17 @@ def test_bytes_without_a_path_are_images_too(tmp_path):
   assert read_bytes(str(source), all_found[2].location) == picture(2)
 
 
+def test_bytes_may_be_dictionary_encoded(tmp_path):
+  pictures = pa.array([picture(n % 2) for n in range(5)], pa.binary())
+  table = pa.table({"image": pictures.dictionary_encode()})
+  pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+  all_found = found(tmp_path / "a.parquet")
+  for number, entry in enumerate(all_found):
+    data = read_bytes(str(tmp_path / "a.parquet"), entry.location)
+    assert data == picture(number % 2)
+  assert len(all_found) == 5
+
+
 def test_the_hubs_path_is_followed_where_there_are_no_bytes(tmp_path):
   write(tmp_path / "repo" / "data" / "0.png", picture(5))
   write(tmp_path / "secret.png", picture(9))

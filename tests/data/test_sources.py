@@ -378,6 +378,19 @@ def test_bad_rows_of_a_manifest_are_rows_and_stop_nothing(folder):
     )  # byte positions tell them apart
 
 
+def test_a_url_is_said_to_be_one(tmp_path):
+  rows = b'{"path": "https://x.org/1.jpg"}\n{"image": "http://x.org/2.jpg"}\n'
+  for entry in found(write(tmp_path / "list.jsonl", rows)):
+    assert entry.error == (
+      "a bad row: a URL, which is not followed: fetch the images first, as with "
+      "img2dataset"
+    )
+  table = pa.table({"URL": ["https://x.org/1.jpg"], "TEXT": ["a"]})
+  pq.write_table(table, tmp_path / "x.parquet")
+  with pytest.raises(ValueError, match=r"URLs \(URL\) are not followed: fetch"):
+    list_units(str(tmp_path / "x.parquet"), per_unit=2)
+
+
 def test_a_line_without_an_end_is_one_bad_row(folder, monkeypatch):
   monkeypatch.setattr(rows, "MOST_LINE_BYTES", 64)
   long = b'{"path": "' + b"x" * 1000 + b'"}\n'
@@ -396,7 +409,7 @@ def test_parquet_that_lies_about_its_rows_is_refused(folder):
 
 def test_parquet_without_paths_names_its_columns(tmp_path):
   pq.write_table(pa.table({"url": ["x"]}), tmp_path / "x.parquet")
-  with pytest.raises(ValueError, match=r"\['url'\], and none of path, file_name"):
+  with pytest.raises(ValueError, match=r"the columns url, and none of path, file_name"):
     list_units(str(tmp_path / "x.parquet"), per_unit=2)
 
 
@@ -487,6 +500,20 @@ def test_a_name_that_is_in_a_tar_twice_is_called_that(tmp_path):
     ("x/2", None),
     ("x/1.jpg", "its name is in the tar twice"),
   ]
+
+
+def test_of_captions_that_are_in_a_tar_twice_the_first_stay_with_the_first_image(
+  tmp_path,
+):
+  members = [
+    *(("1.jpg", picture(1)), ("1.txt", b"one")),
+    *(("1.jpg", picture(2)), ("1.txt", b"two")),
+  ]
+  source = write_tar(tmp_path / "x.tar", members)
+  (first, second), passed_over = found_and_passed_over(source)
+  assert (first.captions, first.error) == ((("one", "short"),), None)
+  assert second.error == "its name is in the tar twice"
+  assert passed_over == {".txt whose name is in the tar twice": 1}
 
 
 @pytest.mark.parametrize(

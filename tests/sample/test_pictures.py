@@ -1,6 +1,7 @@
 """Pictures: eight bits, PNG files that remember, and sheets of many."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -93,6 +94,26 @@ def test_two_that_write_to_one_folder_lose_no_picture(tmp_path, form):
   for path, who, number in written:
     said = pictures.settings_of(path)
     assert (said["who"], said["number"]) == (who, number)
+
+
+def test_a_folder_is_looked_through_once_however_many_pictures_are_saved(
+  tmp_path, monkeypatch
+):
+  abandoned = tmp_path / "picture.png.01234567.partial"
+  abandoned.touch()
+  os.utime(abandoned, (0, 0))
+  folder = pictures.PictureFolder(tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+  def listed(*_):
+    raise AssertionError("listed")
+
+  monkeypatch.setattr(os, "scandir", listed)
+  monkeypatch.setattr(os, "listdir", listed)
+  for number in range(2):
+    folder.save(number, plain("red"), SETTINGS)
+  monkeypatch.undo()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.png", "00001.png"]
 
 
 def test_pictures_go_on_behind_all_that_others_wrote_meanwhile(tmp_path):
