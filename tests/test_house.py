@@ -143,7 +143,7 @@ def pins(python):
   return dict(found)
 
 
-def tested():
+def lines_of_python():
   """The lines of Python and JAX that CONTRIBUTING.md says were tested."""
   lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
   rows = [
@@ -156,7 +156,7 @@ def tested():
 
 
 def test_what_is_pinned_for_a_python_is_what_was_tested_on_it():
-  first, *later = tested()
+  first, *later = lines_of_python()
   assert first["Python"] == pyproject()["project"]["requires-python"].strip(">=")
   for row in (first, *later):
     on = re.match(r"(3\.\d+)\.\d+, libtpu [\d.]+$", row["tested with"])[1]
