@@ -4,8 +4,13 @@
 # Installs into .venv, writes real handwritten digits as captioned color pictures, trains
 # PixArt-Σ in miniature through its weak-to-strong chain, and writes runs/quickstart/.
 # Interrupted at any moment, the same command goes on where it was.
+#
+#   bash launch/quickstart.sh --picture   # installs and draws with the trained miniature
+#                                         # of weights/miniature: a minute, no training
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+[[ $# == 0 || $* == --picture ]] ||
+  die "There is no $*: give nothing, or --picture to draw without training."
 make_venv
 cd "$root"
 
@@ -23,6 +28,19 @@ run() {
   echo "── $*"
   "$python" -m "pixsigma_jax.$1" "${@:2}"
 }
+
+# Three prompts each of one digit, of two side by side, of two above each other.
+draw() {
+  run sample --checkpoint="$1" --prompts_file=configs/quickstart/prompts.txt \
+    --height={16,16,16,16,16,16,32,32,32} --width={16,16,16,32,32,32,16,16,16} \
+    --dtype=float32 --seed=1 --output="$2" --grid
+  echo "Images: $2/grid.png"
+}
+
+if [[ $* == --picture ]]; then
+  draw weights/miniature runs/picture
+  exit
+fi
 
 prepare() {
   run prepare --dataset=digits --resolution="$1" --count=10000 --seed=1 \
@@ -50,8 +68,5 @@ done
 run evaluate --checkpoints="$checkpoints" --task=digits --per_task=25 \
   --batch_size=50 --dtype=float32 --output=$runs/accuracy.json
 
-# Three prompts each of one digit, of two side by side, of two above each other.
-run sample --checkpoint=$runs/compressed --prompts_file=configs/quickstart/prompts.txt \
-  --height={16,16,16,16,16,16,32,32,32} --width={16,16,16,32,32,32,16,16,16} \
-  --dtype=float32 --seed=1 --output=$runs/samples --grid
-echo "Pictures: $runs/samples/grid.png   Accuracy: $runs/accuracy.json"
+draw $runs/compressed $runs/samples
+echo "Accuracy: $runs/accuracy.json"

@@ -13,6 +13,7 @@ import pytest
 from pixsigma_jax import disk, wording
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
 from pixsigma_jax.sample.frozen import RememberedCaptions
+from pixsigma_jax.sample.settings import SETTINGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
@@ -90,6 +91,7 @@ def test_every_flag_that_a_message_names_exists():
     if isinstance(node, ast.Call) and "DEFINE_" in ast.unparse(node.func)
     for found in itertools.islice(texts(node), 1)  # its name comes first
   }
+  defined |= set(SETTINGS)  # `sample.setting_flags` makes a flag of each
   assert {"workdir", "frozen", "variant"} <= defined
   for place, text in messages():
     for name in re.findall(r"(?<![\w-])--([a-z]\w*)", text):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pixsigma_jax.data import jpegs
 from pixsigma_jax.data.color_profiles import Fate, to_srgb
+from pixsigma_jax.wording import install
 
 # Pillow's own limit, above which it suspects a decompression bomb: 9459 x 9459.
 MOST_PIXELS = 89_478_485
@@ -139,8 +140,8 @@ def _opened_heif(data: bytes) -> Image.Image:
     import pillow_heif
   except ImportError:
     raise ValueError(
-      'HEIC, which needs pillow-heif: pip install "pixsigma-jax[heif]" and scan anew, '
-      "or save it as JPEG"
+      f"HEIC, which needs pillow-heif: {install('heif')} and scan anew, or save it as "
+      "JPEG"
     ) from None
   pillow_heif.register_heif_opener()
   try:

@@ -177,7 +177,7 @@ def _pipeline(options: Any) -> Any:
   except (ValueError, ImportError, AttributeError, RuntimeError) as error:
     runner = options.get_all_options()["runner"]
     raise ValueError(
-      f"--beam: --runner={runner} cannot be used: {str(error).rstrip('.')}."
+      f"--beam: the runner {runner} cannot be used: {str(error).rstrip('.')}."
     ) from error
 
 

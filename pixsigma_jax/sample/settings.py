@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.sample import captions
+from pixsigma_jax.wording import shortened
 
 GUIDANCE_SCALE = 4.5
 # What these draw with has learned guidance from its teacher.
@@ -60,7 +61,8 @@ class Text:
     except UnicodeEncodeError:
       # Such as Python makes of an argument that is not in UTF-8.
       raise ValueError(
-        f"{name} {value!r} holds half a character, which no file can: give it in UTF-8."
+        f"{name} {shortened(value)} holds half a character, which no file can: give "
+        "it in UTF-8."
       ) from None
     return str(value)
 
@@ -372,7 +374,9 @@ def check_prompts(prompt: Any) -> list[str]:
   prompt = plain(prompt)
   prompts = [prompt] if isinstance(prompt, str) else prompt
   if not isinstance(prompts, list | tuple):
-    raise ValueError(f"prompt must be a text or a list of texts, not {prompt!r}.")
+    raise ValueError(
+      f"prompt must be a text or a list of texts, not {shortened(str(prompt))}."
+    )
   if not prompts:
     raise ValueError("There is no prompt to draw.")
   return [Text().check("prompt", plain(one)) for one in prompts]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pixsigma_jax import disk
+from pixsigma_jax.wording import install
 
 
 class MetricWriter:
@@ -179,7 +180,7 @@ def check_wandb(section: Mapping[str, str]) -> None:
   if section["project"] and not importlib.util.find_spec("wandb"):
     raise ValueError(
       f"config.log.wandb.project={section['project']!r} needs Weights & Biases, which "
-      "is not installed: pip install pixsigma_jax[wandb], or set the project to ''."
+      f"is not installed: {install('wandb')}, or set the project to ''."
     )
   if section["entity"] and not section["project"]:
     raise ValueError(

@@ -126,7 +126,7 @@ def test_a_heap_becomes_training_data(curate, images, models, tmp_path):
     ),
     (
       ["scan", "x", "--images=y", "--beam=--runner=Nope"],
-      "--beam: --runner=Nope cannot be used: Unexpected pipeline runner: Nope.",
+      "--beam: the runner Nope cannot be used: Unexpected pipeline runner: Nope.",
     ),
     (
       ["scan", "x", "--images=y", "--beam=--direct_num_worker=3"],
