@@ -59,13 +59,17 @@ def test_it_tells_where_a_token_stands_and_goes_to_another_process(published):
   assert again("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
 
 
-def test_tokens_that_were_added_beside_the_vocabulary_are_kept(tmp_path):
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_were_added_beside_the_vocabulary_are_kept(tmp_path, place):
   processor = write_spiece(tmp_path)
-  settings = tmp_path / "tokenizer_config.json"
   number = processor.vocab_size() + 4
-  added = {str(number): {"content": "<mine>", "special": True}}
-  fields = json.loads(settings.read_text()) | {"added_tokens_decoder": added}
-  settings.write_text(json.dumps(fields))
+  if place == "added_tokens.json":  # as transformers wrote it before its version 4.34
+    (tmp_path / place).write_text(json.dumps({"<mine>": number}))
+  else:
+    added = {str(number): {"content": "<mine>", "special": True}}
+    fields = json.loads((tmp_path / place).read_text())
+    fields["added_tokens_decoder"] = added
+    (tmp_path / place).write_text(json.dumps(fields))
   assert number in load_tokenizer(tmp_path)("a <mine> cat")["input_ids"]
 
 
