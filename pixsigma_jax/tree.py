@@ -29,7 +29,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def size(tree: Any) -> int:
-  """Numbers in all leaves together."""
+  """Total number of elements in all leaves."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 

@@ -511,7 +511,7 @@ def write_safetensors(
 
 
 def header_of(path: pathlib.Path) -> dict[str, str]:
-  """What a safetensors file says of itself beside its tensors."""
+  """Metadata in a safetensors file's header."""
   return _opened(path).metadata() or {}
 
 

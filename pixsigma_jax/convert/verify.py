@@ -34,7 +34,7 @@ TOLERANCE = 2e-4
 
 
 class Inputs(NamedTuple):
-  """What both networks are given, float32."""
+  """Inputs of both networks, float32."""
 
   latents: np.ndarray  # [b H W c]
   timesteps: np.ndarray  # [b]

@@ -100,7 +100,7 @@ def write_captions(
   max_new_tokens: int,
   beam_options: Sequence[str],
 ) -> dict[str, Any] | None:
-  """Adds what a model of images and text says of every image that can be read.
+  """Adds a model's captions to every image that can be read.
 
   Nothing is asked of duplicates, if scan has marked them.
 
@@ -155,7 +155,7 @@ def add_captions(
   suppliers: Sequence[str],
   captions: Sequence[Sequence[tuple[str, str]]],
 ) -> collections.Counter[str]:
-  """Writes a part's captions anew, with those that come; counts what became of these.
+  """Adds captions to a part; counts which were new, known or empty.
 
   Args:
     suppliers: whose captions the part then has, besides those that it had.
@@ -190,7 +190,7 @@ def _suppliers(index: Index, part: int) -> list[str]:
 
 
 def _suppliers_of_all(index: Index) -> list[str]:
-  """Those whose captions all parts have."""
+  """Suppliers whose captions are in all parts."""
   settings = index.settings("captions") or {"from": []}
   return settings["from"] if index.has("captions") else []
 
@@ -250,7 +250,7 @@ class _Book:
     return list(dict.fromkeys(found))
 
   def captions(self, place: int) -> list[tuple[str, str]]:
-    """The captions in a line, as they stand there."""
+    """The captions in a line, unchanged."""
     file = self._files[place >> _OFFSET_BITS]
     file.seek(place & (1 << _OFFSET_BITS) - 1)
     line, _ = next(lines(file))

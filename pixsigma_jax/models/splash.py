@@ -41,7 +41,7 @@ def attend(
   device_kind: str,
   interpret: bool = False,
 ) -> Float[Array, "b n k f"]:
-  """See `models/attention.py: attend`.
+  """Attention on TPU; see `models/attention.py: attend`.
 
   Args:
     residual_name: under which remat policies find what the backward pass needs of the
@@ -72,13 +72,13 @@ def has_room(queries: int, width: int, device_kind: str) -> bool:
 
 
 def block_size(length: int) -> int:
-  """The least block of which as few as possible cover `length`."""
+  """Smallest block among those of which the fewest cover `length`."""
   blocks = -(-length // _BLOCK)
   return padded(-(-length // blocks), _LANES)
 
 
 def at_once(length: int, itemsize: int) -> int:
-  """Queries or keys that a forward pass takes together: two blocks, if they are even.
+  """Chunk size of a forward pass: two blocks, if their number is even.
 
   Of numbers of four bytes a kernel has no room for more than one.
   """

@@ -140,9 +140,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _places(heads: int, images: int, axis_q: int):
-  """Which block a kernel takes of queries, of keys and of an image's mask.
+  """Block specs of queries, of keys and of an image's mask.
 
-  By its place in a grid of heads, blocks of queries (`axis_q`) and blocks of keys.
+  Each block is chosen by its place in a grid of heads, blocks of queries (`axis_q`)
+  and blocks of keys.
   """
   axis_k = 3 - axis_q
 
@@ -171,7 +172,7 @@ def _attention(
   value: Float[Array, "h f m"],
   mask: Float32[Array, "b 1 m"],
 ) -> tuple[Float[Array, "h f n"], Float32[Array, "h n"]]:
-  """And the logarithm of each query's sum of exponentials."""
+  """Returns the output and its logsumexp."""
   from jax.experimental import pallas as pl  # half a second that only TPUs need
   from jax.experimental.pallas import tpu as pltpu
 
@@ -226,7 +227,7 @@ def _forward_kernel(
   *,
   last_k: int,
 ):
-  """One block of queries, in columns, and one of keys, in rows."""
+  """Forward kernel for one block of queries, in columns, and one of keys, in rows."""
   from jax.experimental import pallas as pl
 
   j, f = pl.program_id(2), q_ref.shape[0]
@@ -266,7 +267,7 @@ def _gradients(
   logsumexp: Float32[Array, "h n"],
   correction: Float32[Array, "h n"],
 ) -> tuple[Float[Array, "h f n"], Float[Array, "h f m"], Float[Array, "h f m"]]:
-  """With respect to queries, keys and values.
+  """Gradients with respect to queries, keys and values.
 
   Args:
     gradient: with respect to the output.
@@ -338,7 +339,7 @@ def _backward_kernel(
   last_q: int,
   last_k: int,
 ):
-  """One block of keys and one of queries; keys lie in rows, queries in columns."""
+  """Backward kernel for one block of keys, in rows, and one of queries, in columns."""
   from jax.experimental import pallas as pl
 
   j, i, (f, block_q) = pl.program_id(1), pl.program_id(2), q_ref.shape

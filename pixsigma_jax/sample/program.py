@@ -55,13 +55,13 @@ class Guidance(NamedTuple):
 
 
 def compute_here(dtype: str = "bfloat16", attention: str = "auto") -> Compute:
-  """How a network is best computed on the devices that JAX has."""
+  """The best settings of computation on the devices that JAX has."""
   on_cpu = jax.default_backend() == "cpu"
   return Compute(dtype=jnp.dtype(dtype), attention=attention, unroll=on_cpu)
 
 
 def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
-  """In how many passes the halves of guidance are best taken: 1 or 2.
+  """Best number of passes for the halves of guidance: 1 or 2.
 
   Args:
     rows: pictures of a batch.

@@ -1,4 +1,4 @@
-"""Which tensors of the reference our leaves are: what has statistics of its own.
+"""The reference's tensors in our leaves: each has statistics of its own.
 
 Torch keeps a layer's matrix, a fused qkv and a convolution as one tensor each; we keep
 stacks of layers, stacked maps of one input, and other orders of axes.
@@ -70,7 +70,7 @@ def view(name: str) -> View:
 
 
 def each_tensor(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx` on every tensor of the reference by itself, as if there were no other.
+  """Applies `tx` to every tensor of the reference by itself.
 
   Its state has, in the place of each leaf, that of `tx` for the leaf's tensors, those
   of a stack stacked.

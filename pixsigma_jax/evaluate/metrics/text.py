@@ -13,7 +13,7 @@ _ALIKE = 80  # per cent from which two words count as one
 
 
 class TextAccuracy(NamedTuple):
-  """What a set of images says of its texts.
+  """Text accuracy of a set of images.
 
   Attributes:
     accuracy: words of the truth that were found, in per cent of all; it is the recall.
