@@ -305,7 +305,7 @@ def local_steps(
 
 
 def stored_history(place: Any, step: int) -> History | None:
-  """Which run and branch has made PLACE/checkpoints/STEP; None if it does not say."""
+  """History of the run that made PLACE/checkpoints/STEP; None if it has none."""
   history = (_stored(place, step) or {}).get("history")
   return history and History.from_json(history)
 

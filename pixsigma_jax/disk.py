@@ -25,7 +25,7 @@ _SECONDS_OF_SILENCE = 24 * 3600
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
-  """Where to write what will be `path`.
+  """Temporary path at which to write the future `path`.
 
   A name of its own for every attempt: two processes may be writing the same file. What
   killed ones had begun of it is taken away.

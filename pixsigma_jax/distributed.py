@@ -1,13 +1,14 @@
 """Several processes as one job: who belongs to it, who is missing, and when to stop.
 
-JAX connects processes and runs their collectives. Around it stands what a person who is
-woken at night wants to know: before JAX starts, process 0 calls the roll, and whoever
-waits says which processes have not come; the connections of the roll call stay open, so
-that the end of a process is known at once, and every other ends with a message that
-names it. A scheduler then starts all of them again.
+JAX connects processes and runs their collectives. This file adds clear messages about
+processes that are missing or lost. Before JAX starts, every process connects to process
+0 (`call_the_roll`), and whoever waits says which processes have not come. These
+connections stay open for heartbeats, so the end of a process is noticed immediately,
+and every other process ends with a message that names it. A scheduler then starts all
+of them again.
 
-A roll call is a line of JSON from each process to process 0, on the coordinator's port
-before JAX takes it, and a line back.
+To connect, each process sends a line of JSON to process 0, on the coordinator's port
+before JAX takes it, and gets a line back.
 """
 
 import atexit
@@ -53,7 +54,7 @@ class DistributedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a process stands in its job.
+  """A process's number in its job, and the coordinator's address.
 
   Attributes:
     coordinator_address: host and port of process 0.
@@ -93,7 +94,7 @@ def find_place(
   process_id: int | None,
   timeout: int,
 ) -> Place | None:
-  """Where this process stands; None for a job of one process.
+  """This process's place in its job; None for a job of one process.
 
   What is given counts, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, then what JAX itself finds: a TPU pod, SLURM, Open MPI, Kubernetes.

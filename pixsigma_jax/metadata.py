@@ -23,7 +23,7 @@ READABLE = (1, FORMAT)
 
 @dataclasses.dataclass(frozen=True)
 class History:
-  """Which run, and which of its attempts, has made a checkpoint or a snapshot.
+  """The run, and its branch, that made a checkpoint or a snapshot.
 
   A run that goes back to an earlier checkpoint begins a branch: from there on its steps
   are not those that were made before.

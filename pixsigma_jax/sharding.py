@@ -1,4 +1,4 @@
-"""Which device holds which part: the mesh, and one visible table of rules.
+"""The mesh, and one visible table of rules that shard arrays over it.
 
 Mesh axes: `data`, replicas of the model; `fsdp`, shards of its parameters, which also
 split the batch; `context`, shards of the token axis for 2K images and above.
@@ -326,7 +326,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 @functools.cache
 def batch_part(mesh: Mesh, process_index: int) -> tuple[int, int]:
-  """Which part of a batch's rows a process holds, and of how many.
+  """Index of the part of a batch's rows that a process holds, and number of parts.
 
   Processes that share the tokens of the same images hold the same part. The rows of a
   part need not follow each other on the mesh: a TPU's host has chips in a square.

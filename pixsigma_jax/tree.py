@@ -34,7 +34,7 @@ def size(tree: Any) -> int:
 
 
 def differences(have: Any, want: Any) -> list[str]:
-  """What tells two trees of arrays apart by name, shape and dtype, a line each.
+  """Differences of two trees of arrays in name, shape and dtype, a line each.
 
   `- name float32[3]` stands only in `have`, `+ …` only in `want`.
   """

@@ -65,7 +65,7 @@ _TAKE_PLAIN = "take the file in float32, bfloat16 or float16"
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """How one network is found in a file that may hold others.
+  """Rules for finding one network in a file that may hold others.
 
   Attributes:
     landmarks: names of tensors, of which every such network has one.

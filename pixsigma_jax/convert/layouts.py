@@ -1,4 +1,4 @@
-"""How the official repository and diffusers name and lay out PixArt's parameters.
+"""Names and layouts of PixArt's parameters in the official code and diffusers.
 
 A layout is a table from our leaves to theirs, read in either direction: a leaf of ours
 is one tensor of theirs, or several stacked, each moved by a permutation that has an

@@ -113,7 +113,7 @@ class Settings:
     return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
   def problem(self, module: str, rank: int, *, dora: bool) -> str:
-    """How a module's tensors contradict the settings; empty if they do not.
+    """Contradiction between a module's tensors and the settings; empty without one.
 
     Args:
       module: diffusers' name of it.

@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 class Difference(NamedTuple):
-  """How far apart two networks are at one place."""
+  """Difference between two networks at one place."""
 
   place: str
   absolute: float  # the largest difference of two numbers

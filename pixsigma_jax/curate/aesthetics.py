@@ -1,4 +1,4 @@
-"""How pleasing an image is: LAION's aesthetic score, as the paper filters with (AES).
+"""LAION's aesthetic score, with which the paper filters images (AES).
 
 Source: christophschuhmann/improved-aesthetic-predictor, the weights
 `sac+logos+ava1-l14-linearMSE.pth` and `simple_inference.py`. Five linear layers rate

@@ -225,7 +225,7 @@ def _sha256(file: str) -> str:
 
 
 class _Book:
-  """Where in files of JSON lines the captions of an image are.
+  """Positions of each image's captions in files of JSON lines.
 
   Places stay in memory, about 200 bytes a line; the captions themselves do not.
   """

@@ -226,7 +226,7 @@ def _wrapped(text: str, most: int, color: tuple[int, int, int]) -> list[_Line]:
 
 
 def _longest_fit(text: str, width: int | float, font: Any) -> int:
-  """How many characters from the start fit; at least one."""
+  """Number of leading characters that fit; at least one."""
   low, high = 1, len(text)
   while low < high:
     middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Which images are trained on, and why the others are not: one reason each."""
+"""Choice of the images to train on, with one reason for each of the others."""
 
 import collections
 import dataclasses
@@ -207,7 +207,7 @@ def _sides(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refused(table: pa.Table, rules: Rules) -> dict[str, Bool[np.ndarray, "n"]]:
-  """Which images each rule refuses; those about scores apart."""
+  """Masks of the images that each rule refuses; rules about scores separately."""
   height, width = _sides(table)
   long, short = np.maximum(height, width), np.minimum(height, width)
   refused = {"error": table["error"].is_valid().to_numpy()}

@@ -70,7 +70,7 @@ def _pairs(captions_: list[dict[str, str]] | None) -> list[tuple[str, str]]:
 
 
 def changes(before: Earlier, index: Index) -> dict[str, Any]:
-  """How many images were added, changed and removed, and which come first."""
+  """Numbers of images added, changed and removed, with the first of each."""
   found: dict[str, list[str]] = {
     "added": [],
     "with_other_pixels": [],

@@ -339,7 +339,7 @@ def _write_duplicates(directory: str, of_a_part: tuple[int, Any]) -> None:
 
 
 def report(index: Index) -> dict[str, Any]:
-  """How many images there are, how many cannot be used and why, and which come first.
+  """Counts of images, of unusable ones by reason, and the first of these.
 
   The reason is an error's text up to the colon. `without_caption` are images that can
   be used and have none; `passed_over` is what else there is, by extension or by reason.

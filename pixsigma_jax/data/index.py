@@ -111,7 +111,7 @@ class Index:
     return pa.table(merged)
 
   def rows(self, part: int) -> int:
-    """How many images a part has."""
+    """Number of images in a part."""
     with self._opened(part, "scan") as file:
       return file.metadata.num_rows
 

@@ -357,7 +357,7 @@ def _open_shard(directory: pathlib.Path, shard: Shard) -> Any:
     str(directory / shard.file),
     options="readahead_buffer_size:0,max_parallelism:0",  # random access
   )
-  # A file that it does not understand is to ArrayRecord one of no records.
+  # ArrayRecord opens an unreadable file as an empty one.
   if not reader.ok() or reader.num_records() != shard.records:
     raise ValueError(
       f"{directory / shard.file} is damaged: {reader.num_records()} records can be "

@@ -36,7 +36,7 @@ _REPLACED = {"Cc": " ", "Cs": "\N{REPLACEMENT CHARACTER}"}
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How to read what a source leaves open; its fields are JSON.
+  """Reading options for what a source leaves open; its fields are JSON.
 
   `caption_fields` are read in place of `CAPTION_FIELDS`, each a NAME or NAME:long;
   `image_field` in place of path, file_name and image. With `caption_per_line` each line

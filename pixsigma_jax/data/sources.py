@@ -1,4 +1,4 @@
-"""Where images lie: folders, WebDataset tars, manifests, the official data layout.
+"""Sources of images: folders, WebDataset tars, manifests, the official layout.
 
 A source is listed as *units*, each small enough for one worker, and a unit yields
 *entries*: an image's id, where its bytes are, and the captions found beside it. What is
@@ -437,7 +437,7 @@ def _is_an_image(file: _File) -> bool:
 
 
 class _NamedImages:
-  """Which rows of a folder's tables name an image that is there."""
+  """Rows of a folder's tables that name an image that is there."""
 
   def __init__(self, source: str, reading: Reading):
     self._source, self._reading = source, reading
@@ -749,7 +749,7 @@ def _line_entries(
 
 
 def _parquet_rows(source: str, table: str, reading: Reading) -> int:
-  """How many rows a Parquet file of the source has; it is what it says.
+  """Number of rows that a Parquet file of the source declares.
 
   Raises:
     ValueError: it is damaged, or does not say where its images are.

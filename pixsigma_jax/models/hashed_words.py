@@ -104,7 +104,7 @@ class HashedWordEncoder:
     return {"name": "hashed-words", "width": self.width, "version": 1}
 
   def count(self, prompt: str) -> int:
-    """How many tokens `prompt` takes, the end token included."""
+    """Number of tokens of `prompt`, the end token included."""
     return len(split_words(prompt)) + 1
 
   def read_captions(self, prompts: Sequence[str], length: int) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ def uniform_init(limit: float) -> Initializer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-  """How a network is computed; results depend on it only by rounding.
+  """Settings of computation, on which results depend only by rounding.
 
   Attributes:
     dtype: of matrix products and attention.

@@ -426,11 +426,11 @@ def _apart(stack: Any) -> list[Any]:
 def inference_params(params: Any, compute: Compute) -> Any:
   """Parameters as forward passes with that `compute` use them; not for training.
 
-  What comes out is the same to the bit. Matrices are in the dtype of their products,
-  which they are not rounded to in every call then: in bfloat16 half the memory, and a
-  third of XL/2's time at 256 pixels on a CPU. If `compute.unroll`, the parameters of
-  each block lie apart, a list in place of a segment's stack: to cut every layer out of
-  a stack in every call is two fifths of that time. Other leaves are shared.
+  The network's output is the same to the bit. Matrices are stored in the dtype of their
+  products, so they are not rounded in every call: in bfloat16 this saves half the
+  memory, and a third of XL/2's time at 256 pixels on a CPU. If `compute.unroll`, a list
+  of per-layer parameters takes the place of a segment's stack: cutting every layer out
+  of a stack in every call is two fifths of that time. Other leaves are shared.
   """
 
   def one(path: Any, leaf: Any) -> Any:

@@ -1,10 +1,10 @@
 """Attention on TPU by kernels that keep scores in the core, forward and backward.
 
-Nothing quadratic in tokens leaves the chip. No kernel is asked for a mask: it rides on
-features that a head has more than its width, which the matrix unit pads to 128 anyway.
-That is free but for widths that fill the unit, where the segment ids of JAX's kernels
-cost a fourteenth of the forward pass on v5e and an eighth on v6e, and images of one
-batch may fold into the heads, whatever their masks.
+Nothing quadratic in tokens leaves the chip. The key mask uses a padding row of the head
+dimension, which the matrix unit pads to 128 anyway. That is free except for widths that
+fill the unit, while the segment ids of JAX's kernels cost a fourteenth of the forward
+pass on v5e and an eighth on v6e. It also lets images of one batch fold into the heads,
+whatever their masks.
 
 The kernels are our own, `models/splash_kernels.py`, where a core's memory has room for
 them, and JAX's elsewhere, `models/splash_of_jax.py`. What a step of each kernel's grid

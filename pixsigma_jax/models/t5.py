@@ -305,7 +305,7 @@ class T5TextEncoder:
     return functools.partial(_read_captions, self.tokenizer)
 
   def count(self, prompt: str) -> int:
-    """How many tokens `prompt` takes, the end token included."""
+    """Number of tokens of `prompt`, the end token included."""
     return len(_ids(self.tokenizer, prompt))
 
   def truncated(self, prompt: str, length: int) -> tuple[str, str]:

@@ -479,7 +479,7 @@ def _in_tiles(
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
-  """Where tiles begin that cover `length` evenly, neighbours sharing `OVERLAP`."""
+  """Starts of tiles that cover `length` evenly, neighbours sharing `OVERLAP`."""
   step = max(1, math.floor(tile * (1 - OVERLAP)))
   count = 1 + math.ceil((length - tile) / step)
   return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]

@@ -96,7 +96,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: Mapping[str, list[str]], entry: str) -> dict[str, float]:
-  """How often each computation runs."""
+  """Number of times that each computation runs."""
   times: dict[str, float] = {}
 
   def run(name: str, count: float) -> None:

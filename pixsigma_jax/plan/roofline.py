@@ -108,7 +108,7 @@ def needed(model: PixArtConfig) -> dict[str, float]:
 
 
 def padding(unit: int, *sides: int) -> float:
-  """How many times more a matrix unit multiplies because sides do not fill it."""
+  """Factor of extra products in a matrix unit whose sides are not filled."""
   return math.prod(padded(side, unit) / side for side in sides)
 
 
@@ -304,7 +304,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   if traded:
     size = traded * token
     received = size / context * (context - 1) / context
-    # Of chips in a line, each half hands the other a half of its half.
+    # A quarter of the bytes cross the middle link of chips in a line.
     passed = size / 4 if stage.topology.platform == "tpu" else received
     transfers["trade tokens for heads"] = Transfer(
       "context", "link", received, passed / chip.link, False

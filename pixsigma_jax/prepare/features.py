@@ -61,7 +61,7 @@ _SHEET_SIDE = 512  # pixels of a picture on its sheet, at most
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How pictures and captions become features.
+  """Settings that turn cropped images and captions into features.
 
   Attributes:
     frozen: folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them. For

@@ -48,7 +48,7 @@ _NULL_NAMES = ("uncond_prompt_embeds", "y_embedder.y_embedding")
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-  """Where the features of one resolution are."""
+  """Locations of the features of one resolution."""
 
   root: pathlib.Path  # InternData
   latents: pathlib.Path

@@ -91,7 +91,7 @@ class Refusal:
 
 
 def count_reasons(refusals: Iterable[Refusal]) -> dict[str, dict[str, int]]:
-  """How many were refused: what → reason → number."""
+  """Counts of refusals: what → reason → number."""
   counts: dict[str, collections.Counter[str]] = {}
   for refusal in refusals:
     counts.setdefault(refusal.what, collections.Counter())[refusal.reason] += 1
@@ -309,7 +309,7 @@ def _steps(index: Index) -> list[str]:
 
 
 class _Plan(NamedTuple):
-  """Which images become pictures, in order, and the others' reasons."""
+  """The plan: images to crop, in order, and the reasons against the others."""
 
   rows: Int32[np.ndarray, "n 2"]  # part of the index, and row in it
   contents: Contents

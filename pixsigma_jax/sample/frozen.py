@@ -207,7 +207,7 @@ class RememberedCaptions:
     files.write_safetensors(pathlib.Path(path), arrays, note)
 
   def count(self, prompt: str) -> int:
-    """How many tokens `prompt` takes, the end token included.
+    """Number of tokens of `prompt`, the end token included.
 
     Raises:
       ValueError: it is not among the remembered.

@@ -46,7 +46,7 @@ _TOKENS_OF_ONE_BATCH = 2048
 
 
 class Guidance(NamedTuple):
-  """How the two halves of a prediction are joined; all traced."""
+  """Guidance settings that join the halves of a prediction; all traced."""
 
   scale: Any
   low: Any
@@ -132,7 +132,7 @@ def sample(
       return model.apply(
         {"params": params},
         *arguments,
-        # Tokens discarded at random: others in every step, the same in every picture.
+        # Random token discarding: a new draw at each step, shared by all images.
         rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
         method=method,
       )

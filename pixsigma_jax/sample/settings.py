@@ -203,7 +203,7 @@ def _setting(default: Any, kind: Kind, help: str, **more: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How prompts are to be drawn, checked.
+  """Checked settings for drawing prompts.
 
   The fields are described by `SETTINGS`. Those that can be a prompt's own are one value
   for all prompts or a tuple of one for each.

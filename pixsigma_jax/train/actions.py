@@ -27,7 +27,7 @@ Share: TypeAlias = Literal["training", "saving", "nobody"]
 
 @dataclasses.dataclass(kw_only=True)
 class LoopState:
-  """Where a run stands between two steps; a roll-back puts another in its place.
+  """State of a run between two steps; a roll-back replaces it.
 
   Attributes:
     state: the train state after `step` steps.

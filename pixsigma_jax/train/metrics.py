@@ -255,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 
 class Window:
-  """What happened since the last report: means of the steps, and where time went."""
+  """Metrics since the last report: means over the steps, and time by its use."""
 
   def __init__(self, batch_size: int):
     self._batch_size = batch_size

@@ -111,7 +111,7 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _holder(path: pathlib.Path) -> str:
-  """Who has written into a lock that is held."""
+  """The process that wrote into a lock that is held."""
   try:
     holder = json.loads(path.read_text())
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))

@@ -135,8 +135,8 @@ def make_train_step(
     )
 
   def _split(rows: Array) -> Array:
-    # Rows lie on the devices in their order. A part takes every so-manieth of them, so
-    # that it lies on all devices and no row moves.
+    # Examples lie on the devices in order. Microbatch i takes every `accumulation`-th
+    # example, starting at i, so it covers all devices and no example moves.
     parts = rows.reshape(-1, accumulation, *rows.shape[1:])
     return parts.swapaxes(0, 1)
 

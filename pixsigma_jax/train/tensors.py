@@ -18,7 +18,7 @@ Reshape: TypeAlias = Callable[[Array], Array]
 
 
 class View(NamedTuple):
-  """How a leaf is seen: `stacked` layers first, then one tensor of the reference."""
+  """View of a leaf: `stacked` layers first, then one tensor of the reference."""
 
   stacked: bool
   into: Reshape
@@ -65,7 +65,7 @@ _VIEWS: tuple[tuple[str, View], ...] = (
 
 
 def view(name: str) -> View:
-  """How the parameter of this name is seen."""
+  """View of the parameter of this name."""
   return next(view for rule, view in _VIEWS if re.search(rule, name))
 
 

@@ -149,7 +149,7 @@ def apply_transforms(
 
 
 def summary(before: Model, after: Model) -> str:
-  """What a transform changed, in a line, without looking at a number.
+  """Summary of a transform's changes in a line, from shapes and metadata alone.
 
   So it costs nothing wherever the parameters lie; `transform.report` has the numbers.
   """

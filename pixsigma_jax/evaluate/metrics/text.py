@@ -1,4 +1,4 @@
-"""How much of a text can be read in an image, as TextAtlasEval counts.
+"""Accuracy of texts read in images, as TextAtlasEval counts.
 
 Source: CSU-JPG/TextAtlas, `evaluation/cal_ocr.py` and `cal_ocr_cer.py`.
 """
