@@ -112,7 +112,7 @@ class Checkpoints:
     return max((step for step in steps if step is not None), default=None)
 
   def places_of(self, step: int) -> list[Place]:
-    """Where that step is."""
+    """Locations that have a complete copy of a step."""
     return [p for p, manager in self._managers.items() if step in manager.all_steps()]
 
   def save(
@@ -153,7 +153,7 @@ class Checkpoints:
       )
 
   def check_space(self, state: Any) -> None:
-    """Sees whether the next checkpoint has room where it will lie on a disk.
+    """Checks that the next checkpoint fits on the disks it will be written to.
 
     Args:
       state: the train state, or its shapes, dtypes and shardings.
@@ -175,15 +175,15 @@ class Checkpoints:
       raise OSError(f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free")
 
   def is_saving(self, place: Place) -> bool:
-    """Whether a step is on its way there."""
+    """Whether a save to a location is under way."""
     return self._managers[place].is_saving_in_progress()
 
   def directory(self, place: Place) -> Any:
-    """Where the steps of a place lie."""
+    """Directory of a location's steps."""
     return self._managers[place].directory
 
   def wait(self) -> None:
-    """Returns when what was being saved is on the disk.
+    """Waits until everything being saved is on the disk.
 
     Raises:
       SavingError: it could not be saved.
@@ -193,7 +193,7 @@ class Checkpoints:
         manager.wait_until_finished()
 
   def metadata(self, step: int) -> Metadata:
-    """What the checkpoint of `step` says about itself."""
+    """Metadata of the checkpoint of `step`."""
     manager = self._holder(step)
     with _reading(manager.directory / str(step)):
       return _metadata(manager, step)
@@ -223,7 +223,7 @@ class Checkpoints:
     return jax.tree.map(_as_key, abstract_state, restored.state), restored.data
 
   def close(self) -> None:
-    """Waits for what is being saved and lets go of the directories."""
+    """Waits for saves under way and releases the directories."""
     for manager in self._managers.values():
       with saving(manager.directory):
         manager.close()
@@ -235,7 +235,7 @@ class Checkpoints:
 
 
 def _check_remote(remote: Any, workdir: pathlib.Path, history: History) -> None:
-  """Whether the newest step there is of this run, or of a version that did not say."""
+  """Refuses a remote location whose newest step is another run's."""
   steps = steps_in(remote / CHECKPOINTS)
   found = stored_history(remote, steps[-1]) if steps else None
   if found is not None and found.run != history.run:
@@ -248,7 +248,7 @@ def _check_remote(remote: Any, workdir: pathlib.Path, history: History) -> None:
 def _take_local(
   directory: pathlib.Path, workdir: pathlib.Path, history: History
 ) -> None:
-  """Makes a directory on this host's disk this run's, unless it is another's."""
+  """Claims a directory on this host's disk for this run; refuses another run's."""
   path = directory / _OWNER
   way_out = "give each run a directory of its own, or delete that one"
   if (owner := _owner(directory)) is not None:
@@ -276,7 +276,7 @@ def _take_local(
 
 
 def _owner(directory: pathlib.Path) -> dict[str, Any] | None:
-  """Whose a directory on a host's own disk is; None if nobody has taken it."""
+  """Returns the run that owns a directory on a host's own disk, None without one."""
   path = directory / _OWNER
   if not path.exists():
     return None
@@ -305,7 +305,7 @@ def local_steps(
 
 
 def stored_history(place: Any, step: int) -> History | None:
-  """Which run and branch has made PLACE/checkpoints/STEP; None if it does not say."""
+  """History of the run that made PLACE/checkpoints/STEP; None if it has none."""
   history = (_stored(place, step) or {}).get("history")
   return history and History.from_json(history)
 
@@ -396,7 +396,7 @@ def _as_key(abstract: Any, leaf: Any) -> Any:
 
 
 def _nbytes(leaf: Any, whole: bool) -> int:
-  """Of an array, or of what this process holds of it."""
+  """Size in bytes of an array, or of this process's part of it."""
   each = math.prod(leaf.shape) * leaf.dtype.itemsize
   if whole or getattr(leaf, "sharding", None) is None:
     return each
@@ -430,7 +430,7 @@ class Snapshot:
 
   @property
   def origin(self) -> dict[str, Any]:
-    """What a child's provenance says of its parent."""
+    """Provenance entry that a child stores about this snapshot as its parent."""
     told = {"params": self.fingerprint} if self.fingerprint else {}
     return {
       "path": str(self.path),
@@ -440,7 +440,7 @@ class Snapshot:
     }
 
   def with_fingerprint(self) -> "Snapshot":
-    """The same, which knows a hash of its parameters: `tree.fingerprint`."""
+    """This snapshot with a hash of its parameters (`tree.fingerprint`)."""
     return dataclasses.replace(self, fingerprint=tree.fingerprint(self.params))
 
 
@@ -521,7 +521,7 @@ def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def read_metadata(path: str | pathlib.Path) -> Metadata:
-  """What a snapshot says about itself, without its parameters; see `read_snapshot`."""
+  """Reads a snapshot's metadata without its parameters; see `read_snapshot`."""
   path = find_snapshot(path)
   with _reading(path), ocp.CheckpointManager(path.parent) as manager:
     return _metadata(manager, int(path.name))
@@ -584,7 +584,7 @@ def save_arrays(folder: pathlib.Path, arrays: Any) -> None:
 
 
 def read_arrays(folder: pathlib.Path, abstract: Any) -> Any:
-  """What `save_arrays` wrote, onto the shardings and dtypes of `abstract`.
+  """Reads what `save_arrays` wrote, onto the shardings and dtypes of `abstract`.
 
   Raises:
     ValueError: the files are damaged or of another tree.
@@ -613,12 +613,12 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:
 
 
 def _signed(metadata: Metadata) -> dict[str, Any]:
-  """As JSON, with what is writing it."""
+  """Metadata as JSON, with the software that writes them."""
   return dataclasses.replace(metadata, software=software()).to_json()
 
 
 def _is_same(have: Metadata, want: Metadata, step: int) -> bool:
-  """Whether a snapshot is what would be written in its place."""
+  """Whether a stored snapshot equals the one that would replace it."""
   if have.history is None or want.history is None:
     # An older version's, or no run's: what is there is of the first branch.
     branched = [h for h in (have.history, want.history) if h and h.branches]
@@ -634,19 +634,19 @@ def _is_snapshot(path: pathlib.Path) -> bool:
 
 
 def saved_steps(workdir: str | pathlib.Path, remote: str = "") -> list[int]:
-  """Steps that a run can go on from, in order, whatever hosts have on their disks."""
+  """Steps that a run can resume from, in order, without those on hosts' own disks."""
   places = [pathlib.Path(workdir), *([epath.Path(remote)] if remote else [])]
   return sorted({step for place in places for step in steps_in(place / CHECKPOINTS)})
 
 
 def steps_in(directory: Any) -> list[int]:
-  """Steps that are whole, in order: what is being written has another name."""
+  """Complete steps, in order; a step that is being written has another name."""
   return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
 @contextlib.contextmanager
 def saving(directory: Any) -> Iterator[None]:
-  """Turns what fails in here into a `SavingError`, which says what is still there."""
+  """Turns errors in the block into a `SavingError` that names what is still there."""
   try:
     yield
   except Exception as error:  # Orbax and TensorStore raise many types

@@ -1,4 +1,4 @@
-"""What the makers say of their accelerators: arithmetic, memory, and what joins them.
+"""Accelerators by their data sheets: arithmetic, memory and links.
 
 Arithmetic is dense. Sources: cloud.google.com/tpu/docs/system-architecture and the data
 sheets of NVIDIA's A100, H100, H200, B200, L4 and T4 (float16 for the last);

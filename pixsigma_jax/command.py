@@ -1,4 +1,4 @@
-"""What all commands share: how they start, show how far they are, and end in an error.
+"""Start, progress and errors of every command.
 
 A mistake in what the user gave ends in one line on stderr and exit code 1; a mistake in
 the program keeps its traceback. Ctrl-C ends in one line, too, and exit code 130.
@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> No
 
 
 def keep_compiled() -> None:
-  """Keeps compiled programs on the disk, for the next time that they are needed.
+  """Keeps compiled programs in a cache on the disk.
 
   In JAX's persistent cache: under the user's own caches, or where
   JAX_COMPILATION_CACHE_DIR says.
@@ -60,7 +60,7 @@ def keep_compiled() -> None:
 
 
 def draws_bars() -> bool:
-  """Whether somebody watches who can see a bar move: in a terminal or a notebook."""
+  """Whether progress bars can be shown: in a terminal or a notebook."""
   kernel = sys.modules.get("ipykernel.kernelapp")
   # Loaded is not running: whatever executes notebooks loads ipykernel as well.
   in_notebook = kernel is not None and kernel.IPKernelApp.initialized()
@@ -68,7 +68,7 @@ def draws_bars() -> bool:
 
 
 def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-  """Hands `items` on and shows how many: as a bar where `draws_bars`, else in lines.
+  """Yields `items` and shows how many: as a bar where `draws_bars`, else in lines.
 
   Args:
     total: how many there will be; None if that is not known.
@@ -117,7 +117,7 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _is_users(error: Exception) -> bool:
-  """Whether what the user gave is at fault, as far as an exception can tell."""
+  """Whether an exception shows a mistake in the user's input."""
   if isinstance(error, OSError):
     return True
   if type(error).__module__.partition(".")[0] == _PACKAGE.name:

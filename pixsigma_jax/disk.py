@@ -25,7 +25,7 @@ _SECONDS_OF_SILENCE = 24 * 3600
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
-  """Where to write what will be `path`.
+  """Temporary path at which to write the future `path`.
 
   A name of its own for every attempt: two processes may be writing the same file. What
   killed ones had begun of it is taken away.
@@ -41,7 +41,7 @@ def attempt_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def remove_abandoned(folder: pathlib.Path, name: str | None = None) -> None:
-  """Takes away what killed processes had begun to write.
+  """Deletes files that killed processes had begun to write.
 
   What a live process of this machine writes stays, and of other machines what has
   changed within a day.
@@ -83,7 +83,7 @@ def _is_alive(path: pathlib.Path, machine: str | None, process: str | None) -> b
 
 @functools.cache
 def _machine() -> str:
-  """What the numbers of processes here are valid in: a machine since its start.
+  """Identity of the machine since its start, within which process ids are valid.
 
   In a container, which has numbers of its own, the container.
   """
@@ -106,7 +106,7 @@ def whole_files(folder: pathlib.Path) -> list[str]:
 
 
 def publish(partial: pathlib.Path, path: pathlib.Path) -> None:
-  """Gives a whole file its name, and returns when a power cut cannot undo it."""
+  """Gives a whole file its name, durably."""
   sync(partial)
   partial.rename(path)
   sync(path.parent)
@@ -186,7 +186,7 @@ def sync(path: pathlib.Path) -> None:
 
 
 def way_out(directory: Any, flag: str) -> str:
-  """What helps where `directory` could not be written to.
+  """Advice for a `directory` that could not be written to.
 
   Args:
     directory: a path, perhaps of a bucket.

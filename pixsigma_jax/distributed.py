@@ -1,13 +1,14 @@
 """Several processes as one job: who belongs to it, who is missing, and when to stop.
 
-JAX connects processes and runs their collectives. Around it stands what a person who is
-woken at night wants to know: before JAX starts, process 0 calls the roll, and whoever
-waits says which processes have not come; the connections of the roll call stay open, so
-that the end of a process is known at once, and every other ends with a message that
-names it. A scheduler then starts all of them again.
+JAX connects processes and runs their collectives. This file adds clear messages about
+processes that are missing or lost. Before JAX starts, every process connects to process
+0 (`call_the_roll`), and whoever waits says which processes have not come. These
+connections stay open for heartbeats, so the end of a process is noticed immediately,
+and every other process ends with a message that names it. A scheduler then starts all
+of them again.
 
-A roll call is a line of JSON from each process to process 0, on the coordinator's port
-before JAX takes it, and a line back.
+To connect, each process sends a line of JSON to process 0, on the coordinator's port
+before JAX takes it, and gets a line back.
 """
 
 import atexit
@@ -53,7 +54,7 @@ class DistributedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a process stands in its job.
+  """A process's number in its job, and the coordinator's address.
 
   Attributes:
     coordinator_address: host and port of process 0.
@@ -81,7 +82,7 @@ class Place:
 
   @property
   def address(self) -> tuple[str, int]:
-    """Host and port apart."""
+    """Host and port of the coordinator, separately."""
     host, _, port = self.coordinator_address.rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -93,7 +94,7 @@ def find_place(
   process_id: int | None,
   timeout: int,
 ) -> Place | None:
-  """Where this process stands; None for a job of one process.
+  """This process's place in its job; None for a job of one process.
 
   What is given counts, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, then what JAX itself finds: a TPU pod, SLURM, Open MPI, Kubernetes.
@@ -136,7 +137,7 @@ def _number(given: int | None, variable: str) -> int | None:
 
 
 def _detect(address: str | None, timeout: int) -> Place | None:
-  """What JAX finds in its environment."""
+  """The process that JAX detects from its environment."""
   # Private, and asked here because only `jax.distributed.initialize` asks it otherwise,
   # which waits for all processes without a word and ends the program if one is missing.
   from jax._src.clusters import ClusterEnv
@@ -151,7 +152,7 @@ def _detect(address: str | None, timeout: int) -> Place | None:
 
 @contextlib.contextmanager
 def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
-  """The job's processes work together in here; they leave it together.
+  """Initializes the job's processes for the block, and ends them together.
 
   Without a place there is one process, and nothing to be done. Must come before
   anything that JAX computes. Only process 0 logs what is not a warning.
@@ -285,7 +286,7 @@ def _differences(values: Sequence[Any]) -> str:
 
 
 def _fields(value: Any, name: str = "") -> dict[str, Any]:
-  """What a value of JSON holds, by dotted names; lists are taken whole."""
+  """Fields of a JSON value by dotted names; lists are taken whole."""
   if not isinstance(value, dict) or not value:
     return {name: value}
   found: dict[str, Any] = {}
@@ -306,7 +307,7 @@ def _shortened(text: str, others: Sequence[str]) -> str:
 
 
 def in_all(numbers: Iterable[int]) -> list[int]:
-  """Those of this process's numbers that all others, who must call it too, have."""
+  """Numbers that all processes have in common; all must call it."""
   mine = sorted(numbers)
   if jax.process_count() == 1:
     return mine
@@ -343,11 +344,11 @@ def whole(array: Any) -> np.ndarray:
 
 
 class Stopping(Exception):
-  """What waited was broken off by a wish to stop."""
+  """A wait was interrupted by a request to stop."""
 
 
 class Stop:
-  """SIGTERM and SIGINT as a wish to stop, heeded by all processes after the same step.
+  """SIGTERM and SIGINT as a request that all processes stop after the same step.
 
   From its making to `close`, a signal to any process makes `is_due` true, in every
   process at the same step: JAX spreads the notice in the background, which costs a step
@@ -360,7 +361,7 @@ class Stop:
   """
 
   def __init__(self, plan: Callable[[], str] = lambda: "stopping"):
-    """Hears signals from now on.
+    """Installs the signal handlers.
 
     Args:
       plan: says what will be done first, e.g. "finishing step 7, then saving".
@@ -384,7 +385,7 @@ class Stop:
     self._thread.start()
 
   def close(self) -> None:
-    """Signals mean again what they meant before."""
+    """Restores the earlier signal handlers."""
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
     signal.set_wakeup_fd(self._before)
@@ -409,7 +410,7 @@ class Stop:
 
   @contextlib.contextmanager
   def breaking_off(self) -> Iterator[None]:
-    """What waits in here does not keep a process that is alone from stopping.
+    """Lets a signal interrupt waits in the block, for a process that is alone.
 
     Raises:
       Stopping: there was a signal, or there is one while it waits.
@@ -434,7 +435,7 @@ class Stop:
       raise Stopping
 
   def _answer(self) -> None:
-    """Says what a signal will lead to; ends the process at SIGINT after another."""
+    """Announces what a signal will do; SIGINT after another ends the process."""
     heard = False
     while read := self._numbers.recv(1):
       [number] = read
@@ -453,12 +454,12 @@ class Stop:
 
 
 def _is_interactive() -> bool:
-  """In a notebook or a prompt, which outlives what it runs."""
+  """Whether this is a notebook or prompt, which outlives what it runs."""
   return hasattr(sys, "ps1")
 
 
 class _Links:
-  """Connections between process 0 and each other one, as long as the job is together.
+  """Connections between process 0 and each other process while the job runs.
 
   Of process 0 they lead to all others, by number; of another to process 0.
   """
@@ -504,7 +505,7 @@ class _Links:
     return links
 
   def say_goodbye(self) -> None:
-    """From now on it is in order that this process is no longer there."""
+    """Announces that disconnects of this process after this point are expected."""
     self._tell({"goodbye": True})
 
   def close(self) -> None:
@@ -545,7 +546,7 @@ class _Links:
           connection.sendall(_line(message))
 
   def _beat(self) -> None:
-    """Says from time to time that this process is there.
+    """Sends heartbeats.
 
     The system answers for a process that is frozen, and keeps its connections alive;
     this thread is frozen with it.
@@ -554,7 +555,7 @@ class _Links:
       self._tell({"here": True, "suspects": self._silent_since(2 * self._interval)})
 
   def _silent_since(self, seconds: float) -> list[int]:
-    """Processes that have not been heard for so long, and did not say goodbye."""
+    """Processes without a heartbeat for so long that did not say goodbye."""
     now = time.monotonic()
     return [
       index
@@ -767,7 +768,7 @@ def _still_here(
 
 @contextlib.contextmanager
 def _listener(port: int, until: float, timeout: float) -> Iterator[socket.socket]:
-  """On all addresses of this host; waits if the job's last attempt is still ending."""
+  """Listens on all addresses; waits while the job's last attempt still ends."""
   while True:
     try:
       both = socket.has_dualstack_ipv6()

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, so that it is never used for what it is not."""
+"""Metadata of a checkpoint: what it may be used for, and where it comes from."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ READABLE = (1, FORMAT)
 
 @dataclasses.dataclass(frozen=True)
 class History:
-  """Which run, and which of its attempts, has made a checkpoint or a snapshot.
+  """The run, and its branch, that made a checkpoint or a snapshot.
 
   A run that goes back to an earlier checkpoint begins a branch: from there on its steps
   are not those that were made before.
@@ -38,7 +38,7 @@ class History:
 
   @classmethod
   def new(cls) -> "History":
-    """Of a run that begins."""
+    """History of a new run."""
     return cls(uuid.uuid4().hex[:12])
 
   @classmethod
@@ -48,7 +48,7 @@ class History:
     return cls(str(fields["run"]), branches)
 
   def branch_after(self, step: int) -> "History":
-    """That of what is made from now on, after going back to a step."""
+    """History of what is made after going back to a step."""
     return History(self.run, (*self._until(step), (uuid.uuid4().hex[:8], step)))
 
   def has_made(self, other: "History", step: int) -> bool:
@@ -88,7 +88,7 @@ class Metadata:
   software: dict[str, Json] | None = dataclasses.field(default=None, compare=False)
 
   def to_json(self) -> dict[str, Json]:
-    """As JSON holds it, which knows no tuples."""
+    """Metadata as JSON, which has no tuples."""
     return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
 
   @classmethod
@@ -122,7 +122,7 @@ class Metadata:
 
 @functools.cache
 def software() -> dict[str, Json]:
-  """What is running: the package's version, code and commit, and what it stands on.
+  """Versions of the running software: package, code, commit, JAX and Python.
 
   `code` is a hash of the package's Python files by name and content, `commit` that of
   the repository which the package lies in, None where there is none.

@@ -1,4 +1,4 @@
-"""Which device holds which part: the mesh, and one visible table of rules.
+"""The mesh, and one visible table of rules that shard arrays over it.
 
 Mesh axes: `data`, replicas of the model; `fsdp`, shards of its parameters, which also
 split the batch; `context`, shards of the token axis for 2K images and above.
@@ -80,7 +80,7 @@ def _splits(devices: Sequence[Any]) -> bool:
 
 
 def _covering(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-  """The sizes, -1 replaced by what the others leave of `count` devices."""
+  """The sizes, with -1 replaced by the rest of `count` devices."""
   sizes = dict(sizes)
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
@@ -311,7 +311,7 @@ def placed(abstract_tree: Any, places: Any) -> Any:
 def batch_shardings(
   batch: Mapping[str, Any], mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
-  """Rows over `data` and `fsdp` together, tokens over `context`."""
+  """Shardings of a batch: rows over `data` and `fsdp`, tokens over `context`."""
   rows = ("data", "fsdp")
   return {
     name: NamedSharding(mesh, P(rows, "context") if name in _TOKEN_ARRAYS else P(rows))
@@ -320,13 +320,13 @@ def batch_shardings(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The same on every device."""
+  """Sharding with a copy on every device."""
   return NamedSharding(mesh, P())
 
 
 @functools.cache
 def batch_part(mesh: Mesh, process_index: int) -> tuple[int, int]:
-  """Which part of a batch's rows a process holds, and of how many.
+  """Index of the part of a batch's rows that a process holds, and number of parts.
 
   Processes that share the tokens of the same images hold the same part. The rows of a
   part need not follow each other on the mesh: a TPU's host has chips in a square.
@@ -351,7 +351,7 @@ def batch_part(mesh: Mesh, process_index: int) -> tuple[int, int]:
 def global_batch(
   local: Mapping[str, np.ndarray], places: Mapping[str, NamedSharding]
 ) -> dict[str, jax.Array]:
-  """This process's part of the rows, put where they belong in the global batch.
+  """Global batch from this process's part of the rows.
 
   Each row comes with all its tokens, of which a process takes those that it holds.
   """

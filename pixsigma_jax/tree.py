@@ -29,12 +29,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def size(tree: Any) -> int:
-  """Numbers in all leaves together."""
+  """Total number of elements in all leaves."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def differences(have: Any, want: Any) -> list[str]:
-  """What tells two trees of arrays apart by name, shape and dtype, a line each.
+  """Differences of two trees of arrays in name, shape and dtype, a line each.
 
   `- name float32[3]` stands only in `have`, `+ …` only in `want`.
   """

@@ -1,4 +1,4 @@
-"""How messages name what may be long: a prompt, a list of names.
+"""Shortened forms of prompts and lists of names, for messages.
 
 A message is one line that somebody reads: it shows the beginning, and says how much
 there is.

@@ -273,7 +273,7 @@ def _folder(source: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _check_preprocessing(folder: pathlib.Path, config: ClipConfig) -> None:
-  """That the folder's own preprocessing is the one that `models.clip` does."""
+  """Checks that the folder's own preprocessing is that of `models.clip`."""
   path = folder / "preprocessor_config.json"
   if not path.is_file():
     return

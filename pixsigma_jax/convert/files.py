@@ -65,7 +65,7 @@ _TAKE_PLAIN = "take the file in float32, bfloat16 or float16"
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """How one network is found in a file that may hold others.
+  """Rules for finding one network in a file that may hold others.
 
   Attributes:
     landmarks: names of tensors, of which every such network has one.
@@ -517,7 +517,7 @@ def write_safetensors(
 
 
 def header_of(path: pathlib.Path) -> dict[str, str]:
-  """What a safetensors file says of itself beside its tensors."""
+  """Metadata in a safetensors file's header."""
   return _opened(path).metadata() or {}
 
 

@@ -1,4 +1,4 @@
-"""How the official repository and diffusers name and lay out PixArt's parameters.
+"""Names and layouts of PixArt's parameters in the official code and diffusers.
 
 A layout is a table from our leaves to theirs, read in either direction: a leaf of ours
 is one tensor of theirs, or several stacked, each moved by a permutation that has an
@@ -209,7 +209,7 @@ def names_of(config: PixArtConfig, layout: Layout) -> dict[str, None]:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where one tensor of theirs lies: in a leaf of ours, at `index`, moved by `move`."""
+  """Slot of one of their tensors: a leaf of ours, an `index` in it, and a `move`."""
 
   leaf: str
   index: tuple[int, ...]
@@ -217,7 +217,7 @@ class Place:
 
 
 def places_of(config: PixArtConfig, layout: Layout) -> dict[str, Place]:
-  """The place of every tensor that a model has in a layout, by their name."""
+  """Slot of every tensor that a model has in a layout, by the tensor's name."""
   places: dict[str, Place] = {}
   for name in tree.named_leaves(abstract_params(config)):
     rule, layers = _rule_of(name, config, layout)
@@ -269,7 +269,7 @@ def layers_in(weights: Weights, layout: Layout, ours: str) -> tuple[int, ...]:
 
 
 def depth_in(weights: Weights, layout: Layout) -> int:
-  """How many layers there are, counted from 0 without a gap."""
+  """Number of layers, counted from 0 up to the first gap."""
   (name,) = layout["blocks/scale_shift_table"].names
   return next(i for i in itertools.count() if name.format(i=i) not in weights)
 

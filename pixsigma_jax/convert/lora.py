@@ -196,7 +196,7 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
 
 
 def _open(path: pathlib.Path) -> tuple[files.Weights, Settings | None]:
-  """Tensors, and PEFT's settings if anything tells them."""
+  """Opens an adapter: its tensors, and PEFT's settings if it has any."""
   if not path.exists():
     raise FileNotFoundError(f"There is no adapter at {path}: no such file or folder.")
   file = path
@@ -242,7 +242,7 @@ def _fields_of(file: pathlib.Path) -> dict[str, Any] | None:
 def _by_module(
   weights: files.Weights, places: Mapping[str, Place]
 ) -> tuple[dict[str, dict[str, Array]], list[str]]:
-  """Module → tensors, and what is wrong with the names."""
+  """Groups tensors by module, and lists problems with their names."""
   modules: dict[str, dict[str, Array]] = {}
   problems: list[str] = []
   for name in weights:
@@ -266,7 +266,7 @@ def _moved(
   settings: Settings | None,
   module: str,
 ) -> tuple[dict[str, Array], str]:
-  """A module's matrices as ours lie, or why they cannot be."""
+  """A module's matrices in our layout, or the reason why they do not fit."""
   if missing := [
     s for s, part in _PARTS.items() if part in (DOWN, UP) and part not in parts
   ]:

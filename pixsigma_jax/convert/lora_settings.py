@@ -107,13 +107,13 @@ class Settings:
     return self._of("rank_pattern", module, self.fields.get("r", _DEFAULT_RANK))
 
   def scale(self, module: str, rank: int) -> float:
-    """What down · up is multiplied with: α / rank, or α / √rank if rank-stabilized."""
+    """Factor of down · up: α / rank, or α / √rank if rank-stabilized."""
     alpha = self.fields.get("lora_alpha", _DEFAULT_ALPHA)
     alpha = self._of("alpha_pattern", module, alpha)
     return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
   def problem(self, module: str, rank: int, *, dora: bool) -> str:
-    """How a module's tensors contradict the settings; empty if they do not.
+    """Contradiction between a module's tensors and the settings; empty without one.
 
     Args:
       module: diffusers' name of it.

@@ -91,7 +91,7 @@ _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """What became of a config.
+  """An imported config, and what happened to each field of its source.
 
   Attributes:
     fields: ours by their dotted names, on `configs/paper.py`.
@@ -108,7 +108,7 @@ class Imported:
   unknown: tuple[str, ...]
 
   def report(self) -> list[str]:
-    """A line for everything that is not in the file that is written."""
+    """One line for each source field that the written file does not contain."""
     lines = [f"note: {note}" for note in self.notes]
     lines += [f"elsewhere: {name}: {where}" for name, where in self.elsewhere.items()]
     lines += [f"inert: {name}: {why}" for name, why in self.inert.items()]
@@ -352,7 +352,7 @@ def _kv_compression(source: Mapping[str, Any], notes: list[str]) -> dict[str, An
 def _optimizer(
   left: dict[str, Any], gpus: int, total_steps: int, notes: list[str]
 ) -> dict[str, Any]:
-  """Takes what concerns the optimizer out of `left`."""
+  """Takes the optimizer's fields out of `left`."""
   source = dict(left.pop("optimizer", {"type": "AdamW", "lr": 1e-4}))
   kind, adamw = source.pop("type", None), {}
   fields: dict[str, Any] = {
@@ -404,7 +404,7 @@ def _optimizer(
 
 
 def _parent(load_from: str | None) -> str:
-  """Where docs put the published model that a file's name says it is."""
+  """Folder, as in the docs, of the published model that a file's name refers to."""
   if not load_from:
     return ""
   stem = pathlib.PurePath(load_from).stem

@@ -38,7 +38,7 @@ _DOWNSAMPLING = 8  # pixels to a latent, of SD's and SDXL's autoencoders
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given:
-  """What the user says of a source that does not say it itself; None is unsaid."""
+  """Hyper-parameters that the user gives for a source; None where not given."""
 
   base_size: int | None = None
   pe_interpolation: float | None = None
@@ -47,7 +47,7 @@ class Given:
   num_heads: int | None = None
 
   def of_release(self, release: Release) -> "Given":
-    """These, and what is known of a published model.
+    """These fields, completed by those of a published model.
 
     Raises:
       ValueError: they contradict each other.
@@ -65,7 +65,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """A network with all that is known of it; `null_caption` may be unknown."""
+  """A network and its metadata; `null_caption` may be unknown."""
 
   config: PixArtConfig
   params: Any
@@ -89,7 +89,7 @@ class Model:
 
 
 def check_target(path: pathlib.Path, form: str) -> None:
-  """Looks for what would be in the way before any work is done.
+  """Checks the target before any work is done.
 
   Raises:
     FileExistsError: there is something at `path` already.
@@ -201,7 +201,7 @@ def run(
   ema: bool,
   variant: str | None = None,
 ) -> verify.Trace:
-  """What the network at `path` makes of `inputs`, by the code that the format is of.
+  """Runs the network at `path` on `inputs`, with the code of its own format.
 
   diffusers has no key/value compression, so a compressing model in its layout is run
   as ours.
@@ -259,7 +259,7 @@ def _read_snapshot(path: pathlib.Path, given: Given) -> Model:
 
 
 def _agreed(given: Given, about: Metadata) -> Given:
-  """What a model that came from here says of itself, if it is not contradicted."""
+  """Metadata that an exported model carries, unless something contradicts them."""
   known = {**about.model, "scaling_factor": about.scaling_factor}
   shown = {field.name: known[field.name] for field in dataclasses.fields(Given)}
   return Given(**pixart.settled(shown, dataclasses.asdict(given)))

@@ -89,7 +89,7 @@ def from_pixart(
 
 
 def null_caption_in(weights: Weights) -> Float32[np.ndarray, "t e"] | None:
-  """What a dropped caption was replaced with, where a state dict has it.
+  """The null caption of a state dict, None without one.
 
   Raises:
     ValueError: it is no sequence of embeddings.
@@ -233,7 +233,7 @@ _GUARDED = "scale_shift_table"
 
 
 def shown_by_config(json: Mapping[str, Any]) -> dict[str, Any]:
-  """What diffusers' config.json says: num_heads, base_size, pe_interpolation.
+  """Reads num_heads, base_size and pe_interpolation from diffusers' config.json.
 
   Raises:
     ValueError: it is another network's.
@@ -384,7 +384,7 @@ def settled(
   *,
   hints: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-  """What is shown or given (where it is not None), if they agree.
+  """The value that is detected or given (not None), if both agree.
 
   Args:
     hints: what to say besides where these do not agree.
@@ -493,7 +493,7 @@ def _not_pixart(weights: Weights) -> str:
 
 
 def _positions_told(table: np.ndarray, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Base size and scale, or nothing if the table is that which tells nothing.
+  """Base size and scale from a table of positions; nothing for OneTrainer's.
 
   Raises:
     ValueError: it tells nothing, and they are not given.

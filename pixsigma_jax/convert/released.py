@@ -1,4 +1,4 @@
-"""The published releases of PixArt, and what their files do not say of themselves."""
+"""The published releases of PixArt, with the numbers that their files lack."""
 
 import dataclasses
 

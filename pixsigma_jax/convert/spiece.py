@@ -39,7 +39,7 @@ _UNKNOWN = 2  # T5's id of what it does not know
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """What a tokenizer needs of a SentencePiece model.
+  """The parts of a SentencePiece model that a tokenizer needs.
 
   Attributes:
     pieces: each token with its logarithmic probability, in the order of ids.

@@ -425,7 +425,7 @@ class _Source:
     return cls(path=path, form=form, config=config, content=content, weights=weights)
 
   def dtype(self) -> np.dtype:
-    """Of the weights; the widest, as some files keep a few tensors in float32."""
+    """Dtype of the weights: the widest, as some files keep a few tensors in float32."""
     if self.weights is None:
       named = self.content.get("dtype") or self.content.get("torch_dtype")
       return jnp.dtype(named or "float32")

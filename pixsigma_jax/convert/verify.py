@@ -34,7 +34,7 @@ TOLERANCE = 2e-4
 
 
 class Inputs(NamedTuple):
-  """What both networks are given, float32."""
+  """Inputs of both networks, float32."""
 
   latents: np.ndarray  # [b H W c]
   timesteps: np.ndarray  # [b]
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 class Difference(NamedTuple):
-  """How far apart two networks are at one place."""
+  """Difference between two networks at one place."""
 
   place: str
   absolute: float  # the largest difference of two numbers

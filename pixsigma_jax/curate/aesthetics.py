@@ -1,4 +1,4 @@
-"""How pleasing an image is: LAION's aesthetic score, as the paper filters with (AES).
+"""LAION's aesthetic score, with which the paper filters images (AES).
 
 Source: christophschuhmann/improved-aesthetic-predictor, the weights
 `sac+logos+ava1-l14-linearMSE.pth` and `simple_inference.py`. Five linear layers rate
@@ -68,7 +68,7 @@ def load_head(path: str | os.PathLike[str]) -> Head:
 
 @jax.jit
 def scores(head: Head, embeddings: Float32[Array, "b e"]) -> Float32[Array, "b"]:
-  """What a head makes of CLIP's embeddings of images, of any length but zero.
+  """Scores of images from their CLIP embeddings, of any length but zero.
 
   In float32 wherever it runs: scores in bfloat16 would move images over a threshold.
   """

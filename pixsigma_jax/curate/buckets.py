@@ -1,4 +1,4 @@
-"""A table of sizes: made if there is none yet, looked over if there is one."""
+"""Writes a table of sizes, or checks the one that is there."""
 
 import os
 import pathlib

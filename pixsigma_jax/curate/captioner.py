@@ -36,7 +36,7 @@ def write_captions(
   max_new_tokens: int,
   beam_options: Sequence[str],
 ) -> dict[str, Any] | None:
-  """Adds what a model of images and text says of every image that can be read.
+  """Adds a model's captions to every image that can be read.
 
   Nothing is asked of duplicates, if scan has marked them. What was said of a part that
   is not finished lies beside it as a draft, by the images' hashes: a run that is killed

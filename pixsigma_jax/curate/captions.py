@@ -94,7 +94,7 @@ def add_captions(
   suppliers: Sequence[str],
   captions: Sequence[Sequence[tuple[str, str]]],
 ) -> collections.Counter[str]:
-  """Writes a part's captions anew, with those that come; counts what became of these.
+  """Adds captions to a part; counts which were new, known or empty.
 
   Args:
     suppliers: whose captions the part then has, besides those that it had.
@@ -172,7 +172,7 @@ def _sha256(file: str) -> str:
 
 
 class _Book:
-  """Where in files of JSON lines the captions of an image are.
+  """Positions of each image's captions in files of JSON lines.
 
   Places stay in memory, about 200 bytes a line; the captions themselves do not.
   """
@@ -197,7 +197,7 @@ class _Book:
     return list(dict.fromkeys(found))
 
   def captions(self, place: int) -> list[tuple[str, str]]:
-    """The captions in a line, as they stand there."""
+    """The captions in a line, unchanged."""
     file = self._files[place >> _OFFSET_BITS]
     file.seek(place & (1 << _OFFSET_BITS) - 1)
     line, _ = next(lines(file))

@@ -1,4 +1,4 @@
-"""A sheet to look at: images as they are, and what the network will see of them."""
+"""A contact sheet: images, and what the network will see of them."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ _Line: TypeAlias = tuple[str, tuple[int, int, int]]  # text and color
 
 
 class _Row(NamedTuple):
-  """What the index knows of an image."""
+  """An image's row of the index."""
 
   id: str
   location: str
@@ -226,7 +226,7 @@ def _wrapped(text: str, most: int, color: tuple[int, int, int]) -> list[_Line]:
 
 
 def _longest_fit(text: str, width: int | float, font: Any) -> int:
-  """How many characters from the start fit; at least one."""
+  """Number of leading characters that fit; at least one."""
   low, high = 1, len(text)
   while low < high:
     middle = (low + high + 1) // 2

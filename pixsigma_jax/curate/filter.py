@@ -1,4 +1,4 @@
-"""Which images are trained on, and why the others are not: one reason each."""
+"""Choice of the images to train on, with one reason for each of the others."""
 
 import collections
 import dataclasses
@@ -34,7 +34,7 @@ StandIns: TypeAlias = Mapping[int, Mapping[int, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-  """What an image has to be; None where anything is allowed."""
+  """Rules that an image must pass; None where anything is allowed."""
 
   min_side: int | None = None  # pixels of the shorter side
   min_area: int | None = None  # pixels in all
@@ -162,7 +162,7 @@ def _judged(
   stand_ins: StandIns,
   part: int,
 ) -> tuple[np.ndarray, Float32[np.ndarray, "n"]]:
-  """Of each image the first reason against it, "" if there is none, and its score.
+  """First reason against each image, "" if there is none, and its score.
 
   Of the reasons all but the last: which score is too low may depend on the others'.
   """
@@ -207,7 +207,7 @@ def _sides(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refused(table: pa.Table, rules: Rules) -> dict[str, Bool[np.ndarray, "n"]]:
-  """Which images each rule refuses; those about scores apart."""
+  """Masks of the images that each rule refuses; rules about scores separately."""
   height, width = _sides(table)
   long, short = np.maximum(height, width), np.minimum(height, width)
   refused = {"error": table["error"].is_valid().to_numpy()}
@@ -286,7 +286,7 @@ def _passes(like: _Like, rules: Rules) -> bool:
 
 
 def _root(id: str, target: Mapping[str, str]) -> str:
-  """What an image is like, or what that is like, and so on."""
+  """End of the chain of images that each is a duplicate of the next."""
   seen = set()
   while id in target and id not in seen:
     seen.add(id)
@@ -297,7 +297,7 @@ def _root(id: str, target: Mapping[str, str]) -> str:
 def _lacking(
   captions: Sequence[Sequence[dict[str, str]]], rules: Rules
 ) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-  """Where the needed caption is missing, and where none of them has enough words."""
+  """Masks: the needed caption is missing; no caption has enough words."""
   kind, words = rules.need_caption or "any", rules.min_caption_words or 0
   counts = [
     [len(c["text"].split()) for c in of_one if kind in ("any", c["kind"])]

@@ -18,7 +18,7 @@ _NLTK_DATA = "punkt_tab averaged_perceptron_tagger_eng"
 
 @runtime_checkable
 class Tagger(Protocol):
-  """What finds nouns."""
+  """A tagger, which finds nouns."""
 
   name: str  # as `load_tagger` takes it, and as every output states it
 

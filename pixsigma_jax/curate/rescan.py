@@ -1,4 +1,4 @@
-"""A second index of the same images: what has changed, and what need not be redone."""
+"""A second index of the same images: changes, and results that can be reused."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ _NAMED = 5  # images of each kind of change
 
 
 class _Before(NamedTuple):
-  """What an earlier index knew of an image."""
+  """An image's row in an earlier index."""
 
   sha256: str | None
   captions: list[tuple[str, str]]  # of its scan
@@ -31,7 +31,7 @@ class Earlier(NamedTuple):
 
 
 def earlier(directory: str, new: str) -> Earlier:
-  """What an index knows, to compare another with.
+  """Reads an index, to compare another with it.
 
   Raises:
     FileNotFoundError: there is no such index.
@@ -70,7 +70,7 @@ def _pairs(captions_: list[dict[str, str]] | None) -> list[tuple[str, str]]:
 
 
 def changes(before: Earlier, index: Index) -> dict[str, Any]:
-  """How many images were added, changed and removed, and which come first."""
+  """Numbers of images added, changed and removed, with the first of each."""
   found: dict[str, list[str]] = {
     "added": [],
     "with_other_pixels": [],
@@ -101,7 +101,7 @@ def _rows(index: Index) -> Iterator[dict[str, Any]]:
 
 
 def take_over(before: Earlier, index: Index) -> None:
-  """Writes scores and captions of images whose files are the same, where none are.
+  """Copies scores and captions of images whose files are unchanged, where none are.
 
   Captions of `curate caption` are added to those that lie beside the images now.
   A part with an image that is new or has changed is left to `score` for its scores;

@@ -1,4 +1,4 @@
-"""What is there: sizes, hashes, captions and damage of images, and which are alike."""
+"""Sizes, hashes, captions, damage and duplicates of a source's images."""
 
 import collections
 import dataclasses
@@ -104,7 +104,7 @@ def scan(
 
 
 def reading_of(index: Index) -> Reading:
-  """How an index's source is read; one of before fields could be named, by default."""
+  """Reading options of an index's source; the defaults for older indexes."""
   settings = index.settings("scan") or {}
   return Reading(
     tuple(settings.get("caption_fields", ())),
@@ -133,7 +133,7 @@ def _flags(reading: Reading) -> str:
 
 
 def _listed(index: Index, parts: Iterable[int]) -> int | None:
-  """How many images parts have; None of tars, which nobody has looked into."""
+  """Number of images in parts; None for tars, which are not listed beforehand."""
   counts = [index.units[part].count for part in parts]
   return sum(counts) if all(counts) else None
 
@@ -217,7 +217,7 @@ Keyed: TypeAlias = tuple[str, tuple[Candidate, str]]
 def mark_duplicates(
   index: Index, parts: Sequence[int], near_distance: int, *, beam_options: Sequence[str]
 ) -> None:
-  """Writes who is a duplicate of whom into `parts`, looking at all images.
+  """Finds the duplicates among all images and writes them into `parts`.
 
   Two images are alike if their bytes are equal (sha256), or if at most `near_distance`
   bits of their perceptual hashes differ. An image is the duplicate of the best that it
@@ -250,7 +250,7 @@ def mark_duplicates(
 
 
 def keys_of_part(directory: str, near_distance: int, part: int) -> list[Keyed]:
-  """What the images of a part can be found by if another is like them.
+  """Keys of a part's images: alike images share at least one.
 
   Of the hash, `near_distance + 1` bands of bits: hashes that differ in fewer bits than
   there are bands agree in one of them.
@@ -280,7 +280,7 @@ def _bands(phash: int, near_distance: int) -> Iterator[str]:
 def compare_group(
   near_distance: int, group: tuple[str, Iterable[tuple[Candidate, str]]]
 ) -> list[tuple[Place, Candidate]]:
-  """Of images that share a key: who is like a better one, and the best of these."""
+  """Duplicates among images that share a key, each with the best that it is like."""
   key, members = group
   ordered = sorted((Candidate(*candidate), phash) for candidate, phash in members)
   if ":" not in key:  # equal bytes
@@ -341,7 +341,7 @@ def _write_duplicates(directory: str, of_a_part: tuple[int, Any]) -> None:
 
 
 def report(index: Index) -> dict[str, Any]:
-  """How many images there are, how many cannot be used and why, and which come first.
+  """Counts of images, of unusable ones by reason, and the first of these.
 
   The reason is an error's text up to the colon. `without_caption` are images that can
   be used and have none; `passed_over` is what else there is, by extension or by reason.

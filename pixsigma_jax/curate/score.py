@@ -96,7 +96,7 @@ def decoded(
 
 
 def identity(image: Mapping[str, Any]) -> str:
-  """What a row of `scan` is known by wherever it stands: its file's hash."""
+  """Identity of a row of `scan`, whatever its position: its file's hash."""
   return image["sha256"] or image["id"]
 
 

@@ -1,4 +1,4 @@
-"""What captions are made of: the paper's table 1 and figure 6, for one's own captions.
+"""The paper's table 1 and figure 6 for one's own captions.
 
 Every part of an index is counted by itself and kept under INDEX/stats, and counts are
 added up: in any order and grouping the sum is what one pass over all captions gives.
@@ -46,7 +46,7 @@ _PAPER = (
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What was counted in captions of one kind.
+  """Counts over captions of one kind.
 
   Attributes:
     images: with at least one such caption.
@@ -71,7 +71,7 @@ class Counts:
 
   @property
   def distinct_nouns(self) -> int:
-    """DN."""
+    """Number of distinct nouns (DN)."""
     return len(self.nouns)
 
   @property
@@ -86,7 +86,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """What was counted in captions, by kind.
+  """Counts over captions, by kind.
 
   Attributes:
     tagger: name of what found the nouns.
@@ -114,7 +114,7 @@ def count(images: Iterable[Sequence[Caption]], tagger: Tagger) -> Statistics:
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
-  """What one pass over the images of all parts would count.
+  """Sum of the parts' counts: equal to those of one pass over all images.
 
   Raises:
     ValueError: there are no parts, or their nouns were found by different taggers.
@@ -224,7 +224,7 @@ def count_part(directory: str, tagger: str, kept: bool, part: int) -> None:
 
 
 def _captions(index: Index, part: int, kept: bool) -> Iterator[list[Caption]]:
-  """Those of each image of a part that is counted."""
+  """Captions of each counted image of a part."""
   steps = ["scan", index.captions_step, "kept"][: 3 if kept else 2]
   rows = index.read(part, *steps, columns=("error", "captions", "kept"))
   counted = rows["kept"] if kept else rows["error"].is_null()
@@ -255,7 +255,7 @@ def _from_json(content: Mapping[str, Any]) -> Statistics:
 
 
 def _report(statistics: Statistics) -> dict[str, Any]:
-  """What statistics.json says."""
+  """Content of statistics.json."""
   kinds = {}
   for kind, counts in sorted(statistics.kinds.items()):
     most = sorted(counts.nouns.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -320,7 +320,7 @@ def table(statistics: Statistics, dataset: str) -> str:
 
 
 def _short(number: int) -> str:
-  """As the paper writes it, where it is large: 187K, 175M."""
+  """A number as the paper writes large ones: 187K, 175M."""
   if number < 10_000:
     return str(number)
   if number < 10_000_000:
@@ -405,7 +405,7 @@ def draw_lengths(statistics: Statistics) -> Image.Image:
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, kinds: Sequence[tuple[str, Counts]]):
-  """Above the frame, where it hides no bar."""
+  """Draws the legend above the frame, where it hides no bar."""
   lines = {
     kind: f"{kind}: {counts.captions:,} captions, ACL {counts.average_length:.1f}"
     for kind, counts in kinds
@@ -420,7 +420,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, kinds: Sequence[tuple[str, Counts]])
 
 
 def _shares(counts: Counts, width: int, bars: int) -> list[float]:
-  """Of all captions, those in each bar."""
+  """Share of all captions in each bar."""
   heights = [0] * bars
   for length, n in counts.lengths.items():
     if length < width * bars:

@@ -1,1 +1,1 @@
-"""From pictures and captions to batches: what is stored, and how it is served."""
+"""From images and captions to records, and from records to batches."""

@@ -1,4 +1,4 @@
-"""Sizes that pictures are trained and drawn at: a table of aspect ratios a resolution.
+"""Sizes for training and sampling: a table of aspect ratios for each resolution.
 
 Source: `diffusion/data/datasets/utils.py` of PixArt-alpha/PixArt-sigma. A ratio is
 height over width. The published tables of 256 to 2048 are one table scaled; 4096 is
@@ -144,7 +144,7 @@ def generate(
 
 
 class Check(NamedTuple):
-  """What there is to say of a table.
+  """Findings about a table of sizes.
 
   Attributes:
     unusable: sizes that the networks cannot take, a sentence each.
@@ -163,7 +163,7 @@ class Check(NamedTuple):
 def check(
   table: Buckets, resolution: int, patch_size: int = 2, downsampling: int = 8
 ) -> Check:
-  """Looks for what would go wrong with a table in training.
+  """Checks a table for everything that would go wrong in training.
 
   Args:
     resolution: side of the square in pixels that the sizes should have the area of.
@@ -233,7 +233,7 @@ def read_table(path: str | os.PathLike[str]) -> dict[float, Bucket]:
 
 
 def table_text(table: Buckets) -> str:
-  """What `read_table` reads, a line for each size."""
+  """A table as JSON for `read_table`, a line for each size."""
   lines = [
     f'  "{ratio}": [{size.height}, {size.width}]' for ratio, size in table.items()
   ]

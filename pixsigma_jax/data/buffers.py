@@ -69,7 +69,7 @@ class Buffers:
 
 
 def _keep_freed_memory() -> None:
-  """Lets the allocator keep what a record has left for the next one.
+  """Lets the allocator keep a record's freed memory for the next one.
 
   By default glibc gives pieces of this size back to the system, in some phases of a
   process after each record, and reading one then takes six times as long.

@@ -59,7 +59,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Fate]:
 def _transform(
   profile: bytes, mode: str
 ) -> ImageCms.ImageCmsTransform | Literal["sRGB", "ignored"]:
-  """From pixels of `mode` to sRGB, or why there is nothing to be done."""
+  """The transform from pixels of `mode` to sRGB, or the reason for none."""
   try:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space: Any = source.profile

@@ -1,4 +1,4 @@
-"""How an image becomes a picture of a bucket's size: scaled to cover it, then cropped.
+"""Fits an image to its bucket's size: scaled to cover it, then cropped.
 
 Source: `diffusion/data/datasets/InternalData_ms.py` of PixArt-alpha/PixArt-sigma, its
 path without precomputed features. (Its feature extraction squashes images to the
@@ -30,7 +30,7 @@ def filter_at(resolution: int) -> Filter:
 
 
 class Crop(NamedTuple):
-  """What becomes of an image of one size.
+  """Scaling and cropping of images of one size.
 
   Attributes:
     bucket: size of the picture.
@@ -72,7 +72,7 @@ class CropRule:
       raise ValueError("A crop rule needs at least one size to choose from.")
 
   def plan(self, height: int, width: int) -> Crop:
-    """What becomes of an image of `height` x `width` pixels, as it is displayed.
+    """Plans the crop of an image of `height` x `width` pixels, as it is displayed.
 
     Raises:
       ValueError: the image has no pixels.
@@ -120,7 +120,7 @@ class CropRule:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What records note down; equal for rules that give equal pictures."""
+    """Identity stored in records; equal for rules that give equal images."""
     return {
       "name": "cover-center",
       "version": 1,

@@ -42,7 +42,7 @@ _UPRIGHT = {
 
 
 class Header(NamedTuple):
-  """What an image says of itself before it is decoded; the sides as displayed."""
+  """Format and size of an image before it is decoded; the sides as displayed."""
 
   format: str
   height: int
@@ -63,7 +63,7 @@ def image_header(data: bytes) -> Header:
 
 
 class Decoded(NamedTuple):
-  """An image's pixels, and what became of its color profile on the way."""
+  """An image's pixels, and how its color profile was handled."""
 
   image: Image.Image
   profile: Fate
@@ -87,7 +87,7 @@ def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
 
 
 def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
-  """`open_image` with what became of the color profile."""
+  """`open_image`, and how the color profile was handled."""
   image, orientation = _opened(data)
   try:
     # HEIF would give a thumbnail, whatever the picture itself is like.

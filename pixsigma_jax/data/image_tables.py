@@ -20,7 +20,7 @@ _HASH_MASK = 2**63 - 1
 
 
 class ImageTable:
-  """Where in a file the captions of an image are: 16 bytes a row stay in memory.
+  """Positions of images' captions in a file, with 16 bytes a row in memory.
 
   A row names its image by `file_name`, relative to the file's folder. `refused` counts
   the rows that say no image or no text, by reason.
@@ -53,7 +53,7 @@ class ImageTable:
     return len(self._keys)
 
   def numbers(self, name: str) -> Int64[np.ndarray, "n"]:
-    """Which rows name an image: their numbers in an order of the table's own."""
+    """Numbers of the rows that name an image, in an order of the table's own."""
     key = hash(normal(name)) & _HASH_MASK
     first, end = np.searchsorted(self._keys, [key, key + 1])
     return np.arange(first, end)

@@ -111,7 +111,7 @@ class Index:
     return pa.table(merged)
 
   def rows(self, part: int) -> int:
-    """How many images a part has."""
+    """Number of images in a part."""
     with self._opened(part, "scan") as file:
       return file.metadata.num_rows
 
@@ -159,18 +159,18 @@ class Index:
     return not self.missing(step)
 
   def metadata(self, part: int, step: str) -> dict[bytes, bytes]:
-    """What `write` was given with a part's schema."""
+    """Metadata that `write` stored with a part's schema."""
     noted = self._noted(part, step)
     noted.pop(_SCAN, None)
     return noted
 
   def settings(self, step: str) -> Any:
-    """What a step was asked for, as `begin` left it; None before."""
+    """A step's settings as `begin` stored them; None before."""
     fs, path = fsspec.core.url_to_fs(self._settings(step))
     return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
   def begin(self, step: str, settings: Mapping[str, Any]) -> list[int]:
-    """The parts that are missing of a step with these settings.
+    """Begins a step with these settings; returns its missing parts.
 
     Parts that were written with others are taken away first.
     """
@@ -183,7 +183,7 @@ class Index:
     return self.missing(step)
 
   def note(self, step: str, settings: Mapping[str, Any]) -> None:
-    """Writes down what a step was asked for, beside its parts."""
+    """Stores a step's settings beside its parts."""
     self.write_json(f"{step}/{COMMANDS[step]}.json", settings)
 
   def write_json(self, path: str, content: Any) -> None:
@@ -199,7 +199,7 @@ class Index:
       return None
 
   def remove(self, path: str) -> None:
-    """Takes a file of the index away, if it is there."""
+    """Deletes a file of the index, if it is there."""
     fs, name = fsspec.core.url_to_fs(posixpath.join(self.directory, path))
     with contextlib.suppress(FileNotFoundError):
       fs.rm_file(name)
@@ -209,7 +209,7 @@ class Index:
       return dict(file.schema_arrow.metadata or {})
 
   def _forget(self, part: int, scanned: bytes, rows: int) -> None:
-    """Takes away what steps made of another scan of a part than comes now.
+    """Deletes the steps' results for a part whose scan has changed.
 
     Which images are duplicates, and which are kept, hangs together over all parts.
     """
@@ -343,7 +343,7 @@ def exists(directory: str) -> bool:
 
 
 def _hash(table: pa.Table) -> bytes:
-  """Of a part's content, whatever wrote it."""
+  """Hash of a part's content, whatever wrote it."""
   text = json.dumps(table.to_pylist()).encode()
   return hashlib.sha256(text).hexdigest()[:16].encode()
 

@@ -89,7 +89,7 @@ def run_parts(
 
 
 def count(images: int = 1) -> None:
-  """Says from within a part that it is done with so many more images.
+  """Reports from within a part that so many more images are done.
 
   Nothing happens where nobody looks: outside of `run_parts`, or on a cluster.
   """
@@ -156,7 +156,7 @@ def _options(beam_options: Sequence[str]) -> Any:
 
 
 class _Discarded(logging.Filter):
-  """What Beam says in its log, and only there, that it did not understand."""
+  """Options that Beam discarded, which it says only in its log."""
 
   def __init__(self):
     super().__init__()
@@ -186,7 +186,7 @@ def _unchanged(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Noted:
-  """A function that leaves what became of it in a folder, for another process to see.
+  """A function that records progress and errors in a folder, for another process.
 
   Beam itself tells of a worker's exception the text alone, and of its progress nothing.
   """

@@ -58,7 +58,7 @@ class Mixture:
 
   @functools.cached_property
   def features(self) -> Features:
-    """What the datasets hold; the caption length is the least of theirs."""
+    """The datasets' common features; the caption length is the least of theirs."""
     length = min(dataset.manifest.caption_length for dataset in self.datasets)
     features = self.datasets[0].manifest.features
     return dataclasses.replace(features, caption_length=length)
@@ -77,7 +77,7 @@ class Mixture:
 
   @functools.cached_property
   def mean_bytes(self) -> int:
-    """Of a record."""
+    """Mean record size in bytes."""
     return sum(d.manifest.num_bytes for d in self.datasets) // len(self)
 
   @property
@@ -91,7 +91,7 @@ class Mixture:
 
   @property
   def fingerprint(self) -> str:
-    """Of what decides which record example number g is."""
+    """Fingerprint of everything that decides which record is example g."""
     prints = [dataset.fingerprint for dataset in self.datasets]
     if len(prints) == 1 and all(numbers is None for numbers in self.numbers):
       return prints[0]
@@ -185,7 +185,7 @@ class Mixture:
   def _in_dataset(
     self, i: int, positions: Int64[np.ndarray, " b"], seed: int
   ) -> tuple[Int64[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
-    """The same of one dataset alone."""
+    """Epoch and record number of the examples at these positions of one dataset."""
     stream = (order.OTHER_RECORDS, i, seed) if i else (order.RECORDS, seed)
     epochs, places = order.permuted(positions, seed=stream, n=self._count(i))
     numbers = self.numbers[i]

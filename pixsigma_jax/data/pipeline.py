@@ -206,7 +206,7 @@ def _children() -> set[int | None]:
 
 @contextlib.contextmanager
 def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-  """They wait for another thread, or for the end of this; children never hear them."""
+  """Blocks signals in this thread and its children while the block runs."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
   try:
     yield
@@ -215,7 +215,7 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
 
 
 def _end_with_the_trainer(index: int, count: int) -> None:
-  """In a worker: ends it when its trainer has gone without telling it."""
+  """Ends a worker whose trainer has died."""
   trainer = multiprocessing.parent_process()
   assert trainer is not None
 
@@ -227,7 +227,7 @@ def _end_with_the_trainer(index: int, count: int) -> None:
 
 
 def position(mixture: Mixture, *, seed: int, examples: int) -> Position:
-  """What a checkpoint keeps: `examples` of the stream have been used."""
+  """The position for a checkpoint, after `examples` of the stream were used."""
   return {
     "examples": examples,
     "seed": seed,
@@ -237,7 +237,7 @@ def position(mixture: Mixture, *, seed: int, examples: int) -> Position:
 
 
 def resume_from(stored: Position, mixture: Mixture, *, seed: int) -> int:
-  """The example to start from, after a look whether it is still the same stream.
+  """The example to start from, after a check that the stream is the same.
 
   Raises:
     ValueError: the position belongs to another seed, other datasets, other weights of
@@ -366,7 +366,7 @@ class _LocalBatches:
     rows: Int64[np.ndarray, " b"],
     records: list[Record],
   ) -> None:
-    """Their tokens, coordinates and grids into these rows of a batch."""
+    """Writes images' tokens, coordinates and grids into these rows of a batch."""
     same_size: dict[tuple[int, int], tuple[list[int], list[np.ndarray]]] = {}
     for row, record in zip(rows.tolist(), records, strict=True):
       latents = getattr(record, self.mixture.features.kind)
@@ -382,7 +382,7 @@ class _LocalBatches:
       batch["grid"][places] = grid
 
   def _choose(self, record: Record, draws: Float64[np.ndarray, " 2"]) -> int:
-    """Which of its captions a record shows, by a draw of the kind and one among it."""
+    """Chooses a record's caption: draws the kind, then one caption of it."""
     long, short = CAPTION_KINDS
     kind = long if draws[0] < self.long_caption_ratio else short
     same = [i for i, other in enumerate(record.caption_kinds) if other == kind]

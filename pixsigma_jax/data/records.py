@@ -73,7 +73,7 @@ class Record:
   latent_moments: np.ndarray | None = None  # float16 [h' w' 2c], mean ‖ log-variance
 
   def embeddings(self, caption: int) -> Float16[np.ndarray, "t e"]:
-    """Of one of its captions, a view of those that are stored."""
+    """Embeddings of one caption, a view of the stored ones."""
     assert self.caption_embeddings is not None
     start = self.caption_lengths[:caption].sum()
     return self.caption_embeddings[start : start + self.caption_lengths[caption]]
@@ -81,7 +81,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-  """What a dataset's features are and who makes them: known before the first record."""
+  """A dataset's features and the networks that make them, known beforehand."""
 
   kind: Kind
   channels: int  # of latents; moments have twice as many
@@ -115,7 +115,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest(Features):
-  """What a finished dataset holds and who made it; `manifest.json` field by field."""
+  """A finished dataset's manifest; `manifest.json` field by field."""
 
   format_version: int
   null_caption_crc32: int | None
@@ -127,7 +127,7 @@ class Manifest(Features):
 
   @property
   def features(self) -> Features:
-    """What was known before the first record."""
+    """The features, which were known before the first record."""
     names = [field.name for field in dataclasses.fields(Features)]
     return Features(**{name: getattr(self, name) for name in names})
 
@@ -185,13 +185,13 @@ def decode(data: bytes, features: Features) -> Record:
 
 
 def id_hash(identity: str) -> int:
-  """64 bits of an image's id: what holdouts are drawn by, in every dataset alike."""
+  """64-bit hash of an image's id, by which holdouts are drawn in every dataset."""
   digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
   return int.from_bytes(digest, "little")
 
 
 def problem(record: Record, features: Features) -> str | None:
-  """What is wrong with a record and would be found only in the middle of training."""
+  """Faults of a record that would otherwise show only during training."""
   kind, limit = features.kind, features.caption_length
   other = "latents" if kind == "latent_moments" else "latent_moments"
   latents, lengths = getattr(record, kind), record.caption_lengths
@@ -314,7 +314,7 @@ class Dataset:
 
   @functools.cached_property
   def index(self) -> dict[str, np.ndarray]:
-    """What is known of every record without reading it.
+    """Reads the index: what is known of every record without reading it.
 
     `latent_size` and `original_size` int32 [r 2], `aesthetic_score` float32 [r],
     `id_hash` uint64 [r], `num_captions` int32 [r], and for the captions of all records
@@ -357,7 +357,7 @@ def _open_shard(directory: pathlib.Path, shard: Shard) -> Any:
     str(directory / shard.file),
     options="readahead_buffer_size:0,max_parallelism:0",  # random access
   )
-  # A file that it does not understand is to ArrayRecord one of no records.
+  # ArrayRecord opens an unreadable file as an empty one.
   if not reader.ok() or reader.num_records() != shard.records:
     raise ValueError(
       f"{directory / shard.file} is damaged: {reader.num_records()} records can be "

@@ -36,7 +36,7 @@ _REPLACED = {"Cc": " ", "Cs": "\N{REPLACEMENT CHARACTER}"}
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How to read what a source leaves open; its fields are JSON.
+  """Reading options for what a source leaves open; its fields are JSON.
 
   `caption_fields` are read in place of `CAPTION_FIELDS`, each a NAME or NAME:long;
   `image_field` in place of path, file_name and image. With `caption_per_line` each line
@@ -69,7 +69,7 @@ def named_field(field: str) -> tuple[str, str | None]:
 
 
 def parse_json(data: bytes | str) -> Any:
-  """JSON out of others' hands.
+  """Parses JSON that others wrote.
 
   Raises:
     ValueError: it is none, or is nested too deep to be meant.
@@ -153,7 +153,7 @@ def _is_there(value: Any) -> bool:
 
 
 def clean_captions(captions: Iterable[tuple[str, str]]) -> Captions:
-  """In Unicode's composed form (NFC), on one line, without empty ones and repetitions.
+  """Captions in composed form (NFC), on one line, without empty or repeated ones.
 
   Control characters become spaces. The marks that order scripts from right to left
   stay; half a surrogate pair, which no file can hold, becomes U+FFFD.

@@ -1,4 +1,4 @@
-"""Where images lie: folders, WebDataset tars, manifests, the official data layout.
+"""Sources of images: folders, WebDataset tars, manifests, the official layout.
 
 A source is listed as *units*, each small enough for one worker, and a unit yields
 *entries*: an image's id, where its bytes are, and the captions found beside it. What is
@@ -376,7 +376,7 @@ def _is_litter(name: str) -> bool:
 
 
 def _what(name: str) -> str:
-  """What a file that is passed over is counted as."""
+  """Name under which a file that is passed over is counted."""
   if name in _LITTER:
     return f"{name} (folder)"
   if name.startswith("."):
@@ -440,7 +440,7 @@ def _is_an_image(file: _File) -> bool:
 
 
 class _NamedImages:
-  """Which rows of a folder's tables name an image that is there."""
+  """Rows of a folder's tables that name an image that is there."""
 
   def __init__(self, source: str, reading: Reading):
     self._source, self._reading = source, reading
@@ -463,7 +463,7 @@ class _NamedImages:
         self._missed[path][numbers] = False
 
   def count(self, passed_over: PassedOver) -> None:
-    """Counts the rows that say nothing, and takes back that their tables do."""
+    """Counts refused rows and rows that name no image, in place of their tables."""
     passed_over += self._refused
     passed_over -= collections.Counter(map(_beside_no_image, self._missed))
     for path, missed in self._missed.items():
@@ -534,7 +534,7 @@ def _captions_in_tables(
 
 
 class _Found:
-  """What the files of captions beside one image hold."""
+  """Captions found in the files beside one image."""
 
   def __init__(self):
     self.names: list[str] = []
@@ -563,7 +563,7 @@ class _Found:
       self.counted[f".{_extension(name)} without captions"] += 1
 
   def close(self, passed_over: PassedOver, *, has_captions: bool) -> str | None:
-    """Counts what has no captions; why the image has none, if that is a mistake."""
+    """Counts files without captions; returns why the image has none, if by mistake."""
     passed_over.update(self.counted)
     if self.problems and not has_captions:
       return f"its captions cannot be read: {self.problems[0][1]}"
@@ -618,7 +618,7 @@ def _tar_entries(
 def _until_damage(
   members: Iterator[tar_headers.Member], damage: list[Exception]
 ) -> Iterator[tar_headers.Member]:
-  """What can be read; why no more can, if so, is added to `damage` at the end."""
+  """Yields what can be read; adds the reason to `damage` where it ends early."""
   try:
     yield from (member for member in members if member.type != tar_headers.FOLDER)
   except ValueError as problem:
@@ -641,7 +641,7 @@ def _read_member(
 
 
 def _key(name: str) -> str:
-  """WebDataset's: what stands before the first dot of a file's name."""
+  """WebDataset's key: the part of a file's name before the first dot."""
   folder, file = posixpath.split(name)
   return posixpath.join(folder, file.partition(".")[0])
 
@@ -754,7 +754,7 @@ def _line_entries(
 
 
 def _parquet_rows(source: str, table: str, reading: Reading) -> int:
-  """How many rows a Parquet file of the source has; it is what it says.
+  """Number of rows that a Parquet file of the source declares.
 
   Raises:
     ValueError: it is damaged, or does not say where its images are.

@@ -1,4 +1,4 @@
-"""The headers of a tar, read one by one and not believed."""
+"""The headers of a tar, read one by one and checked."""
 
 import re
 import tarfile

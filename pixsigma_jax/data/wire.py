@@ -120,7 +120,7 @@ class Features:
     return start, end
 
   def _field(self, start: int, end: int, tag: int) -> Span:
-    """Where the contents of a length-delimited field lie."""
+    """Span of the contents of a length-delimited field."""
     data = self._data
     if data[start] != tag:
       raise ValueError(f"not a tf.train.Example: tag {data[start]} at {start}")

@@ -1,4 +1,4 @@
-"""The page: what may be asked for, and how a pipeline's pictures get into a gallery.
+"""The demo page: its fields, and the gallery of a pipeline's images.
 
 Nothing here talks to any machine but the one that it is served to: Gradio's telemetry,
 its look for newer versions and its record of runs are off, and its fonts are files.
@@ -61,7 +61,7 @@ def draw(
   random_seed: bool,
   count: float | int | None,
 ) -> Iterator[Shown]:
-  """Draws, and hands over what to show whenever another picture is ready.
+  """Draws, and yields the page's content whenever another image is ready.
 
   A field that was emptied is None.
 
@@ -117,7 +117,7 @@ def guidance_of(sampler: str) -> float:
 
 
 def settings_of(gallery: list[tuple[str, str]], event: gr.SelectData) -> dict[str, Any]:
-  """What the picture that was clicked on says of itself."""
+  """Settings of the image that was clicked on."""
   return pictures.settings_of(pathlib.Path(gallery[event.index][0]))
 
 
@@ -238,7 +238,7 @@ def serve(pipeline: Pipeline, host: str, port: int) -> gr.Blocks:
 
 
 def wait(server: gr.Blocks) -> None:
-  """Lets a served page be until Ctrl-C, which ends it and is handed on.
+  """Waits until Ctrl-C, which ends a served page and is raised again.
 
   Gradio's own `block_thread` keeps the interrupt to itself.
   """

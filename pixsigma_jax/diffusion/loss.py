@@ -1,4 +1,4 @@
-"""What training minimises: the noise error plus the bound that teaches the variance.
+"""The training loss: the noise error plus the bound that trains the variance.
 
 This is IDDPM's hybrid objective (Nichol & Dhariwal 2021, section 3.1) with the bound
 at weight 1, as PixArt-Σ trains: no factor 1/1000, no importance sampling.
@@ -112,7 +112,7 @@ def _variational_bound(
   prediction: Float32[Array, "b n c"],
   variance_logits: Float32[Array, "b n c"],
 ) -> Float32[Array, "b n c"]:
-  """Bits that one reverse step costs: L_{t-1} of DDPM's equation 5, and its L_0."""
+  """Cost in bits of one reverse step: L_{t-1} of DDPM's equation 5, and its L_0."""
 
   def at(table: np.ndarray) -> Float32[Array, "b 1 1"]:
     return gather(table, timesteps, 3)

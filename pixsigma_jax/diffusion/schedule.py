@@ -1,4 +1,4 @@
-"""How much noise there is at each timestep.
+"""Noise schedules: signal and noise at each timestep.
 
 Everything follows from the variances beta_t that the forward process adds. Tables
 are float64, as in the reference, and are rounded to float32 once, when a timestep

@@ -1,4 +1,4 @@
-"""What each sampler does at every step, as a table of coefficients.
+"""Samplers as tables of coefficients, one row for each step.
 
 That depends on the schedule and the number of steps alone, so it is worked out here in
 float64 and rounded to float32 once; `solvers.solve` follows it.

@@ -32,7 +32,7 @@ SAMPLERS: dict[str, Callable[[Schedule, int], SolverTable]] = {
 
 
 class Prediction(NamedTuple):
-  """What a network says of noisy latents.
+  """A network's prediction for noisy latents.
 
   The noise ε in them, and where the log-variance of a step lies between the
   posterior's (-1) and beta's (1): only `iddpm` asks for that.
@@ -123,12 +123,12 @@ def solve_remembering(
 
 
 def _weights_of_history(row: SolverTable) -> list[Array]:
-  """Of the clean latents of earlier steps, the latest first."""
+  """Weights of the clean latents of earlier steps, the latest first."""
   return [weight for weight in (row.previous, row.earlier) if weight is not None]
 
 
 def _spread(row: SolverTable, prediction: Prediction) -> Array:
-  """What the learned variance multiplies the deviation of the fresh noise by."""
+  """Factor of the fresh noise's deviation from the learned variance."""
   if row.spread is None:
     return jnp.float32(1)
   if prediction.variance_logits is None:

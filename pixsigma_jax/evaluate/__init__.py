@@ -1,1 +1,1 @@
-"""How good the pictures are: readers and metrics over samples, each with its source."""
+"""Readers and metrics of samples, each with its source."""

@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
 def score(
   detections: Iterable[Detection | Mapping[str, Any]], metadata: Mapping[str, Any]
 ) -> Verdict:
-  """Holds what was found in one image against what its prompt asks for.
+  """Compares the detections in one image with its prompt.
 
   Detections count above a confidence of 0.3 (0.9 for counting), the 16 surest of each
   class, without suppression of overlaps. Every clause of `include` must hold: the
@@ -119,7 +119,7 @@ def score(
 def _surest(
   detections: Iterable[Detection | Mapping[str, Any]], confidence: float
 ) -> dict[str, list[Detection]]:
-  """The detections that count, by class, the surest first."""
+  """The detections that count, by class, the most confident first."""
   objects: dict[str, list[Detection]] = {}
   for detection in detections:
     if not isinstance(detection, Detection):
@@ -181,7 +181,7 @@ def _wrong_position(
 
 
 def relative_position(a: Sequence[float], b: Sequence[float]) -> set[str]:
-  """Where box a stands relative to box b: none, one or two of `RELATIONS`.
+  """Relations of box a to box b: none, one or two of `RELATIONS`.
 
   The offset of the centres, shortened along each axis by a tenth of both sizes, over
   its whole length; a direction from half of it.

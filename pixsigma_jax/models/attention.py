@@ -128,7 +128,7 @@ def _trade(x: Float[Array, "b n k f"], *, give: int, take: int) -> Array:
 def choose(
   query: Float[Array, "b n k f"], key: Float[Array, "b m k f"], mesh: Mesh | None
 ) -> str:
-  """What `auto` stands for, by the mesh's devices or those that JAX computes on."""
+  """Resolves `auto` by the mesh's devices or those that JAX computes on."""
   # Not by the platform that is lowered for: what would be chosen then is traced for
   # all, where cuDNN asks for a GPU, and under remat lowered for all.
   n, m, width = query.shape[1], key.shape[1], query.shape[-1]
@@ -169,7 +169,7 @@ def _choose(device: Any, dtype: str, n: int, m: int, width: int) -> str:
 
 
 def _named(out: Float[Array, "b n k f"]) -> Float[Array, "b n k f"]:
-  """For remat policies; heads joined, so that no narrow axis is kept padded."""
+  """Names an array for remat policies; heads joined, so no narrow axis is padded."""
   flat = checkpoint_name(einops.rearrange(out, "b n k f -> b n (k f)"), OUTPUT)
   return einops.rearrange(flat, "b n (k f) -> b n k f", k=out.shape[2])
 
@@ -269,7 +269,7 @@ def _attend_chunked(
   *,
   one_by_one: bool = False,
 ) -> Float[Array, "b n k f"]:
-  """A head at a time where `one_by_one`: on CPU its scores stay in the cache."""
+  """Chunked attention; a head at a time where `one_by_one`, for a CPU's cache."""
   if not one_by_one:
     return _attend_xla(query, key, value, mask, head=_head_in_chunks)
   heads = [einops.rearrange(x, "b n k f -> (b k) n f") for x in (query, key, value)]

@@ -325,7 +325,7 @@ class Clip:
     return self._in_batches("text", _embed_texts, self._ids(texts, truncate))
 
   def count(self, text: str) -> int:
-    """How many tokens `text` takes, the start and the end token included."""
+    """Number of tokens of `text`, start and end tokens included."""
     return len(self.tokenizer(text, verbose=False)["input_ids"])
 
   def _ids(self, texts: Sequence[str], truncate: Truncation) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a block is given: patches, timestep, image size and caption, embedded.
+"""Embeddings of patches, timestep, image size and caption.
 
 Reference: `PixArt_blocks.py: TimestepEmbedder, SizeEmbedder, CaptionEmbedder`.
 """

@@ -1,4 +1,4 @@
-"""How much arithmetic the network does, by part, counted from its shapes.
+"""Operations of the network by part, counted from its shapes.
 
 Matrix products alone, a multiplication and an addition counting as two; what norms,
 softmax and activations add is below one percent at XL/2's width. Recomputation is not
@@ -17,7 +17,7 @@ TRAINING = 3  # forward, and twice that for the gradients of inputs and of param
 def block_flops(
   config: PixArtConfig, layer: int, grid: Grid, caption_tokens: int
 ) -> dict[str, float]:
-  """Of one block's forward pass over one image.
+  """Operations of one block's forward pass over one image.
 
   Args:
     layer: 0-based; decides whether keys and values are compressed.
@@ -46,7 +46,7 @@ def block_flops(
 def forward_flops(
   config: PixArtConfig, grid: Grid, caption_tokens: int
 ) -> dict[str, float]:
-  """Of the network's forward pass over one image, by part."""
+  """Operations of the network's forward pass over one image, by part."""
   n, width, patch = float(math.prod(grid)), config.width, config.patch_size**2
   parts: dict[str, float] = {}
   for layer in range(config.depth):

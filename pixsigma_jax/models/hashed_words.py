@@ -100,15 +100,15 @@ class HashedWordEncoder:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What a checkpoint or a record notes down, to refuse another encoder's vectors."""
+    """Identity in checkpoints and records, by which another encoder is refused."""
     return {"name": "hashed-words", "width": self.width, "version": 1}
 
   def count(self, prompt: str) -> int:
-    """How many tokens `prompt` takes, the end token included."""
+    """Number of tokens of `prompt`, the end token included."""
     return len(split_words(prompt)) + 1
 
   def read_captions(self, prompts: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """What a batch holds of captions stored as text: embeddings, there being no net.
+    """Embeddings and mask of captions stored as text; no network is needed.
 
     Returns:
       caption_embeddings float16 `[b t e]`, zero behind the mask, and caption_mask.

@@ -229,7 +229,7 @@ class _Conv(nn.Module):
 
 
 def _max_pool(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b H W c"]:
-  """Largest of 3 x 3: within the image if it shrinks, else padded."""
+  """Max pooling of 3 x 3: without padding if it shrinks the image, else padded."""
   padding = "VALID" if stride > 1 else "SAME"
   return nn.max_pool(x, (3, 3), (stride, stride), padding)
 

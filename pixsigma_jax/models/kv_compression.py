@@ -28,7 +28,7 @@ OPERATORS = ("conv", "average", "discard", "random_discard")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCompression:
-  """Which layers compress their keys and values, by how much, and how.
+  """Settings of compression: layers, ratio and operator.
 
   Attributes:
     ratio: tokens per compressed token, a key of `WINDOWS`; 1 compresses nothing.

@@ -1,4 +1,4 @@
-"""The two layers everything else is made of, and how they are to be computed.
+"""Linear map and layer norm, and the settings by which they are computed.
 
 Parameters are float32. A matrix product takes its operands in the compute dtype and
 accumulates in float32, and both layers return float32: the caller casts where its own
@@ -60,7 +60,7 @@ def uniform_init(limit: float) -> Initializer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-  """How a network is computed; what it computes does not depend on it but by rounding.
+  """Settings of computation, on which results depend only by rounding.
 
   Attributes:
     dtype: of matrix products and attention.

@@ -39,7 +39,7 @@ CaptionKV: TypeAlias = dict[str, Array]
 
 
 def _keeps(names: Callable[..., Any]) -> Callable[..., Any]:
-  """A remat policy: what goes by name, and what cuDNN's kernel returns, as it is."""
+  """A remat policy that keeps named arrays and the outputs of cuDNN's kernel."""
 
   def policy(primitive: Any, *arguments: Any, **params: Any) -> Any:
     if primitive.name.startswith(attention.CUDNN_FORWARD):
@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PixArtConfig:
-  """What a checkpoint must agree on: everything that shapes parameters or outputs.
+  """Hyper-parameters: everything that shapes parameters or outputs.
 
   Attributes:
     depth, width, num_heads, mlp_ratio, patch_size: size of the transformer.
@@ -136,7 +136,7 @@ class PixArtConfig:
     return cls(**{**fields, "kv_compression": KVCompression(**compression)})
 
   def to_dict(self) -> dict[str, Any]:
-    """As plain values, for a checkpoint's metadata."""
+    """The fields as plain values, for a checkpoint's metadata."""
     return dataclasses.asdict(self)
 
   @property
@@ -245,7 +245,7 @@ class PixArt(nn.Module):
     aspect_ratio: Float[Array, " b"] | None = None,
     caption_kv: CaptionKV | None = None,
   ) -> Float32[Array, "b n o"]:
-    """The core: any mixture of aspect ratios, as sequences in window-major order.
+    """The network on sequences in window-major order, of any mix of aspect ratios.
 
     It is `enter`, `go_through` all blocks and `leave`.
 
@@ -279,7 +279,7 @@ class PixArt(nn.Module):
     image_size: Float[Array, "b 2"] | None,
     aspect_ratio: Float[Array, " b"] | None,
   ) -> tuple[Float32[Array, "b n d"], Float32[Array, "b d"]]:
-    """What the first block is given, and the embedded timesteps and conditions."""
+    """Inputs of the first block, and the embedded timesteps and conditions."""
     config = self.config
     mask = tokens.token_mask(grid, noisy_tokens.shape[1])
     # Padding enters as zeros, so whatever it held, NaN included, reaches nothing.
@@ -339,7 +339,7 @@ class PixArt(nn.Module):
   def leave(
     self, x: Float32[Array, "b n d"], time: Float32[Array, "b d"]
   ) -> Float32[Array, "b n o"]:
-    """The output, of what the last block returned and `enter`'s `time`."""
+    """Output tokens, from the last block's and `enter`'s `time`."""
     # The final layer reads the timestep itself, not the blocks' modulation of it.
     shift, scale = jnp.unstack(self.scale_shift_table[None] + time[:, None, :], axis=1)
     return self.out(modulate(x, shift, scale))
@@ -417,7 +417,7 @@ def _layer(stack: Any, i: Any) -> Any:
 
 
 def _apart(stack: Any) -> list[Any]:
-  """All layers of a segment's stack; their gradients are put together in one go."""
+  """Unstacks a segment's layers; their gradients are stacked in one operation."""
   leaves, structure = jax.tree.flatten(stack)
   layers = zip(*map(jnp.unstack, leaves), strict=True)
   return [structure.unflatten(layer) for layer in layers]
@@ -426,11 +426,11 @@ def _apart(stack: Any) -> list[Any]:
 def inference_params(params: Any, compute: Compute) -> Any:
   """Parameters as forward passes with that `compute` use them; not for training.
 
-  What comes out is the same to the bit. Matrices are in the dtype of their products,
-  which they are not rounded to in every call then: in bfloat16 half the memory, and a
-  third of XL/2's time at 256 pixels on a CPU. If `compute.unroll`, the parameters of
-  each block lie apart, a list in place of a segment's stack: to cut every layer out of
-  a stack in every call is two fifths of that time. Other leaves are shared.
+  The network's output is the same to the bit. Matrices are stored in the dtype of their
+  products, so they are not rounded in every call: in bfloat16 this saves half the
+  memory, and a third of XL/2's time at 256 pixels on a CPU. If `compute.unroll`, a list
+  of per-layer parameters takes the place of a segment's stack: cutting every layer out
+  of a stack in every call is two fifths of that time. Other leaves are shared.
   """
 
   def one(path: Any, leaf: Any) -> Any:

@@ -25,7 +25,7 @@ class PixelAutoencoder:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What a checkpoint or a record notes down, to refuse another's latents."""
+    """Identity in checkpoints and records, by which other latents are refused."""
     return {"name": "pixels", "version": 1}
 
   def encode(self, images: Arrays) -> Arrays:

@@ -1,4 +1,4 @@
-"""Where a token sits: fixed sine/cosine codes of its place in the image.
+"""Position encoding of a token: fixed sines and cosines of its row and column.
 
 PixArt has no learned table of positions. A token at row i of h rows sits at
 i / (h / base_size) / pe_interpolation, so that an image of any aspect ratio spans
@@ -23,7 +23,7 @@ def sincos_2d(
   base_size: int,
   pe_interpolation: float,
 ) -> Float32[Array, "b n d"]:
-  """Codes of tokens at (row, column) `coordinates` of images with `grid` (h, w) tokens.
+  """Position encoding at (row, column) `coordinates` of a `grid` of (h, w) tokens.
 
   Computed in the program, in float32: a table of 65,536 tokens would be a 300 MB
   constant. The first half of the features encodes the column, the second the row,

@@ -1,10 +1,10 @@
 """Attention on TPU by kernels that keep scores in the core, forward and backward.
 
-Nothing quadratic in tokens leaves the chip. No kernel is asked for a mask: it rides on
-features that a head has more than its width, which the matrix unit pads to 128 anyway.
-That is free but for widths that fill the unit, where the segment ids of JAX's kernels
-cost a fourteenth of the forward pass on v5e and an eighth on v6e, and images of one
-batch may fold into the heads, whatever their masks.
+Nothing quadratic in tokens leaves the chip. The key mask uses a padding row of the head
+dimension, which the matrix unit pads to 128 anyway. That is free except for widths that
+fill the unit, while the segment ids of JAX's kernels cost a fourteenth of the forward
+pass on v5e and an eighth on v6e. It also lets images of one batch fold into the heads,
+whatever their masks.
 
 The kernels are our own, `models/splash_kernels.py`, where a core's memory has room for
 them, and JAX's elsewhere, `models/splash_of_jax.py`. What a step of each kernel's grid
@@ -41,7 +41,7 @@ def attend(
   device_kind: str,
   interpret: bool = False,
 ) -> Float[Array, "b n k f"]:
-  """See `models/attention.py: attend`.
+  """Attention on TPU; see `models/attention.py: attend`.
 
   Args:
     residual_name: under which remat policies find what the backward pass needs of the
@@ -72,13 +72,13 @@ def has_room(queries: int, width: int, device_kind: str) -> bool:
 
 
 def block_size(length: int) -> int:
-  """The least block of which as few as possible cover `length`."""
+  """Smallest block among those of which the fewest cover `length`."""
   blocks = -(-length // _BLOCK)
   return padded(-(-length // blocks), _LANES)
 
 
 def at_once(length: int, itemsize: int) -> int:
-  """Queries or keys that a forward pass takes together: two blocks, if they are even.
+  """Chunk size of a forward pass: two blocks, if their number is even.
 
   Of numbers of four bytes a kernel has no room for more than one.
   """

@@ -1,17 +1,16 @@
 """Attention on TPU in two Pallas kernels, forward and backward, heads' widths in rows.
 
-A matrix unit holds a piece of one matrix, as wide and as deep as itself, and takes its
-time for every row of the other that streams through it. A head is 72 wide, a little
-more than half of a unit of 128 and a quarter of one of 256. Scores want that width in
-the unit's depth, and nothing can be done; but the output, dq, dk and dv come out here
-with that width in rows, where JAX's splash attention has it in columns: 72 rows, and
-full pieces. Operands lie so too, in memory as in the core, where 72 columns would take
-128 places; and each query's largest score and sum are rows, not columns.
+A matrix unit holds a piece of one matrix, as wide and as deep as itself, and takes time
+for every row of the other that streams through it. A head is 72 wide, a little more
+than half of a unit of 128 and a quarter of one of 256. Scores need that width in the
+unit's depth, where it must be padded. The output, dq, dk and dv have that width in rows
+here, where JAX's splash attention has it in columns: 72 rows, and full pieces. Operands
+have the same layout, in memory and in the core, where 72 columns would take 128 places.
+Each query's largest score and sum are rows, not columns.
 
-What else the rows of a tile have room for is put to use. A mask of keys rides on
-features more than a head has, ones in queries and hugely negative where a key is
-hidden, which costs nothing; and values have ones beside them, whose rows of the output
-are the sums of the weights.
+Padding rows are used too. The key mask uses a padding row of the head dimension, with
+ones in queries and large negative numbers where a key is hidden, which costs nothing.
+Rows of ones beside the values make the sums of the weights in the output.
 
 The backward pass makes scores and their gradient once: JAX's two kernels make them
 twice, seven matrix products for each block of queries and keys, and its one kernel
@@ -44,7 +43,7 @@ WIDEST = 128  # head of which `_BLOCKS` has room for blocks
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How attention is done by kernels, ours or JAX's.
+  """Options of attention's kernels, ours and JAX's.
 
   Attributes:
     residual_name: of what the backward pass needs of the forward pass: the output and
@@ -140,9 +139,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _places(heads: int, images: int, axis_q: int):
-  """Which block a kernel takes of queries, of keys and of an image's mask.
+  """Block specs of queries, of keys and of an image's mask.
 
-  By its place in a grid of heads, blocks of queries (`axis_q`) and blocks of keys.
+  Each block is chosen by its place in a grid of heads, blocks of queries (`axis_q`)
+  and blocks of keys.
   """
   axis_k = 3 - axis_q
 
@@ -161,8 +161,7 @@ def _places(heads: int, images: int, axis_q: int):
 # Kernels are told their last blocks, and do not ask Pallas: JAX 0.11.0 to 0.11.2 keep
 # what it answered a module's function, and give it to the next grid of such blocks
 # (jax-ml/jax issue 40847). A partial, new with each call, is traced anew.
-# Within a function of its own JAX leaves it out where its results are known already, as
-# those that a remat policy keeps: a kernel by itself it never does.
+# Without its own `jit`, remat re-runs the kernel although its output was saved.
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(
   options: Options,
@@ -171,7 +170,7 @@ def _attention(
   value: Float[Array, "h f m"],
   mask: Float32[Array, "b 1 m"],
 ) -> tuple[Float[Array, "h f n"], Float32[Array, "h n"]]:
-  """And the logarithm of each query's sum of exponentials."""
+  """Returns the output and its logsumexp."""
   from jax.experimental import pallas as pl  # half a second that only TPUs need
   from jax.experimental.pallas import tpu as pltpu
 
@@ -226,7 +225,7 @@ def _forward_kernel(
   *,
   last_k: int,
 ):
-  """One block of queries, in columns, and one of keys, in rows."""
+  """Forward kernel for one block of queries, in columns, and one of keys, in rows."""
   from jax.experimental import pallas as pl
 
   j, f = pl.program_id(2), q_ref.shape[0]
@@ -266,7 +265,7 @@ def _gradients(
   logsumexp: Float32[Array, "h n"],
   correction: Float32[Array, "h n"],
 ) -> tuple[Float[Array, "h f n"], Float[Array, "h f m"], Float[Array, "h f m"]]:
-  """With respect to queries, keys and values.
+  """Gradients with respect to queries, keys and values.
 
   Args:
     gradient: with respect to the output.
@@ -338,7 +337,7 @@ def _backward_kernel(
   last_q: int,
   last_k: int,
 ):
-  """One block of keys and one of queries; keys lie in rows, queries in columns."""
+  """Backward kernel for one block of keys, in rows, and one of queries, in columns."""
   from jax.experimental import pallas as pl
 
   j, i, (f, block_q) = pl.program_id(1), pl.program_id(2), q_ref.shape

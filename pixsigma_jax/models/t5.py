@@ -1,4 +1,4 @@
-"""The T5 v1.1 encoder (Flan-T5's too), frozen: what turns captions into embeddings.
+"""The T5 v1.1 encoder (Flan-T5's too), not trained: captions to embeddings.
 
 Architecture: Raffel et al. 2020 (arXiv 1910.10683) with the gated GELU of Shazeer 2020
 (arXiv 2002.05202), as `modeling_t5.py` of transformers runs it. Three things in it are
@@ -293,7 +293,7 @@ class T5TextEncoder:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What a checkpoint or a record notes down, to refuse another encoder's vectors."""
+    """Identity in checkpoints and records, by which another encoder is refused."""
     return {"name": "t5", "width": self.width}
 
   @property
@@ -305,7 +305,7 @@ class T5TextEncoder:
     return functools.partial(_read_captions, self.tokenizer)
 
   def count(self, prompt: str) -> int:
-    """How many tokens `prompt` takes, the end token included."""
+    """Number of tokens of `prompt`, the end token included."""
     return len(_ids(self.tokenizer, prompt))
 
   def truncated(self, prompt: str, length: int) -> tuple[str, str]:
@@ -350,7 +350,7 @@ class T5TextEncoder:
   def embed(
     self, ids: Int32[Array, "b t"], mask: Bool[Array, "b t"], place: NamedSharding
   ) -> Float32[Array, "b t e"]:
-    """The embeddings of what `read_captions` gave, left on devices, at `place`."""
+    """Embeds the output of `read_captions` on the devices, onto `place`."""
     return _embed(
       self.params, ids, mask, config=self.config, dtype=self.dtype, place=place
     )

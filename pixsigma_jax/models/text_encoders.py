@@ -1,4 +1,4 @@
-"""Which text encoders there are: from what a checkpoint notes down to the object."""
+"""Known text encoders, from their identity in a checkpoint to the object."""
 
 from collections.abc import Mapping
 from typing import Any

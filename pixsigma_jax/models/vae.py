@@ -204,7 +204,7 @@ def _attend_to_all_rows(query: Array, key: Array, value: Array) -> Array:
 
 
 class Middle(nn.Module):
-  """What both halves have at the latents' resolution: block, attention, block."""
+  """The part that both halves have at the latents' resolution."""
 
   config: VAEConfig
   dtype: DTypeLike
@@ -354,7 +354,7 @@ class KLAutoencoder:
 
   @property
   def channels(self) -> int:
-    """Of latents."""
+    """Channels of the latents."""
     return self.config.latent_channels
 
   @property
@@ -364,7 +364,7 @@ class KLAutoencoder:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What a checkpoint or a record notes down, to refuse another's latents."""
+    """Identity in checkpoints and records, by which other latents are refused."""
     return vae_identity(self.scaling_factor, self.channels, self.downsampling)
 
   def encode(
@@ -457,7 +457,7 @@ class KLAutoencoder:
 def _in_tiles(
   program: Any, x: Any, grid: tuple[int, int], side: int, units: tuple[int, int]
 ) -> Float32[np.ndarray, "b h w c"]:
-  """`program` of every tile of `x`, all of one shape, joined by linear blending.
+  """Applies `program` to tiles of `x`, all of one shape, and blends them linearly.
 
   Args:
     grid: height and width of the image in latents.
@@ -479,7 +479,7 @@ def _in_tiles(
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
-  """Where tiles begin that cover `length` evenly, neighbours sharing `OVERLAP`."""
+  """Starts of tiles that cover `length` evenly, neighbours sharing `OVERLAP`."""
   step = max(1, math.floor(tile * (1 - OVERLAP)))
   count = 1 + math.ceil((length - tile) / step)
   return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]

@@ -1,1 +1,1 @@
-"""What a stage takes on machines that nobody has yet: memory, time, price."""
+"""Memory, time and price of a stage on machines that nobody needs to have."""

@@ -1,4 +1,4 @@
-"""How much longer real steps take than the model of them says, by kind of device.
+"""Ratio of measured to modelled step times, by kind of device.
 
 `python -m benchmarks.step_seconds` times a stage's train step on the machine that it
 runs on, and adds a line to `measured.jsonl` beside this module: the config, the
@@ -43,7 +43,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """What steps measured on one kind of device say of the model.
+  """Calibration of the model by the steps measured on one kind of device.
 
   Attributes:
     factor: by which they took longer, their geometric mean.
@@ -76,21 +76,21 @@ def read(path: pathlib.Path) -> list[Measurement]:
 
 
 def _with_tuples(value: Any) -> Any:
-  """What JSON has made lists of, as a config has it."""
+  """A value from JSON with its lists as tuples, as in a config."""
   if isinstance(value, dict):
     return {name: _with_tuples(each) for name, each in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def add(measurement: Measurement, path: pathlib.Path) -> None:
-  """Appends it to a file."""
+  """Appends the measurement to a file."""
   with path.open("a", encoding="utf-8") as file:
     file.write(json.dumps(dataclasses.asdict(measurement)) + "\n")
 
 
 @functools.cache
 def of_kind(kind: str, path: pathlib.Path = MEASURED) -> Calibration | None:
-  """For a kind of device; None if nothing has been measured on it.
+  """The calibration of a kind of device; None if nothing was measured on it.
 
   Raises:
     ValueError: a line of the file is no measurement, or of a config that this version

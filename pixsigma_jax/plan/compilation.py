@@ -1,4 +1,4 @@
-"""A program compiled for machines that are elsewhere, and what its text says of it."""
+"""Programs compiled for machines that are elsewhere, and counts from their text."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ from pixsigma_jax.train.program import lower_step, make_program
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-  """What the compiler has made of a program.
+  """A compiled program: its memory and static counts.
 
   Attributes:
     seconds: that it took.
@@ -37,7 +37,7 @@ class Compilation:
   refused: str | None = None
 
   def static_seconds(self, machines: Topology) -> float | None:
-    """Of a run by its cycles; without what waits for memory or other devices."""
+    """Seconds of a run by its cycles, without waiting for memory or other devices."""
     clock = kernels.CLOCKS.get(machines.kind)
     return self.cycles / clock if self.cycles and clock else None
 
@@ -62,7 +62,7 @@ def lower_train_step(stage: Stage) -> Any:
 
 
 def compile_lowered(lowered: Any, machines: Topology) -> tuple[Any, Compilation]:
-  """The compiled program, and what it does.
+  """Compiles a lowered program and counts what it does.
 
   Raises:
     DoesNotFitError: the compiler has found no way to fit it into a device's memory.

@@ -1,4 +1,4 @@
-"""GPUs that are elsewhere, as XLA's compiler wants to be told of them.
+"""Descriptions of GPUs that are elsewhere, for XLA's compiler.
 
 Its description of a chip is a text of field names and numbers, which XLA writes down of
 a chip that it sees (`GpuTargetConfigProto`). The numbers here are NVIDIA's: white
@@ -18,7 +18,7 @@ from pixsigma_jax.chips import CHIPS
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-  """What a compiler asks beside `chips.Chip`.
+  """Properties of a GPU that a compiler needs besides `chips.Chip`.
 
   Attributes:
     capability: compute capability.

@@ -1,4 +1,4 @@
-"""What a compiled program does, read out of the compiler's own text of it.
+"""Static counts of a compiled program, from the compiler's text.
 
 XLA's `cost_analysis` counts the body of a loop once. Here every instruction counts as
 often as it runs: a loop says how often it turns, or its condition compares its counter
@@ -35,7 +35,7 @@ _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-  """What a device does in one run of a program.
+  """Counts of what a device does in one run of a program.
 
   Attributes:
     cycles: estimated by the compiler, of all that it estimates.
@@ -79,7 +79,7 @@ def read(text: str) -> Static:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Lines by the computation that they stand in, and the name of the first to run."""
+  """Lines of each computation, and the name of the entry computation."""
   bodies: dict[str, list[str]] = {}
   entry, current = "", None
   for line in text.splitlines():
@@ -96,7 +96,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: Mapping[str, list[str]], entry: str) -> dict[str, float]:
-  """How often each computation runs."""
+  """Number of times that each computation runs."""
   times: dict[str, float] = {}
 
   def run(name: str, count: float) -> None:

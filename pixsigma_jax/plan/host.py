@@ -1,4 +1,4 @@
-"""What the machines that read records must deliver for the steps to go on."""
+"""Input that hosts must deliver for steps not to wait."""
 
 import dataclasses
 import math
@@ -23,17 +23,17 @@ class Host:
 
 
 def moments_bytes(model: PixArtConfig, tokens: int) -> int:
-  """Of a record's autoencoder moments: mean and log-variance in float16."""
+  """Bytes of a record's autoencoder moments: mean and log-variance in float16."""
   return tokens * model.patch_size**2 * model.in_channels * 2 * _HALF
 
 
 def captions_bytes(model: PixArtConfig) -> int:
-  """Of a record's captions as embeddings in float16."""
+  """Bytes of a record's captions as embeddings in float16."""
   return STORED_TOKENS * model.caption_width * _HALF
 
 
 def host_input(stage: Stage, seconds: float) -> Host:
-  """What each host reads for steps of so many seconds."""
+  """Input of each host for steps of so many seconds."""
   topology = stage.topology
   each = CHIPS_A_HOST if topology.platform == "tpu" else GPUS_A_BOX
   hosts = topology.slices * math.ceil(topology.chips / topology.slices / each)

@@ -34,7 +34,7 @@ _CORES = {"TPU v4": 2, "TPU v5": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Of a kernel's grid, in cycles of one core.
+  """Cost of a step of a kernel's grid, in cycles of one core.
 
   Attributes:
     each: what every step takes.
@@ -47,7 +47,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-  """What all steps of a kernel share.
+  """Properties that all steps of a kernel share.
 
   Attributes:
     wide: products of matrices, in a step, that take a head to be as wide as the
@@ -203,7 +203,7 @@ def call_of(line: str) -> Call | None:
 
 
 def cycles(call: Call, kind: str, chip: Chip) -> float | None:
-  """That a call takes of a device; None if the table does not have it.
+  """Cycles of a call on a device; None if the table does not have it.
 
   Blocks that are not in the table cost as much as the nearest that are, by their area.
   """

@@ -1,4 +1,4 @@
-"""What lies in a device's memory during a train step.
+"""Memory of a device during a train step.
 
 State and batch follow from shapes and shardings, to the byte. What a step needs beside
 them is the compiler's to say; `estimate` is for where nothing is compiled.
@@ -44,7 +44,7 @@ class Memory:
 
   @property
   def total(self) -> int:
-    """All of it, at the step's highest."""
+    """Total bytes at the step's peak."""
     parts = dataclasses.asdict(self)
     del parts["compiled"]
     return sum(parts.values())
@@ -75,7 +75,7 @@ def wanted(message: str) -> int | None:
 
 
 def bytes_a_device(leaves: Any, places: Any) -> int:
-  """Of a tree's arrays, as their shardings divide them."""
+  """Bytes of a tree's arrays on one device, by their shardings."""
   sizes = jax.tree.map(
     lambda leaf, place: (
       math.prod(place.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
@@ -92,7 +92,7 @@ def _itemsize(dtype: Any) -> int:
 
 
 def fixed(stage: Stage) -> dict[str, int]:
-  """What a device holds before and after a step, by the names of `Memory`."""
+  """Bytes that a device holds before and after a step, by the names of `Memory`."""
   state, mesh = stage.state, stage.mesh
   places = sharding.shardings(state, mesh)
   parts = {
@@ -120,7 +120,7 @@ def gradients(stage: Stage) -> int:
 
 
 def _working_set(itemsize: int) -> int:
-  """Of a block's backward pass, for each token, in bytes and widths of the network.
+  """Working set of a block's backward pass for each token, in bytes and widths.
 
   The MLP's hidden layer and its gradient, queries, keys and values with theirs: in
   float32 and as products take them; and the residual stream with its.
@@ -130,7 +130,7 @@ def _working_set(itemsize: int) -> int:
 
 
 def estimate(stage: Stage) -> Memory:
-  """Without a compiler: what is kept from forward to backward, and one block's work.
+  """Estimate without a compiler: kept activations and one block's working set.
 
   Good for ranking meshes; compilers differ from it by tens of percent either way.
   """
@@ -178,7 +178,7 @@ def _block_parameters(model: PixArtConfig) -> int:
 
 
 def in_use(compiled: Any) -> int:
-  """Bytes of a device at a compiled program's highest, without its code."""
+  """Peak bytes of a device during a compiled program, without its code."""
   stats = compiled.memory_analysis()
   # Its own sum of what is temporary misleads both ways: libtpu 0.0.42 counts gaps of a
   # train step, beyond what it itself allows, and a tenth of what a sampler's loop uses.
@@ -191,7 +191,7 @@ def in_use(compiled: Any) -> int:
 
 
 def of_compiled(stage: Stage, compiled: Any) -> Memory:
-  """What the compiler says, split by what `fixed` knows."""
+  """Memory as the compiler reports it, split by what `fixed` knows."""
   parts, grads = fixed(stage), gradients(stage)
   temporary = max(in_use(compiled) - sum(parts.values()), 0)
   grads = min(grads, temporary)

@@ -18,7 +18,7 @@ from pixsigma_jax.plan.stage import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything there is to say.
+  """The plan of a stage: memory, time and price.
 
   Attributes:
     compilation: None if nothing was compiled.
@@ -40,21 +40,21 @@ class Plan:
 
   @property
   def static_seconds(self) -> float | None:
-    """Of a step by its cycles; without what waits for memory or other devices."""
+    """Seconds of a step by its cycles, without waiting for memory or other devices."""
     if self.compilation is None:
       return None
     return self.compilation.static_seconds(self.stage.topology)
 
   @property
   def seconds(self) -> float:
-    """Of a step: by the calibrated roofline, and never less than `floor`."""
+    """Seconds of a step by the calibrated roofline, at least `floor`."""
     if self.calibration is None:
       return self.floor
     return max(self.floor, self.calibration.factor * self.time.seconds)
 
   @property
   def floor(self) -> float:
-    """Under a step's time.
+    """Lower bound of a step's time in seconds.
 
     The longest of three, each of which is a limit of the machine by itself: the
     roofline; the compiled program's arithmetic; what it receives, over one link. Of
@@ -68,12 +68,12 @@ class Plan:
 
   @property
   def mfu(self) -> float:
-    """What the model needs, over what all devices could do meanwhile."""
+    """Model FLOPs utilization: needed operations over what all devices could do."""
     return self._mfu(self.seconds)
 
   @property
   def static_mfu(self) -> float | None:
-    """What the model needs, over what all devices could do in `static_seconds`."""
+    """Needed operations over what all devices could do in `static_seconds`."""
     return self._mfu(self.static_seconds) if self.static_seconds else None
 
   def _mfu(self, seconds: float) -> float:
@@ -83,22 +83,22 @@ class Plan:
 
   @property
   def host(self) -> Host:
-    """What each host must read."""
+    """Input that each host must read."""
     return host_input(self.stage, self.seconds)
 
   @property
   def images_a_second(self) -> float:
-    """Of all devices."""
+    """Images a second of all devices together."""
     return self.stage.config["batch_size"] / self.seconds
 
   @property
   def days(self) -> float:
-    """That the stage's steps take."""
+    """Days of the whole stage."""
     return self.stage.config["total_steps"] * self.seconds / 86_400
 
   @property
   def dollars(self) -> float:
-    """That they cost."""
+    """Price of the whole stage in dollars."""
     return 24 * self.days * self.stage.topology.chips * self.stage.topology.price
 
 
@@ -126,7 +126,7 @@ def make_plan(stage: Stage, *, compiles: bool) -> Plan:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-  """For machines: sizes in bytes, times in seconds, operations as a number."""
+  """The plan as a dict: sizes in bytes, times in seconds, operations as a number."""
   stage, compilation = plan.stage, plan.compilation
   topology = stage.topology
   held = dataclasses.asdict(plan.memory)

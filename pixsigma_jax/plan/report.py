@@ -11,7 +11,7 @@ _NAMES = ("parameters", "optimizer", "averages", "frozen", "batch", "gradients")
 
 
 def text(plan: Plan) -> str:
-  """All of a plan, for a person."""
+  """Text of a plan."""
   parts = (_head, _memory, _arithmetic, _time, _cost)
   return "\n".join(line for part in parts for line in part(plan))
 
@@ -47,7 +47,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def does_not_fit(plan: Plan) -> str:
-  """How much too much, what is largest, and what would make it fit."""
+  """Message for a plan that does not fit: excess, largest parts and remedies."""
   chip, held = plan.stage.topology.chip, plan.memory
   parts = {name: getattr(held, name) for name in (*_NAMES, "temporary")}
   largest = sorted(parts, key=lambda name: -parts[name])[:2]
@@ -82,7 +82,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
 
 
 def _parts_that_fit(plan: Plan) -> int:
-  """Into how many parts a device's images must fall; into single ones if that helps."""
+  """Number of parts into which a device's images must be split to fit."""
   held, rows = plan.memory, plan.stage.rows
   rest = plan.stage.topology.chip.usable - (held.total - held.temporary)
   divisors = (parts for parts in range(2, rows) if rows % parts == 0)

@@ -1,4 +1,4 @@
-"""How long a train step takes if nothing but the machine's limits stands in its way.
+"""Roofline of a train step: its time by the machine's limits alone.
 
 Each part takes as long as its arithmetic, on matrices padded to the chip's matrix unit,
 or its bytes in memory, whichever is more; then come the bytes between devices, of which
@@ -25,7 +25,7 @@ _FLOAT, _HALF = 4, 2  # bytes of float32 and of bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-  """What an implementation of attention costs.
+  """Cost of an implementation of attention.
 
   Attributes:
     backward: its arithmetic in the backward pass, in forward passes.
@@ -71,7 +71,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """What a device receives from others in a step, for one purpose.
+  """Communication volume that a device receives in a step, for one purpose.
 
   Attributes:
     axis: of the mesh.
@@ -108,7 +108,7 @@ def needed(model: PixArtConfig) -> dict[str, float]:
 
 
 def padding(unit: int, *sides: int) -> float:
-  """How many times more a matrix unit multiplies because sides do not fill it."""
+  """Factor of extra products in a matrix unit whose sides are not filled."""
   return math.prod(padded(side, unit) / side for side in sides)
 
 
@@ -145,7 +145,7 @@ _ATTENTIONS = ("attention", "cross-attention")  # their own products
 
 
 def _narrow(model: PixArtConfig, unit: int, itemsize: int) -> tuple[float, float]:
-  """What a product with the head's width in rows costs of one that is padded to `unit`.
+  """Cost of a product with the head's width in rows over one padded to `unit`.
 
   Forward and backward, see `models/splash_kernels.py`.
   """
@@ -304,7 +304,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   if traded:
     size = traded * token
     received = size / context * (context - 1) / context
-    # Of chips in a line, each half hands the other a half of its half.
+    # A quarter of the bytes cross the middle link of chips in a line.
     passed = size / 4 if stage.topology.platform == "tpu" else received
     transfers["trade tokens for heads"] = Transfer(
       "context", "link", received, passed / chip.link, False
@@ -313,10 +313,10 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
 
 
 def _shared_tokens(stage: Stage) -> tuple[float, float]:
-  """Of an image in a step: gathered as keys and values, and traded for heads.
+  """Bytes of an image in a step: gathered as keys and values, or traded for heads.
 
-  Forward, again if a block is recomputed, and backward, where they are gradients. What
-  a kernel returned may be kept; it is sent again.
+  Counted forward, again if a block is recomputed, and backward, where they are
+  gradients. What a kernel returned may be kept; it is sent again all the same.
   """
   compute, context = stage.program.model.compute, stage.sizes["context"]
   again = compute.remat != "none"

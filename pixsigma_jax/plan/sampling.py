@@ -1,4 +1,4 @@
-"""What drawing a picture with a stage's model takes of one chip, by its compiler."""
+"""Memory and time of drawing an image on one chip, by its compiler."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """One square picture, guided, from noise to latents, on one device.
+  """Plan of one square image, guided, from noise to latents, on one device.
 
   Attributes:
     tokens: of the picture, at the resolution that the model is trained at.
@@ -148,7 +148,7 @@ def _lower(
 
 
 def text(sampling: Sampling, machines: Topology, name: str) -> str:
-  """For a person.
+  """Text of the plan.
 
   Args:
     name: of the stage.

@@ -26,7 +26,7 @@ _PIXELS_A_TOKEN = 16
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What there is to know of a run before it has devices.
+  """A stage laid over machines, before it has devices.
 
   Attributes:
     config: of the stage, as a plain dict.
@@ -57,12 +57,12 @@ class Stage:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Of the operands of matrix products, and of attention."""
+    """Dtype of the operands of matrix products and attention."""
     return jnp.dtype(self.program.model.compute.dtype)
 
   @property
   def attention(self) -> str:
-    """Its implementation there, see `models/attention.py: best`.
+    """Implementation of attention on these machines, see `models/attention.py: best`.
 
     As layers have it that compress nothing: where no kernel knows the dtype, a layer
     of few enough scores has them all at once.
@@ -77,13 +77,13 @@ class Stage:
 
   @property
   def rows(self) -> int:
-    """Images that a device has, or has a part of, in one forward pass."""
+    """Number of images of which a device has all or a part in one forward pass."""
     parts = self.sizes["data"] * self.sizes["fsdp"] * self.config["accumulation"]
     return self.config["batch_size"] // parts
 
   @property
   def length(self) -> int:
-    """Tokens of each of them that are its own."""
+    """Number of tokens of each image that a device has."""
     return self.tokens // self.sizes["context"]
 
 
@@ -142,7 +142,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
 
 
 def keys_of(stage: Stage, layer: int) -> int:
-  """Keys that a token of an image sees in a layer, its padding among them."""
+  """Number of keys that a token attends to in a layer, padding included."""
   compression = stage.model.kv_compression
   if layer not in compression.layers:
     return stage.tokens

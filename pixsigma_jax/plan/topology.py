@@ -20,7 +20,7 @@ GPUS_A_BOX = 8
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-  """What a name before the colon means.
+  """Machines that a name before the colon stands for.
 
   Attributes:
     kind: of its devices, a key of `chips.CHIPS`.
@@ -61,7 +61,7 @@ GENERATIONS: dict[str, _Generation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Machines.
+  """Accelerators of one or several slices or boxes.
 
   Attributes:
     name: as it was given, "v5e:8x8".
@@ -93,7 +93,7 @@ class Topology:
 
 
 def known() -> str:
-  """The names there are, for a message."""
+  """Known names, for a message."""
   names = [
     f"{name}:{{{','.join(generation.known)}}}" if generation.known else f"{name}:1 to 8"
     for name, generation in GENERATIONS.items()
@@ -217,7 +217,7 @@ _AWAY = {
 
 @contextlib.contextmanager
 def _told(variables: Mapping[str, str]) -> Iterator[None]:
-  """The environment with these variables; afterwards as it was."""
+  """Sets environment variables for the block, and restores them afterwards."""
   before = {name: os.environ.get(name) for name in variables}
   os.environ.update(variables)
   try:

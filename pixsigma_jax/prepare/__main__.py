@@ -215,7 +215,7 @@ def _settings(frozen: str) -> features.Settings:
 
 
 def _process() -> tuple[int, int]:
-  """Which process of how many: as the flags say, else as JAX does."""
+  """Process index and count, from the flags or else from JAX."""
   index, count = _PROCESS_INDEX.value, _PROCESS_COUNT.value
   if index is not None and count is not None:
     return index, count
@@ -251,7 +251,7 @@ def _from_official(data_root: str) -> None:
 
 
 def _say_what_is_there(written: bool) -> None:
-  """Records, and how many images and captions are missing from them and why."""
+  """Prints the number of records, and of refused images and captions by reason."""
   directory = pathlib.Path(_OUTPUT.value)
   if not (directory / MANIFEST).exists():
     print(f"{directory} is unfinished: shards of other processes are missing.")

@@ -1,4 +1,4 @@
-"""What pictures and records are made of, image by image: what has changed is found.
+"""Contents of cropped images and records, to find what has changed.
 
 Beside a directory's plan or manifest stands contents.parquet: of every image that was
 to go in, in order, the hash of its file and of its captions, and its score.
@@ -34,7 +34,7 @@ _NAMED = 3  # images of each kind of change
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-  """What a directory of pictures or records is made of.
+  """Contents of a directory of cropped images or records.
 
   Attributes:
     images: `id`, `image` and `captions` (hashes), `score`; one row an image.
@@ -45,7 +45,7 @@ class Contents:
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def write(self, directory: pathlib.Path) -> None:
-    """Leaves it in a directory, unless it is there."""
+    """Writes the contents into a directory, unless they are there."""
     path = directory / CONTENTS
     if path.exists():
       return
@@ -54,7 +54,7 @@ class Contents:
     disk.write_whole(path, lambda partial: pq.write_table(table, partial))
 
   def differences(self, now: "Contents") -> list[str]:
-    """What has changed from here to `now`, in words; empty if nothing has."""
+    """Differences from these contents to `now`, in words; empty without any."""
     settings = json.loads(json.dumps(now.settings))  # as they were read
     lines = metadata.disagreements(self.settings, settings)
     return lines + _changes(self.images, now.images)
@@ -69,7 +69,7 @@ class Contents:
 
 
 def read(directory: pathlib.Path) -> Contents | None:
-  """What a directory is made of; None if it was made by a version that noted nothing.
+  """Reads a directory's contents; None if an older version made it without.
 
   Raises:
     ValueError: the file is damaged.
@@ -137,7 +137,7 @@ def _line(what: str, names: Sequence[tuple[str, int]]) -> str:
 
 
 def previous_of(directory: pathlib.Path) -> pathlib.Path:
-  """Where an update keeps what was in a directory until it is finished."""
+  """Path where an update keeps a directory's old files until it is finished."""
   return directory.with_name(f"{directory.name}-previous")
 
 
@@ -157,7 +157,7 @@ def set_aside(directory: pathlib.Path, *, is_complete: bool) -> None:
 
 
 def drop_previous(directory: pathlib.Path) -> None:
-  """Takes away what an update had set aside, now that it is finished."""
+  """Deletes what an update had set aside, now that it is finished."""
   previous = previous_of(directory)
   if previous.exists():
     shutil.rmtree(previous)

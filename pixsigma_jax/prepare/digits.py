@@ -91,7 +91,7 @@ def prepare_digits(
 def _records(
   resolution: int, count: int, seed: int, numbers: Container[int]
 ) -> Iterator[Record]:
-  """Those of the `count` records whose number is among `numbers`."""
+  """Yields those of the `count` records whose number is among `numbers`."""
   scenes = digits.training_scenes(seed, count, WEIGHTS)
   for i, (scene, glyphs) in enumerate(scenes):
     if i in numbers:

@@ -61,7 +61,7 @@ _SHEET_SIDE = 512  # pixels of a picture on its sheet, at most
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How pictures and captions become features.
+  """Settings that turn cropped images and captions into features.
 
   Attributes:
     frozen: folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them. For
@@ -172,7 +172,7 @@ def prepare_features(
 
 
 def _made_of(pictures: Pictures, settings: Settings) -> Contents | None:
-  """What the records of pictures are made of, and how, besides their features."""
+  """Contents of the records of cropped images, and how they are made."""
   made_of = pictures.contents()
   if made_of is None:
     return None
@@ -268,7 +268,7 @@ def differences(
   num_shards: int,
   made_of: Contents | None,
 ) -> list[str]:
-  """In what a dataset, finished or begun, differs from the one asked for, in words."""
+  """Differences of a dataset, finished or begun, from the one asked for, in words."""
   if (directory / records.MANIFEST).exists():
     manifest = open_dataset(directory).manifest
     have = {**_as_json(manifest.features), "shards": len(manifest.shards)}
@@ -314,7 +314,7 @@ def write_shards(
   mine = [n for n in unfinished.missing() if n % process_count == process_index]
 
   def images() -> Generator[None, None, None]:
-    """Does the work; one None an image."""
+    """Encodes the missing shards; yields None for each image."""
     for number in mine:
       refusals = []
       with unfinished.shard(number) as shard:
@@ -372,7 +372,7 @@ def reports_of(directory: pathlib.Path) -> pathlib.Path:
 
 
 def read_report(directory: pathlib.Path) -> dict[str, dict[str, int]]:
-  """What was refused on the way to a finished dataset: what → reason → number."""
+  """Counts of what was refused for a finished dataset: what → reason → number."""
   return files.read_json(reports_of(directory) / _REPORT)
 
 
@@ -479,7 +479,7 @@ def _text_encoder(
 
 
 class _Previous:
-  """The records of before an update, of images that have not changed."""
+  """Records from before an update, of images that have not changed."""
 
   def __init__(
     self, directory: pathlib.Path, features: Features, made_of: Contents | None
@@ -516,13 +516,13 @@ class _Previous:
     return self._dataset[number]
 
   def moments(self, before: Record | None) -> Float16[np.ndarray, "h w m"] | None:
-    """Of an image's record of before, if they are what its picture gives now."""
+    """Moments of an image's earlier record, if its cropped image is unchanged."""
     if before is None or not self.moments_hold or before.id not in self._unchanged:
       return None
     return before.latent_moments
 
   def embeddings(self, before: Record | None) -> dict[str, Float16[np.ndarray, "t e"]]:
-    """Of the captions that a record of before has."""
+    """Embeddings of the captions in an earlier record."""
     if before is None or not self.embeddings_hold:
       return {}
     return {text: before.embeddings(i) for i, text in enumerate(before.captions)}
@@ -624,7 +624,7 @@ class _Encode:
   def _embeddings(
     self, captions: Sequence[Sequence[Caption]], before: Sequence[Record | None]
   ) -> list[Float16[np.ndarray, "n e"]] | list[None]:
-    """Of the tokens of each picture's captions, one caption after the other."""
+    """Token embeddings of each image's captions, one caption after the other."""
     if self._settings.captions == "text":
       return [None] * len(captions)
     known = [self._previous.embeddings(record) for record in before]

@@ -48,7 +48,7 @@ _NULL_NAMES = ("uncond_prompt_embeds", "y_embedder.y_embedding")
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-  """Where the features of one resolution are."""
+  """Locations of the features of one resolution."""
 
   root: pathlib.Path  # InternData
   latents: pathlib.Path
@@ -196,7 +196,7 @@ def _entries(path: pathlib.Path) -> list[Any]:
 
 
 def _made_of(entry: Any) -> dict[str, Any]:
-  """What a record is made of, as far as the list says it."""
+  """Contents of a record, as far as the list shows them."""
   fields = entry if isinstance(entry, dict) else {}
   image = [fields.get(name) for name in ("path", "height", "width")]
   return {
@@ -386,7 +386,7 @@ def _embedding(
 
 
 def _crop(height: int, width: int, squashed: bool) -> Float32[np.ndarray, "4"]:
-  """What the extractor has shown the autoencoder: everything, or the middle square."""
+  """Crop that the extractor encoded: the whole image, or the middle square."""
   if squashed:
     return np.array([0, 0, height, width], np.float32)
   side = min(height, width)

@@ -91,7 +91,7 @@ class Refusal:
 
 
 def count_reasons(refusals: Iterable[Refusal]) -> dict[str, dict[str, int]]:
-  """How many were refused: what → reason → number."""
+  """Counts of refusals: what → reason → number."""
   counts: dict[str, collections.Counter[str]] = {}
   for refusal in refusals:
     counts.setdefault(refusal.what, collections.Counter())[refusal.reason] += 1
@@ -119,7 +119,7 @@ class Pictures:
   refused: dict[str, int]
 
   def contents(self) -> Contents | None:
-    """What they are made of; None if a version planned them that did not note it."""
+    """Contents of the pictures; None if an older version planned them without."""
     return contents.read(self.directory)
 
   def missing(self) -> list[int]:
@@ -309,7 +309,7 @@ def _steps(index: Index) -> list[str]:
 
 
 class _Plan(NamedTuple):
-  """Which images become pictures, in order, and the others' reasons."""
+  """The plan: images to crop, in order, and the reasons against the others."""
 
   rows: Int32[np.ndarray, "n 2"]  # part of the index, and row in it
   contents: Contents
@@ -355,7 +355,7 @@ def _differences(
   earlier: dict[str, Any],
   now: Contents,
 ) -> list[str]:
-  """In what the plan that is there differs from the one that is asked for.
+  """Differences of the stored plan from the one asked for.
 
   Args:
     earlier: the arguments as versions wrote them that noted no contents.
@@ -545,7 +545,7 @@ def _looked_up(directory: str, *_: int) -> _Previous:
 
 
 def _previous(directory: str) -> _Previous:
-  """What an update of a directory may take over, looked up once an update."""
+  """Earlier cropped images that an update may reuse, looked up once an update."""
   now = pathlib.Path(directory)
   plans = [folder / _PLAN for folder in (now, contents.previous_of(now))]
   return _looked_up(
@@ -554,7 +554,7 @@ def _previous(directory: str) -> _Previous:
 
 
 def _from_index(row: dict[str, Any]) -> dict[str, Any]:
-  """What a picture has of the index, besides its image."""
+  """Fields of a picture that come from the index."""
   score = row.get("aesthetic")
   return {
     "aesthetic_score": float("nan") if score is None else score,

@@ -1,4 +1,4 @@
-"""From prompts to pictures with a trained model."""
+"""From prompts to images with a trained model."""
 
 from pixsigma_jax.sample.pipeline import Output, Pipeline
 

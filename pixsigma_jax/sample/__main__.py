@@ -173,7 +173,7 @@ def _save_grid(output: Output, prompts: list[str], first: pathlib.Path) -> pathl
 def _way_on(
   rest: Sequence[dict[str, Any]], written: Mapping[int, Any], directory: pathlib.Path
 ) -> str:
-  """How many pictures are written, and the command that draws the others."""
+  """Message: how many images are written, and the command that draws the others."""
   count = f"{len(written)} of {len(rest)} pictures are written to {directory}."
   if not written:
     return f"{count} The same command draws them."
@@ -197,7 +197,7 @@ def _way_on(
 
 
 def _save_rest(text: str, directory: pathlib.Path) -> pathlib.Path:
-  """A new file of prompts."""
+  """Writes the remaining prompts into a new file."""
   partial = disk.partial_path(directory / "rest.jsonl")
   try:
     partial.write_text(text, encoding="utf-8")
@@ -212,7 +212,7 @@ def _save_rest(text: str, directory: pathlib.Path) -> pathlib.Path:
 
 
 def _settings(requests: list[dict[str, Any]]) -> dict[str, Any]:
-  """What the flags say, and lines of their own prompts."""
+  """Settings from the flags and from lines of the prompts' file."""
   values = _SETTINGS.values()
   for name in _OWN_SETTINGS:
     flag = values[name]
@@ -239,7 +239,7 @@ def _remembered(
   mesh: Mesh | None,
   timing: Timing,
 ) -> Any:
-  """The captions by heart, where the text encoder is too large to stay in memory.
+  """Remembered captions, where the text encoder is too large to stay in memory.
 
   None where the pipeline had better load it itself.
   """

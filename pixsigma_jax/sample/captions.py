@@ -1,4 +1,4 @@
-"""What is done to a prompt before it is tokenized: nothing, lower case, or a clean-up.
+"""Cleaning of prompts before they are tokenized: none, lower case, or full.
 
 The clean-up was made for captions from the web, which the α models were trained on:
 addresses, file names, article numbers, marks of advertisers. diffusers applies it by

@@ -1,4 +1,4 @@
-"""The frozen networks beside the transformer: found, loaded, and let go of early.
+"""Autoencoder and text encoder: located, loaded, and released early.
 
 A miniature's are made of its checkpoint's metadata alone. PixArt's own, a VAE and T5,
 are files: a folder of diffusers with `vae/`, `text_encoder/` and `tokenizer/`.
@@ -31,7 +31,7 @@ _PARTS = ("vae", "text_encoder", "tokenizer")
 
 @runtime_checkable  # the suite checks types as it runs
 class Identities(Protocol):
-  """What a checkpoint's metadata and a dataset's features both say of the networks."""
+  """Identities of the networks, in a checkpoint's metadata or a dataset's features."""
 
   @property
   def autoencoder(self) -> Mapping[str, Any]: ...
@@ -50,7 +50,7 @@ def load_autoencoder(
   dtype: DTypeLike,
   mesh: Mesh | None = None,
 ) -> Any:
-  """The autoencoder that the latents of a checkpoint or of records are of.
+  """Loads the autoencoder of a checkpoint's or of records' latents.
 
   Args:
     metadata: the checkpoint's metadata, or the features of the records.
@@ -80,7 +80,7 @@ def load_text_encoder(
   dtype: DTypeLike,
   mesh: Mesh | None = None,
 ) -> Any:
-  """The text encoder that their captions are of; arguments as above.
+  """Loads the text encoder of their captions; arguments as above.
 
   Raises:
     FileNotFoundError: it is not there.
@@ -157,7 +157,7 @@ def _downloaded(hub_id: str) -> pathlib.Path:
 
 
 class RememberedCaptions:
-  """A text encoder that knows some captions by heart, and needs no network for them.
+  """A text encoder with stored embeddings of some captions, without a network.
 
   With it T5 need not be in memory while pictures are drawn, nor on the machine at all.
   """
@@ -177,7 +177,7 @@ class RememberedCaptions:
 
   @classmethod
   def of(cls, encoder: Any, texts: Iterable[str], length: int) -> "RememberedCaptions":
-    """What `encoder` makes of `texts` and of the empty caption.
+    """Embeddings of `texts` and of the empty caption by `encoder`.
 
     Raises:
       ValueError: a text has more than `length` tokens.
@@ -187,7 +187,7 @@ class RememberedCaptions:
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> "RememberedCaptions":
-    """What `save` wrote.
+    """Reads a file of `save`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -207,7 +207,7 @@ class RememberedCaptions:
     files.write_safetensors(pathlib.Path(path), arrays, note)
 
   def count(self, prompt: str) -> int:
-    """How many tokens `prompt` takes, the end token included.
+    """Number of tokens of `prompt`, the end token included.
 
     Raises:
       ValueError: it is not among the remembered.

@@ -1,4 +1,4 @@
-"""Arrays to pictures: PNG files that say how they were made, and sheets of many."""
+"""Image files that say how they were made, and grids of images."""
 
 import json
 import math
@@ -160,7 +160,7 @@ def _write(
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:
-  """What `save` wrote beside a picture; the inverse, for any of its formats.
+  """Settings that `save` wrote into an image, in any of its formats.
 
   Raises:
     ValueError: the file says nothing of the kind.

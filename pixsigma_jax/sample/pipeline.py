@@ -82,7 +82,7 @@ _UNUSUAL_CROP = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """Pictures, and for each of them everything that it takes to make it again."""
+  """Images, and the settings that reproduce each."""
 
   images: list[Image.Image]
   settings: list[dict[str, Any]]
@@ -470,20 +470,20 @@ class Pipeline:
     return -(-grid[0] * grid[1] // multiple) * multiple
 
   def _passes(self, length: int) -> int:
-    """In how many passes the halves of guidance go through the network."""
+    """Number of passes for the halves of guidance."""
     if self.guidance_passes is not None:
       return int(self.guidance_passes)
     return program.passes_by_size(int(self.batch_size), length, self.mesh)
 
   def _captions(self, requests: list[_Request]) -> Batch:
-    """What the network is to draw, a row a request."""
+    """Captions of the network, a row for each request."""
     embeddings, mask = self.text_encoder.encode(
       [r.caption for r in requests], self.config.caption_length
     )
     return {"caption_embeddings": embeddings, "caption_mask": mask}
 
   def _images(self, requests: list[_Request], length: int) -> Batch:
-    """Where it begins, and of what size it is."""
+    """Initial noise and sizes of the images of a batch."""
     config = self.config
     return {
       "noise": np.stack([self._noise(r, length) for r in requests]),
@@ -501,7 +501,7 @@ class Pipeline:
   def _negatives(
     self, requests: list[_Request], caption_mask: Any, unconditional_mask: str
   ) -> Batch:
-    """The unconditional half: what it sees instead of captions, and how much of it."""
+    """Embeddings and mask of guidance's unconditional half."""
     texts = [r.negative for r in requests]
     embeddings, mask = map(
       np.array, self.text_encoder.encode(texts, self.config.caption_length)

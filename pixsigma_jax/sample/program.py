@@ -46,7 +46,7 @@ _TOKENS_OF_ONE_BATCH = 2048
 
 
 class Guidance(NamedTuple):
-  """How the two halves of a prediction are joined; all traced."""
+  """Guidance settings that join the halves of a prediction; all traced."""
 
   scale: Any
   low: Any
@@ -55,13 +55,13 @@ class Guidance(NamedTuple):
 
 
 def compute_here(dtype: str = "bfloat16", attention: str = "auto") -> Compute:
-  """How a network is best computed on the devices that JAX has."""
+  """The best settings of computation on the devices that JAX has."""
   on_cpu = jax.default_backend() == "cpu"
   return Compute(dtype=jnp.dtype(dtype), attention=attention, unroll=on_cpu)
 
 
 def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
-  """In how many passes the halves of guidance are best taken: 1 or 2.
+  """Best number of passes for the halves of guidance: 1 or 2.
 
   Args:
     rows: pictures of a batch.
@@ -132,7 +132,7 @@ def sample(
       return model.apply(
         {"params": params},
         *arguments,
-        # Tokens discarded at random: others in every step, the same in every picture.
+        # Random token discarding: a new draw at each step, shared by all images.
         rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
         method=method,
       )

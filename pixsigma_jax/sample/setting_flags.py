@@ -32,7 +32,7 @@ class SettingFlags:
       self._holders[name] = _define(setting, defaults.get(name, setting.default))
 
   def values(self) -> dict[str, Any]:
-    """What was given, or the defaults; to be asked once flags are parsed.
+    """Values of the flags or defaults; to be read once flags are parsed.
 
     A setting that each prompt can have its own of, but for texts and seeds, is a list.
 

@@ -1,4 +1,4 @@
-"""What can be asked of a pipeline: each setting's name, default, meaning and limits.
+"""Settings of a pipeline: each one's name, default, meaning and limits.
 
 `Settings` is the one list. The arguments of `Pipeline.stream`, flags of commands, keys
 of JSON lines, fields of the demo page and the table in docs/sampling.md come from it,
@@ -205,7 +205,7 @@ def _setting(default: Any, kind: Kind, help: str, **more: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How prompts are to be drawn, checked.
+  """Checked settings for drawing prompts.
 
   The fields are described by `SETTINGS`. Those that can be a prompt's own are one value
   for all prompts or a tuple of one for each.
@@ -319,7 +319,7 @@ class Settings:
     return self.guidance_scale > 1
 
   def of_prompts(self, count: int) -> list[dict[str, Any]]:
-    """What each of `count` prompts has of its own; the seed is its first picture's.
+    """Settings of each of `count` prompts; the seed is its first image's.
 
     Raises:
       ValueError: there are more or fewer values than prompts, or a seed is too large.
@@ -351,7 +351,7 @@ class Settings:
     ]
 
   def of_all(self) -> dict[str, Any]:
-    """What all pictures share, as their files say it: one alone is drawn by it."""
+    """Settings that all images share, as stored in their files."""
     return {
       name: list(value) if isinstance(value, tuple) else value
       for name, value in dataclasses.asdict(self).items()

@@ -29,7 +29,7 @@ class Computed(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """What a solver's scan carries along.
+  """State of step caching that a solver's scan carries.
 
   Attributes:
     first, rest: `[passes rows n d]`, what the first block and all others added in the
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
 
 def nothing_yet(shape: tuple[int, int, int, int], images: int) -> Memory:
-  """Before the first step, whose change no threshold is above."""
+  """Initial state, with which every threshold computes the first step."""
   zeros = jnp.zeros(shape, jnp.float32)
   return Memory(zeros, zeros, Computed(jnp.zeros(images, jnp.int32), jnp.int32(0)))
 
@@ -56,7 +56,7 @@ def add_rest(
   mask: Bool[Array, "b n"],
   threshold: Float[Array, ""],
 ) -> tuple[Float[Array, "p r n d"], Memory]:
-  """What the last block returns, or would return as far as the memory goes.
+  """Output of the last block, computed or estimated from the cache.
 
   Args:
     x: what the first block returned: halves of guidance, and images in each, laid out

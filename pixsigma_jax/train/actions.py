@@ -1,4 +1,4 @@
-"""What a run does after some of its steps: it reports, saves, measures and draws."""
+"""Actions after some steps of a run: report, save, validate and draw."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ Share: TypeAlias = Literal["training", "saving", "nobody"]
 
 @dataclasses.dataclass(kw_only=True)
 class LoopState:
-  """Where a run stands between two steps; a roll-back puts another in its place.
+  """State of a run between two steps; a roll-back replaces it.
 
   Attributes:
     state: the train state after `step` steps.
@@ -88,14 +88,14 @@ class Action:
     """Comes before each step."""
 
   def run(self, at: LoopState) -> None:
-    """Does it; the metrics of all steps have been read."""
+    """Runs the action; the metrics of all steps have been read."""
     raise NotImplementedError
 
   def reset(self, step: int) -> None:
     """Goes back to a step, after which all are made anew."""
 
   def close(self) -> None:
-    """Ends what is under way."""
+    """Ends work under way."""
 
 
 class Profile(Action):
@@ -172,7 +172,7 @@ class Report(Action):
     goodput: Goodput,
     progress: Progress,
   ):
-    """Takes what it reports with.
+    """Stores the writers of reports.
 
     Args:
       total_steps: of the run; the last is always reported.
@@ -215,7 +215,7 @@ class Report(Action):
 
 
 class Save(Action):
-  """A checkpoint in one of the places; only what is known to be sound comes here."""
+  """Saves checkpoints in one location; only sound states come here."""
 
   share = "saving"
 

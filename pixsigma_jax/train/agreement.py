@@ -1,4 +1,4 @@
-"""Whether config, data, parent and checkpoint fit each other, before any long work."""
+"""Compatibility checks between config, data, parent and checkpoint."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -164,7 +164,7 @@ def metadata_of(
   mixture: Mixture,
   parent: checkpoint.Snapshot | None,
 ) -> Metadata:
-  """What this run's checkpoints will say about themselves.
+  """Metadata of this run's checkpoints.
 
   Raises:
     ValueError: the parent was trained on other features than the data holds.
@@ -213,7 +213,7 @@ def check_same_run(
   mixture: Mixture,
   parent: checkpoint.Snapshot | None,
 ) -> Metadata:
-  """The stored metadata, if the config still describes the run that wrote it.
+  """Returns the stored metadata; refuses a config of another run.
 
   Args:
     parent: what the run's adapter changes; None if it trains the model itself.
@@ -237,7 +237,7 @@ def check_same_run(
 
 
 def _refuse_another_state(stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-  """Fields that say which arrays optimizer and averages are, and what they mean."""
+  """Refuses changed fields that define the arrays of optimizer and averages."""
 
   def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     ema, optimizer = config.get("ema", {}), config["optimizer"]
@@ -265,7 +265,7 @@ def _check_adapter(
   now: Mapping[str, Any],
   parent: checkpoint.Snapshot | None,
 ) -> None:
-  """What a checkpoint of an adapter does not hold must be what it was."""
+  """Refuses another base model, transforms or adapter than the checkpoint's."""
   lines = metadata.disagreements(
     before["config"]["adapter"], now["config"]["adapter"], "adapter"
   )

@@ -37,7 +37,7 @@ class Batches:
     process_index: int,
     process_count: int,
   ):
-    """Takes what a batch is made of; `start` begins.
+    """Stores what batches are made of; `start` begins.
 
     Args:
       config: of the stage; its seed, batch size and section `data` count.
@@ -67,7 +67,7 @@ class Batches:
     self._stream: Any = None
 
   def start(self, example: int) -> None:
-    """The next batch begins with this example of the stream."""
+    """Starts with this example of the stream."""
     self.close()
     self._stream = pipeline.batches(
       self._mixture, start_example=example, **self._arguments
@@ -84,7 +84,7 @@ class Batches:
     return next(self._stream)
 
   def put(self, local: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A process's part, put where it belongs in the global batch."""
+    """Global batch from this process's part."""
     batch = sharding.global_batch(local, sharding.batch_shardings(local, self._mesh))
     if self._captions and "caption_ids" in batch:
       place = batch["caption_mask"].sharding

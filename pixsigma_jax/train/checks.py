@@ -158,7 +158,7 @@ def named(value: Any) -> str | None:
 def complaints(
   fields: Mapping[str, Any], checks: Mapping[str, Check], section: str = ""
 ) -> list[str]:
-  """What is wrong with the values of a config, a clause for each field.
+  """Complaints about the values of a config, a clause for each field.
 
   Args:
     fields: a config, or a section of it; what has no check is passed over.

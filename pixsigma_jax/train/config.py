@@ -1,4 +1,4 @@
-"""From a config file's fields to calls: a section is the call that it stands for.
+"""Calls from a config's fields: each section stands for a call.
 
 A config spells out every field. A missing or an unknown one is an error before anything
 is built, so that no default hides in the code and no typo passes unseen.

@@ -1,4 +1,4 @@
-"""How a command begins whose flag --config names a file of `configs/`."""
+"""Start of commands whose flag --config names a file of `configs/`."""
 
 import pathlib
 import sys
@@ -37,7 +37,7 @@ def run_with_config(main: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _of_config(error: Exception) -> str:
-  """What a config file, or a flag that changes one of its fields, ended in."""
+  """Turns errors of a config file, or of a flag for its fields, into one message."""
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]  # ml_collections raises AttributeError(KeyError(…))
   message = str(error.args[0] if error.args else error)

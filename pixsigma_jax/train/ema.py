@@ -21,7 +21,7 @@ Step: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ema:
-  """Which averages a run keeps, in float32, and where.
+  """Averages that a run keeps, in float32, and their memory.
 
   An update moves each average A by a share of its distance to the parameters θ:
   A ← A + (1 - β) (θ - A). In β A + (1 - β) θ the two factors, each rounded to float32,
@@ -147,7 +147,7 @@ class Ema:
 
 
 def label(value: float) -> str:
-  """How an average is called in paths: 0.9999, 500000."""
+  """Name of an average in paths: 0.9999, 500000."""
   return f"{value:.12g}"
 
 

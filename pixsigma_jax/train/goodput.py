@@ -1,4 +1,4 @@
-"""What a run makes of its machines: arithmetic that is needed, time that is used."""
+"""Goodput of a run: needed arithmetic and productive time."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ class Goodput:
   """
 
   def __init__(self, workdir: pathlib.Path, last: Mapping[str, Any] | None):
-    """Goes on from where the run stands.
+    """Continues from the run's last metrics.
 
     Args:
       workdir: holds `started.json`, written at the run's first start.
@@ -66,7 +66,7 @@ class Arithmetic:
     self._of_image = functools.lru_cache(maxsize=None)(self._count)
 
   def _count(self, grid: tuple[int, int]) -> tuple[float, float]:
-    """Of training on one image: without a caption, and for each of its tokens."""
+    """Operations of training on one image: without a caption, and for each token."""
     none, one = (
       flops.TRAINING * sum(flops.forward_flops(self._model, grid, tokens).values())
       for tokens in (0, 1)
@@ -74,7 +74,7 @@ class Arithmetic:
     return none, one - none
 
   def of_batch(self, batch: Mapping[str, np.ndarray]) -> float:
-    """What a training step on this process's part of a batch needs."""
+    """Operations of a training step on this process's part of a batch."""
     total = 0.0
     tokens = batch["caption_mask"].sum(axis=1)
     for (h, w), count in zip(batch["grid"].tolist(), tokens.tolist(), strict=True):

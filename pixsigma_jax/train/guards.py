@@ -1,4 +1,4 @@
-"""What becomes of a bad step: one whose numbers are not finite, or that leaps."""
+"""Handling of bad steps: numbers that are not finite, or a spike of the gradient."""
 
 import dataclasses
 from collections.abc import Callable
@@ -73,7 +73,7 @@ class Guards:
 def guarded(
   train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]], guards: Guards
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-  """A step that, if it is bad, changes nothing but counts.
+  """Wraps a step so that a bad one changes only counts.
 
   What is bad is known before the update, so the compiler chooses between old and new
   while it writes, and keeps no second copy of the state. The metrics stay those of the

@@ -217,7 +217,7 @@ class Run:
     self._stand(state, self._first_step, first_example)
 
   def _open_captions(self) -> np.ndarray:
-    """Loads who embeds captions that are stored as text; returns the null caption.
+    """Loads the encoder of captions stored as text; returns the null caption.
 
     All else is known to fit by now.
     """
@@ -237,7 +237,7 @@ class Run:
     return null_caption.astype(np.float32)
 
   def _stand(self, state: TrainState, step: int, first_example: int) -> None:
-    """All that the run counts begins with this state."""
+    """Starts all counts of the run with this state."""
     self.at = actions.LoopState(
       state=state,
       step=step,
@@ -287,7 +287,7 @@ class Run:
   # ----------------------------------------------------------- what looks at the run
 
   def prepare_actions(self) -> None:
-    """Makes what is done every so many steps, in the order in which it is done."""
+    """Makes the actions, in the order in which they run."""
     config, program, workdir = self.config, self._program, self.workdir
     logs, every = config["log"], config["checkpoint"]
     first, at = distributed.is_first(), self.at
@@ -341,7 +341,7 @@ class Run:
     at.window.restart()
 
   def _drawing(self, writer: MetricWriter) -> list[actions.Action]:
-    """Sheets and sets of samples, where the config wants some."""
+    """Actions that draw sample grids and sample sets, where the config has some."""
     config, model, mixture = self.config, self._model, self._mixture
     compute, logs = self._program.model.compute, self.config["log"]
     sample_set = shown = None
@@ -453,7 +453,7 @@ class Run:
 
   @contextlib.contextmanager
   def _spent(self, share: actions.Share) -> Iterator[None]:
-    """Time that is no step's, however long it takes; or that of saving."""
+    """Counts the time of an action as its `share` says, and not as a hang if none."""
     window = self.at.window
     if share == "saving":
       with window.spent("saving"):

@@ -108,7 +108,7 @@ def make_loss(
 def timestep_probabilities(
   schedule: Schedule, snr_shift: float
 ) -> Float64[np.ndarray, " timesteps"]:
-  """How often each timestep is drawn where images need more noise than the schedule's.
+  """Probability of each timestep, shifted for images that need more noise.
 
   At s times the side, the same noise hides s times less of what an image shows: the
   mean over s² pixels has s times less noise. Simple diffusion (Hoogeboom et al. 2023,

@@ -1,4 +1,4 @@
-"""What a run writes about itself: JSON lines always, TensorBoard where it is there.
+"""Metrics of a run: JSON lines, and TensorBoard where it is installed.
 
 Weights & Biases gets the same where a config asks for it.
 """
@@ -126,7 +126,7 @@ class _Board:
   """
 
   def __init__(self, directory: pathlib.Path, first_step: int):
-    """Begins a file, before which what came from `first_step` on is forgotten."""
+    """Opens a file of events; earlier ones from `first_step` on are superseded."""
     from tensorboardX import event_file_writer
 
     protos: Any = importlib.import_module("tensorboardX.proto.event_pb2")
@@ -172,7 +172,7 @@ class _Board:
 
 
 def check_wandb(section: Mapping[str, str]) -> None:
-  """Sees whether `config.log.wandb` asks for what is installed.
+  """Checks that the package that `config.log.wandb` needs is installed.
 
   Raises:
     ValueError: Weights & Biases is asked for and not there.
@@ -213,7 +213,7 @@ def _open_wandb(workdir: pathlib.Path, config: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Says which file it is that cannot be written."""
+  """Turns errors of writing into one that names the file."""
   try:
     yield
   except OSError as error:
@@ -256,7 +256,7 @@ def _plain(value: Any) -> Any:
 
 
 class Window:
-  """What happened since the last report: means of the steps, and where time went."""
+  """Metrics since the last report: means over the steps, and time by its use."""
 
   def __init__(self, batch_size: int):
     self._batch_size = batch_size
@@ -283,7 +283,7 @@ class Window:
 
   @contextlib.contextmanager
   def spent(self, what: str) -> Iterator[None]:
-    """Time in here is the training's, but went into `data` or `saving`."""
+    """Counts the block's time as training's, spent on `data` or `saving`."""
     began = time.perf_counter()
     try:
       yield
@@ -292,7 +292,7 @@ class Window:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Time in here is none of the training's."""
+    """Leaves the block's time out of the training's."""
     began = time.perf_counter()
     try:
       yield
@@ -300,7 +300,7 @@ class Window:
       self._began += time.perf_counter() - began
 
   def close(self) -> tuple[dict[str, Any], float, float]:
-    """The report of this window, which starts a new one; its seconds; the productive.
+    """Returns this window's report, seconds and productive seconds; starts a new one.
 
     `decile_loss` has the mean loss of each tenth of the timesteps, NaN where no example
     fell. `replaced_examples` and `bad_steps` are sums, not means. Where every step was

@@ -28,7 +28,7 @@ Groups: TypeAlias = Sequence[Any]
 
 
 def scaled_rate(learning_rate: float, *, rule: str, batch_size: int) -> float:
-  """The learning rate of a batch, which the rate is given for one of 256.
+  """Learning rate of a batch, from the rate for a batch of 256.
 
   `none` takes it as it is; `sqrt` is what the official code does without a word
   (`auto_lr`), with images of all devices and accumulated batches counted.

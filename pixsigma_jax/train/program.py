@@ -1,4 +1,4 @@
-"""What a stage computes, from its config alone: model, loss, optimizer and train step.
+"""Model, loss, optimizer and train step of a stage, from its config alone.
 
 Nothing here touches data, disk or device, so that a stage of any size can be looked at
 by its shapes, or compiled for machines that are elsewhere.
@@ -58,12 +58,12 @@ class Program:
   lora: Lora | None
 
   def fresh_state(self, init_key: Any, null_caption: Any, key: Any) -> TrainState:
-    """Before the first step, from new parameters."""
+    """Initial state with fresh parameters."""
     params = init_params(self.model.config, init_key)
     return self.first_state(params, null_caption, key)
 
   def first_state(self, params: Any, null_caption: Any, key: Any) -> TrainState:
-    """Before the first step, from a parent's parameters."""
+    """Initial state with a parent's parameters."""
     if self.lora is None:
       return init_state(params, null_caption, self.tx, self.ema, key)
     adapter = self.lora.init(params, jax.random.fold_in(key, _ADAPTER))
@@ -82,7 +82,7 @@ class Program:
 
   @functools.cached_property
   def _merge_to(self) -> Callable[..., Any]:
-    """Where the sum is to lie → `Lora.merged`, compiled once."""
+    """Compiles `Lora.merged` once for each sharding of its result."""
 
     @functools.cache
     def merge_to(structure: Any, *leaves: Any) -> Any:

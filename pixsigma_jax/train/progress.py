@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal or notebook, plain lines elsewhere."""
+"""Progress of a run: a bar in a terminal or notebook, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ class Progress:
     logging.info("step %d/%d  %s  eta %s", step, self._total, text, left)
 
   def go_back(self, step: int) -> None:
-    """After a rollback; the time that is left is estimated anew."""
+    """Goes back after a rollback; the remaining time is estimated anew."""
     self._start, self._began = step, None
     if self._bar is not None:
       self._bar.update(step - self._bar.n)

@@ -1,4 +1,4 @@
-"""A run's directory: who holds it, which run it is, and what in it still counts.
+"""A run's directory: its lock, its identity, and the models that still count.
 
 WORKDIR/lock       held by the process that trains, and says which one that is
 WORKDIR/run.json   the run's identity, and where it went back: `metadata.History`
@@ -111,7 +111,7 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _holder(path: pathlib.Path) -> str:
-  """Who has written into a lock that is held."""
+  """The process that wrote into a lock that is held."""
   try:
     holder = json.loads(path.read_text())
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
@@ -121,7 +121,7 @@ def _holder(path: pathlib.Path) -> str:
 
 
 def identify(workdir: pathlib.Path, remote: str = "") -> History:
-  """Which run a directory is; all processes must ask together.
+  """Identity of a directory's run; all processes must call it together.
 
   As it says itself, else as its newest checkpoint does, wherever that lies: a new
   machine goes on with the run. Where nothing does a run begins.
@@ -137,7 +137,7 @@ def identify(workdir: pathlib.Path, remote: str = "") -> History:
 
 
 def known(workdir: pathlib.Path, remote: str = "") -> History | None:
-  """The same without leaving anything behind; None where no run is.
+  """Identity of a directory's run without writing anything; None without a run.
 
   Raises:
     ValueError: the file that says it is damaged.
@@ -185,7 +185,7 @@ def models_after(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
 def go_on_from(
   workdir: pathlib.Path, history: History, step: int, *, anew: bool = False
 ) -> History:
-  """Makes what lies in a directory that of a run which goes on from a step.
+  """Moves models of later steps aside, for a run that goes on from a step.
 
   Models of later steps are of steps that will be made anew, by other settings or other
   data maybe: nobody is to take them for this run's, so they are moved to

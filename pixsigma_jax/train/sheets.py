@@ -1,4 +1,4 @@
-"""Samples of fixed prompts and seeds while a stage trains: sheets, and sets for FID."""
+"""Samples during training: grids of fixed prompts and seeds, and sets for FID."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def make_sampler(
   compute: Compute,
   captions: frozen.RememberedCaptions,
 ) -> Pipeline:
-  """Draws what it has `captions` of."""
+  """Makes a pipeline that draws what it has `captions` of."""
   if jax.process_count() > 1:  # one of them draws, on a device of its own
     compute = dataclasses.replace(compute, mesh=None)
   return Pipeline(
@@ -54,7 +54,7 @@ def prompts_of(
   compute: Compute,
   text_encoder: Any | None,
 ) -> frozen.RememberedCaptions:
-  """The fixed prompts, which are all that is kept of the encoder.
+  """Embeddings of the fixed prompts, so the encoder can be dropped.
 
   Args:
     text_encoder: None loads it for them.
@@ -77,7 +77,7 @@ def write_sheet(
   step: int,
   writer: MetricWriter,
 ) -> None:
-  """Fixed prompts and seeds, so that the pictures of a run form a film."""
+  """Writes a sample grid, of the same prompts and seeds throughout a run."""
   sampler = _with(sampler, params)
   if distributed.is_first():
     image = sampler(list(prompts), seed=0).grid()

@@ -1,4 +1,4 @@
-"""Where a run stands, from what lies in its workdir; nothing is loaded or built."""
+"""Status of a run, from its workdir; nothing is loaded or built."""
 
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ DONE, OPEN = "done", "open"
 
 
 def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
-  """A line that begins with `done` or with `open`, and what `train` would do.
+  """Status line: `done` or `open`, and what `train` would do.
 
   A stage is done when its last snapshot is there and no checkpoint says that the run
   has gone back since: that snapshot is written after everything else.

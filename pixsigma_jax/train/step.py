@@ -19,7 +19,7 @@ DECILES = 10
 
 
 class GuardState(NamedTuple):
-  """What tells a leap from the usual, see `train/guards.py`.
+  """Running statistics that detect a spike, see `train/guards.py`.
 
   `norm` is the running mean of the gradient's norm over the good steps, `good` their
   number, `bad` that of the bad ones since.
@@ -106,7 +106,7 @@ def make_train_step(
   def gradients(
     state: TrainState, batch: Batch, key: Array
   ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Of the trained leaves, by name; and what the loss says of each row."""
+    """Gradients of the trained leaves by name; the loss's outputs for each example."""
     params = state.params
     leaves = tree.named_leaves(params)
     moving = {name: leaf for name, leaf in leaves.items() if trained(name)}
@@ -135,8 +135,8 @@ def make_train_step(
     )
 
   def _split(rows: Array) -> Array:
-    # Rows lie on the devices in their order. A part takes every so-manieth of them, so
-    # that it lies on all devices and no row moves.
+    # Examples lie on the devices in order. Microbatch i takes every `accumulation`-th
+    # example, starting at i, so it covers all devices and no example moves.
     parts = rows.reshape(-1, accumulation, *rows.shape[1:])
     return parts.swapaxes(0, 1)
 

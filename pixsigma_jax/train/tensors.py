@@ -1,4 +1,4 @@
-"""Which tensors of the reference our leaves are: what has statistics of its own.
+"""The reference's tensors in our leaves: each has statistics of its own.
 
 Torch keeps a layer's matrix, a fused qkv and a convolution as one tensor each; we keep
 stacks of layers, stacked maps of one input, and other orders of axes.
@@ -18,7 +18,7 @@ Reshape: TypeAlias = Callable[[Array], Array]
 
 
 class View(NamedTuple):
-  """How a leaf is seen: `stacked` layers first, then one tensor of the reference."""
+  """View of a leaf: `stacked` layers first, then one tensor of the reference."""
 
   stacked: bool
   into: Reshape
@@ -65,12 +65,12 @@ _VIEWS: tuple[tuple[str, View], ...] = (
 
 
 def view(name: str) -> View:
-  """How the parameter of this name is seen."""
+  """View of the parameter of this name."""
   return next(view for rule, view in _VIEWS if re.search(rule, name))
 
 
 def each_tensor(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx` on every tensor of the reference by itself, as if there were no other.
+  """Applies `tx` to every tensor of the reference by itself.
 
   Its state has, in the place of each leaf, that of `tx` for the leaf's tensors, those
   of a stack stacked.

@@ -28,7 +28,7 @@ class Validation:
     num_timesteps: int,
     mesh: Mesh,
   ):
-    """Takes what it will measure with; nothing is read or compiled yet.
+    """Stores what it measures with; nothing is read or compiled yet.
 
     Args:
       loss: see `make_loss`; without caption dropout, timesteps uniform.

@@ -1,4 +1,4 @@
-"""Notices a step that does not end, and leaves behind what every thread was doing."""
+"""Detects a step that does not end, and writes every thread's stack."""
 
 import contextlib
 import faulthandler
@@ -43,7 +43,7 @@ class Watchdog:
       self._thread.start()
 
   def beat(self, step: int) -> None:
-    """A step has ended and the next begins."""
+    """Marks the end of a step and the beginning of the next."""
     with self._lock:
       now = time.monotonic()
       if self._began is not None:
@@ -52,7 +52,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """What takes its time in here is no hang."""
+    """Does not count the block's time as a hang."""
     with self._lock:
       self._began = None
     try:

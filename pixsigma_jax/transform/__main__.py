@@ -188,7 +188,7 @@ def _is_there(target: pathlib.Path) -> bool:
 
 
 def _check_target(target: pathlib.Path) -> None:
-  """Looks for what would be in the way before any work is done.
+  """Checks the target before any work is done.
 
   What an interrupted or an earlier run of this command left there is not.
   """

@@ -1,4 +1,4 @@
-"""What a transform did to a model, in lines: config, metadata, every leaf."""
+"""Report of a transform's changes to a model: config, metadata, every leaf."""
 
 import collections
 import dataclasses

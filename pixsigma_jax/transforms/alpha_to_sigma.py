@@ -92,14 +92,14 @@ def became_sigma(
   scaling_factor: float | None = SDXL_SCALING_FACTOR,
   **_: Any,
 ) -> Metadata:
-  """What a model says of its latents after `alpha_to_sigma` with these arguments."""
+  """Metadata of a model after `alpha_to_sigma` with these arguments."""
   if scaling_factor is None:
     return metadata
   return vae_swap.swapped(metadata, config, scaling_factor=scaling_factor)
 
 
 def _condition(config: PixArtConfig, params: Any, height: int, width: int) -> Any:
-  """What images of that size add to the timestep's embedding, `[d]`."""
+  """Condition that images of that size add to the timestep's embedding, `[d]`."""
   conditions = SizeConditions(config.width, Compute(dtype=jnp.float32))
   image_size = jnp.array([[height, width]], jnp.float32)
   aspect_ratio = jnp.array([height / width], jnp.float32)

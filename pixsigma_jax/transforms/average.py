@@ -74,5 +74,5 @@ def _moved(change: Any, params: Any, other: Any, weight: Any) -> Any:
 
 @jax.jit
 def _added(params: Any, change: Any) -> tuple[Any, Any]:
-  """The sum, and of each leaf whether it is another."""
+  """The sum, and for each leaf whether it has changed."""
   return jax.tree.map(jnp.add, params, change), jax.tree.map(jnp.any, change)

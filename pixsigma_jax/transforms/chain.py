@@ -1,4 +1,4 @@
-"""A chain of transforms, applied to a whole model and to what it says of itself.
+"""A chain of transforms, applied to a model and its metadata.
 
 A transform knows hyper-parameters and parameters. What lies beside them follows here:
 the metadata (whose latents, which resolution) and the null caption.
@@ -53,7 +53,7 @@ _LATENTS: dict[str, Callable[..., Metadata]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """Hyper-parameters and parameters, and what lies beside them in a snapshot.
+  """A model as in a snapshot: hyper-parameters, parameters and metadata.
 
   Attributes:
     null_caption: `[t e]`, what a dropped caption is replaced with; None for what the
@@ -149,7 +149,7 @@ def apply_transforms(
 
 
 def summary(before: Model, after: Model) -> str:
-  """What a transform changed, in a line, without looking at a number.
+  """Summary of a transform's changes in a line, from shapes and metadata alone.
 
   So it costs nothing wherever the parameters lie; `transform.report` has the numbers.
   """

@@ -67,7 +67,7 @@ class Lora:
 
   @property
   def scale(self) -> float:
-    """s, what down · up is multiplied with."""
+    """Factor s of down · up."""
     return self.alpha / self.rank
 
   def init(self, params: Any, key: Key[Array, ""]) -> Any:
@@ -92,11 +92,11 @@ class Lora:
     return nested(leaves)
 
   def merged(self, params: Any, adapter: Any) -> Any:
-    """See `merged`."""
+    """Parameters with this adapter merged; see `merged`."""
     return merged(params, adapter, self.scale)
 
   def _modules(self, params: Any) -> dict[str, Any]:
-    """Name of what has a kernel that is to be changed → its matrices."""
+    """Name of each module with a changed kernel → its matrices."""
     kernels = {
       name: leaf
       for name, leaf in tree.named_leaves(params).items()

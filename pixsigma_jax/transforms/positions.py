@@ -14,7 +14,7 @@ from pixsigma_jax.models.pixart import PixArtConfig
 def interpolate_pe(
   config: PixArtConfig, params: Any, *, base_size: int
 ) -> tuple[PixArtConfig, Any]:
-  """Lays the finer grid of `base_size` over the field of positions the model knows.
+  """Fits the finer grid of `base_size` into the range of positions the model knows.
 
   PixArt-Σ, section 3.4, "PE Interp.": positions of a grid of `base_size` span what
   those of the old base size spanned.
@@ -33,7 +33,7 @@ def interpolate_pe(
 def extend_pe(
   config: PixArtConfig, params: Any, *, base_size: int
 ) -> tuple[PixArtConfig, Any]:
-  """Lets the field go on beyond what the model knows, at its old spacing.
+  """Extends the positions beyond what the model knows, at the old spacing.
 
   What a change of resolution does without interpolation: the baseline of the paper's
   comparison (figure 8b). Arguments and errors as `interpolate_pe`.

@@ -1,4 +1,4 @@
-"""The average of a length that was not kept, out of those that were.
+"""An average of a new length, from the averages that a run kept.
 
 A run that keeps power-function averages of two lengths, and snapshots of them at
 several steps, has kept averages of about every length (Karras et al. 2024, "Analyzing
@@ -41,7 +41,7 @@ def exponent(sigma_rel: float) -> float:
 def post_hoc_weights(
   stored: Sequence[Profile], wanted: Profile
 ) -> Float64[np.ndarray, " k"]:
-  """What each stored average counts in the wanted one; they sum to 1.
+  """Weight of each stored average in the wanted one; they sum to 1.
 
   The profile of an average read at t, p(τ) = (γ + 1) τ^γ / t^(γ + 1) up to t, says how
   much the parameters of a moment count in it. With the decays of `train/ema.py` this is

@@ -106,7 +106,7 @@ def swapped(
   old_scaling_factor: float | None = None,
   **_: Any,
 ) -> Metadata:
-  """What a model says of its latents after `swap_vae` with the same arguments.
+  """Metadata of a model's latents after `swap_vae` with the same arguments.
 
   An autoencoder that is not named is, after a VAE, the VAE of that scaling factor and
   as many channels, `models/autoencoders.py: vae_identity`; after one that has no

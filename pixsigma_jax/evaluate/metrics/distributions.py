@@ -55,7 +55,7 @@ class Statistics:
     self._add(len(features), mean, centred.T @ centred)
 
   def merge(self, other: "Statistics") -> None:
-    """Adds what another has seen, as if its features had come here.
+    """Adds another's statistics, as if its features had been added here.
 
     Raises:
       ValueError: its features are of another width, or one of both does not know its

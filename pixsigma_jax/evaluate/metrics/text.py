@@ -1,4 +1,4 @@
-"""How much of a text can be read in an image, as TextAtlasEval counts.
+"""Accuracy of texts read in images, as TextAtlasEval counts.
 
 Source: CSU-JPG/TextAtlas, `evaluation/cal_ocr.py` and `cal_ocr_cer.py`.
 """
@@ -13,7 +13,7 @@ _ALIKE = 80  # per cent from which two words count as one
 
 
 class TextAccuracy(NamedTuple):
-  """What a set of images says of its texts.
+  """Text accuracy of a set of images.
 
   Attributes:
     accuracy: words of the truth that were found, in per cent of all; it is the recall.

@@ -1,4 +1,4 @@
-"""Fine texture of large images: what 4K models are judged by beside features.
+"""Metrics of fine texture in large images.
 
 GLCM score and compression ratio are Diffusion-4K's (Zhang et al. 2025), as its
 `eval.py` computes them.
