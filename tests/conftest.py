@@ -4,6 +4,9 @@ import os
 import re
 from importlib import metadata
 
+# Programs for TPUs cannot be read back from it where there is none.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
 import hypothesis
 import jax
 import pytest

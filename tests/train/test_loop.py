@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.quickstart import compressed, high, low
-from pixsigma_jax import checkpoint
+from pixsigma_jax import checkpoint, tree
 from pixsigma_jax.models.text_encoders import text_encoder_from
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.train import loop, program, sheets
@@ -311,11 +311,13 @@ def test_the_chain_hands_parameters_and_history_from_stage_to_stage(
       "path": str(tmp_path / "low" / "snapshots" / "2"),
       "stage": "quickstart/low",
       "step": 2,
+      "params": tree.fingerprint(first.params),
     },
     {
       "path": str(tmp_path / "high" / "snapshots" / "2"),
       "stage": "quickstart/high_interpolated",
       "step": 2,
+      "params": tree.fingerprint(second.params),
     },
   ]
   rates = [entry["config"]["optimizer"]["learning_rate"] for entry in history]
