@@ -38,6 +38,17 @@ def back_to(workdir, step):
 # ------------------------------------------------------------------------------- locks
 
 
+def test_a_run_is_not_told_that_it_stands_in_its_own_way(tmp_path):
+  (tmp_path / "link").symlink_to(tmp_path / "run")
+  for remote in ("run", "link", "run/../run"):
+    message = f"checkpoint.remote=.*{remote} is the --workdir itself"
+    with (
+      pytest.raises(ValueError, match=message),
+      run_directory.held(tmp_path / "run", str(tmp_path / remote)),
+    ):
+      pass
+
+
 def test_a_second_run_in_a_workdir_is_told_who_is_there_and_touches_nothing(
   data, tmp_path
 ):
