@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 from pixsigma_jax import disk, distributed, sharding, tree
 from pixsigma_jax.metadata import History, Metadata, software
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+from pixsigma_jax.wording import listed
 
 _ARRAYS = "arrays"
 # What a snapshot's arrays may take in memory, on their way, beside the model itself.
@@ -513,7 +514,7 @@ def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
       f"The run in {path} has no snapshot yet: its stage has not ended. Train on with "
       f"--workdir={path}, or set config.checkpoint.snapshot_every."
     )
-  found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+  found = listed(sorted(p.name for p in path.iterdir()))
   raise FileNotFoundError(
     f"{path} is not a checkpoint of pixsigma_jax: it holds {found}. Give a run's "
     f"--workdir, its {SNAPSHOTS}/ or {SNAPSHOTS}/STEP."

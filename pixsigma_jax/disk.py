@@ -165,10 +165,17 @@ def check_writable(folder: pathlib.Path) -> None:
     ) from error
 
 
-def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-  """Lets `write` fill a temporary file, which gets its name when it is on the disk."""
+def write_whole(
+  path: pathlib.Path, write: Callable[[pathlib.Path], Any], *, of_many: bool = False
+) -> None:
+  """Lets `write` fill a temporary file, which gets its name when it is on the disk.
+
+  Args:
+    of_many: the folder has very many files, and is not looked through for each of them
+      (`attempt_path`); whoever writes them does that once (`remove_abandoned`).
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = partial_path(path)
+  partial = attempt_path(path) if of_many else partial_path(path)
   try:
     write(partial)
     publish(partial, path)

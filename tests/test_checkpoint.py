@@ -418,6 +418,13 @@ def test_a_foreign_directory_is_told_by_what_it_holds(tmp_path):
     checkpoint.read_snapshot(tmp_path)
 
 
+def test_of_many_files_in_a_foreign_directory_the_rest_is_counted(tmp_path):
+  for number in range(8):
+    (tmp_path / f"{number}.txt").touch()
+  with pytest.raises(FileNotFoundError, match=r"holds 0\.txt, .* 5\.txt, and 2 more\."):
+    checkpoint.find_snapshot(tmp_path)
+
+
 def test_an_empty_directory_holds_nothing(tmp_path):
   with pytest.raises(FileNotFoundError, match="it holds nothing"):
     checkpoint.find_snapshot(tmp_path)

@@ -27,6 +27,7 @@ from pixsigma_jax.models.clip import (
   abstract_clip_params,
   layer_name,
 )
+from pixsigma_jax.wording import listed
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")
@@ -166,10 +167,9 @@ def clip_from_weights(
   problems = [f"{name} is missing" for name in missing]
   problems += [f"{name} is not used" for name in left_over]
   if problems:
-    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
     raise ValueError(
       f"These are not the weights of a CLIP of config.json's sizes: "
-      f"{'; '.join(problems[:4])}{more}."
+      f"{listed(problems, 4, '; ')}."
     )
   whole = NamedSharding(mesh, P())
 

@@ -204,7 +204,7 @@ def _open(path: pathlib.Path) -> tuple[files.Weights, Settings | None]:
     names = (*_PEFT, _DIFFUSERS)
     file = next((path / name for name in names if (path / name).exists()), path)
     if file == path:
-      found = ", ".join(disk.whole_files(path)[:6]) or "nothing"
+      found = listed(disk.whole_files(path))
       raise FileNotFoundError(
         f"{path} holds no adapter: expected one of {', '.join(names)}, found {found}."
       )

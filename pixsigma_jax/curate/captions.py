@@ -101,7 +101,7 @@ def add_captions(
     captions: of each row.
   """
   earlier = suppliers_of(index, part)
-  step = "captions" if part not in index.missing("captions") else "scan"
+  step = "captions" if index.has_part("captions", part) else "scan"
   merged, counts = [], collections.Counter[str]()
   rows = index.read(part, step, columns=["captions"])["captions"].to_pylist()
   for old, new in zip(rows, captions, strict=True):
@@ -124,18 +124,31 @@ def add_captions(
 
 def suppliers_of(index: Index, part: int) -> list[str]:
   """Whose captions a part has, in the order in which they came."""
-  if part in index.missing("captions"):
+  if not index.has_part("captions", part):
     return []
   return json.loads(index.metadata(part, "captions")[_SUPPLIERS])
 
 
 def suppliers_of_all(index: Index) -> list[str]:
   """Whose captions are finished, and in all parts: one may have been deleted."""
-  if not index.has("captions"):
+  return _in_all_parts(index, _noted(index))
+
+
+def note_finished(index: Index, suppliers: Sequence[str]) -> None:
+  """Notes which of these suppliers all parts have, beside those noted before."""
+  both = dict.fromkeys([*_noted(index), *suppliers])
+  index.note("captions", {"from": _in_all_parts(index, list(both))})
+
+
+def _noted(index: Index) -> list[str]:
+  return (index.settings("captions") or {"from": []})["from"]
+
+
+def _in_all_parts(index: Index, suppliers: Sequence[str]) -> list[str]:
+  if not suppliers or not index.has("captions"):
     return []
-  finished = (index.settings("captions") or {"from": []})["from"]
   parts = [suppliers_of(index, part) for part in range(index.num_parts)]
-  return [supplier for supplier in finished if all(supplier in p for p in parts)]
+  return [supplier for supplier in suppliers if all(supplier in p for p in parts)]
 
 
 def finish(
@@ -145,8 +158,6 @@ def finish(
 
   It is written to captions/report.json, too.
   """
-  earlier = suppliers_of_all(index)
-  new = [supplier for supplier in suppliers if supplier not in earlier]
   images, without = 0, 0
   for part in range(index.num_parts):
     table = index.read(part, "scan", "captions", columns=["error", "captions"])
@@ -154,7 +165,7 @@ def finish(
     fine = table["error"].is_null().to_numpy()
     images += int(fine.sum())
     without += int((fine & (lengths == 0)).sum())
-  index.note("captions", {"from": [*earlier, *new]})
+  note_finished(index, suppliers)
   whole = {**report, "images": images, "images_without_caption": without}
   index.write_json("captions/report.json", whole)
   return whole

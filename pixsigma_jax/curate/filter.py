@@ -101,7 +101,9 @@ def filter_images(
   threshold = rules.min_aesthetic
   if rules.keep_quantile is not None:
     before = index.settings("kept") or {}
-    if {key: before.get(key) for key in settings} == settings:
+    # Without a part it is of a scan before the last, which took all of them away.
+    is_begun = len(index.missing("kept")) < index.num_parts
+    if is_begun and {key: before.get(key) for key in settings} == settings:
       threshold = before["threshold"]  # of a run that was killed: looking again is long
     else:
       threshold = _threshold(index, rules, steps, stand_ins, rules.keep_quantile)

@@ -16,6 +16,7 @@ class _Before(NamedTuple):
   """An image's row in an earlier index."""
 
   sha256: str | None
+  error: str | None
   captions: list[tuple[str, str]]  # of its scan
   more: list[tuple[str, str]]  # of `curate caption`
   score: float | None
@@ -25,6 +26,7 @@ class Earlier(NamedTuple):
   """An earlier index by image."""
 
   images: dict[str, _Before]
+  has_captions: bool  # of `curate caption`, though a supplier may lack some parts
   suppliers: list[str]  # whose captions all of it has
   has_scores: bool
   settings: Any  # of its scores
@@ -46,7 +48,7 @@ def earlier(directory: str, new: str) -> Earlier:
   images: dict[str, _Before] = {}
   has_scores, has_captions = index.has("scores"), index.has("captions")
   for part in range(index.num_parts):
-    columns = ["id", "sha256", "captions"]
+    columns = ["id", "sha256", "error", "captions"]
     rows = index.read(part, "scan", columns=columns).to_pylist()
     scores = _column(index, part, "scores", "aesthetic") if has_scores else None
     merged = _column(index, part, "captions", "captions") if has_captions else None
@@ -56,9 +58,14 @@ def earlier(directory: str, new: str) -> Earlier:
       every = own if merged is None else _pairs(merged[number])
       more = [caption for caption in every if caption[0] not in texts]
       score = None if scores is None else scores[number]
-      images[row["id"]] = _Before(row["sha256"], own, more, score)
-  suppliers = captions.suppliers_of_all(index) if has_captions else []
-  return Earlier(images, suppliers, has_scores, index.settings("scores"))
+      images[row["id"]] = _Before(row["sha256"], row["error"], own, more, score)
+  return Earlier(
+    images,
+    has_captions,
+    captions.suppliers_of_all(index),
+    has_scores,
+    index.settings("scores"),
+  )
 
 
 def _column(index: Index, part: int, step: str, name: str) -> list[Any]:
@@ -104,14 +111,14 @@ def take_over(before: Earlier, index: Index) -> None:
   """Copies scores and captions of images whose files are unchanged, where none are.
 
   Captions of `curate caption` are added to those that lie beside the images now.
-  A part with an image that is new or has changed is left to `score` for its scores;
-  of its captions, those of the others are kept, and whoever supplied them is asked
-  again by the same command.
+  A part with an image that is new, has changed or could not be read before is left to
+  `score` for its scores; of its captions, those of the others are kept, and whoever
+  supplied them is asked again by the same command.
   """
   for part in range(index.num_parts):
     rows = index.read(part, "scan", columns=["id", "sha256", "error"]).to_pylist()
     known = [
-      was if was is not None and was.sha256 == row["sha256"] else None
+      was if was is not None and _is_as_before(row, was) else None
       for row, was in ((row, before.images.get(row["id"])) for row in rows)
     ]
     fine = all(
@@ -120,18 +127,19 @@ def take_over(before: Earlier, index: Index) -> None:
     )
     same_scorer = index.settings("scores") in (None, before.settings)
     takes_scores = before.has_scores and same_scorer and fine
-    if takes_scores and part in index.missing("scores"):
+    if takes_scores and not index.has_part("scores", part):
       index.note("scores", before.settings)
       scores = [None if was is None else was.score for was in known]
       index.write(
         "scores", part, pa.table({"aesthetic": pa.array(scores, pa.float32())})
       )
-    if before.suppliers and part in index.missing("captions"):
+    if before.has_captions and not index.has_part("captions", part):
       more = [[] if was is None else was.more for was in known]
       captions.add_captions(index, part, before.suppliers if fine else [], more)
-  if before.suppliers and index.has("captions"):
-    everywhere = all(
-      set(before.suppliers) <= set(captions.suppliers_of(index, part))
-      for part in range(index.num_parts)
-    )
-    index.note("captions", {"from": before.suppliers if everywhere else []})
+  if before.has_captions:
+    captions.note_finished(index, before.suppliers)
+
+
+def _is_as_before(row: dict[str, Any], was: _Before) -> bool:
+  """Whether an image's file is unchanged, and no error of it has gone since."""
+  return was.sha256 == row["sha256"] and (was.error is None or row["error"] is not None)

@@ -66,7 +66,7 @@ def decoded(
   Args:
     done: further images to leave out, by `identity`.
   """
-  marked = part not in index.missing("duplicates")
+  marked = index.has_part("duplicates", part)
   steps = ("scan", "duplicates") if marked else ("scan",)
   rows: list[int] = []
   images: list[Image.Image] = []

@@ -154,6 +154,14 @@ class Index:
       there = {int(match[1]) for name in names if (match := _PART.fullmatch(name))}
     return [part for part in range(self.num_parts) if part not in there]
 
+  def has_part(self, step: str, part: int) -> bool:
+    """Whether one part of a step is finished; the others are not listed for it."""
+    fs, path = fsspec.core.url_to_fs(
+      posixpath.join(self.directory, self._part(part, step))
+    )
+    fs.invalidate_cache()
+    return fs.exists(path)
+
   def has(self, step: str) -> bool:
     """Whether all parts of a step are finished."""
     return not self.missing(step)
@@ -214,7 +222,7 @@ class Index:
     Which images are duplicates, and which are kept, hangs together over all parts.
     """
     for step in COMMANDS:
-      if step == "scan" or part in self.missing(step):
+      if step == "scan" or not self.has_part(step, part):
         continue
       try:
         of = self._noted(part, step).get(_SCAN)

@@ -4,6 +4,8 @@ Beside a directory's plan or manifest stands contents.parquet: of every image th
 to go in, in order, the hash of its file and of its captions, and its score.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -29,6 +31,7 @@ _SCHEMA = pa.schema(
   ]
 )
 _SETTINGS = b"settings"
+_SET_ASIDE = "set_aside"  # in what an update has moved, and may delete
 _NAMED = 3  # images of each kind of change
 
 
@@ -60,12 +63,14 @@ class Contents:
     return lines + _changes(self.images, now.images)
 
   def unchanged_images(self, now: "Contents") -> frozenset[str]:
-    """The ids whose pixels `now` are the same as here."""
-    pairs = [
-      set(zip(images["id"].to_pylist(), images["image"].to_pylist(), strict=True))
-      for images in (self.images, now.images)
-    ]
-    return frozenset(id for id, image in pairs[0] & pairs[1] if image)
+    """The ids whose pixels `now` are the same as here; none that comes twice."""
+    pairs, twice = [], set()
+    for images in (self.images, now.images):
+      ids = images["id"].to_pylist()
+      pairs.append(set(zip(ids, images["image"].to_pylist(), strict=True)))
+      twice |= {id for id, count in collections.Counter(ids).items() if count > 1}
+    same = pairs[0] & pairs[1]
+    return frozenset(id for id, image in same if image and id not in twice)
 
 
 def read(directory: pathlib.Path) -> Contents | None:
@@ -147,17 +152,30 @@ def set_aside(directory: pathlib.Path, *, is_complete: bool) -> None:
   Args:
     is_complete: whether the directory is finished. If not, and another is set aside
       already, by an update that was interrupted, that one stays and this one goes.
+
+  Raises:
+    FileExistsError: something else has the name of what is set aside.
   """
   previous = previous_of(directory)
+  if previous.exists() and not (previous / _SET_ASIDE).exists():
+    raise FileExistsError(
+      f"{previous} is there, and no update has put it there: give it another name, as "
+      f"an update of {directory} keeps what was there under that one."
+    )
   if previous.exists() and not is_complete:
     shutil.rmtree(directory)
     return
   drop_previous(directory)
+  (directory / _SET_ASIDE).touch()
   directory.rename(previous)
 
 
 def drop_previous(directory: pathlib.Path) -> None:
-  """Deletes what an update had set aside, now that it is finished."""
+  """Deletes what an update had set aside, now that it is finished, and nothing else."""
   previous = previous_of(directory)
-  if previous.exists():
-    shutil.rmtree(previous)
+  if not (previous / _SET_ASIDE).exists():
+    return
+  going = disk.partial_path(previous)  # a kill leaves nothing that looks whole
+  with contextlib.suppress(FileNotFoundError):  # another process was faster
+    previous.rename(going)
+    shutil.rmtree(going)

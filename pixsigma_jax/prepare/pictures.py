@@ -298,7 +298,8 @@ def _steps(index: Index) -> list[str]:
     missing = index.missing(step)
     if not missing:
       steps.append(step)
-    elif len(missing) < index.num_parts:
+    elif len(missing) < index.num_parts or index.settings(step) is not None:
+      # Begun, or taken away by a scan that has found other images.
       raise ValueError(
         f"`curate {COMMANDS[step]}` is unfinished: {len(missing)} of "
         f"{index.num_parts} parts are missing in {index.directory}/{step}, the first "

@@ -104,6 +104,11 @@ def main(_: list[str]) -> None:
   directory = pathlib.Path(_OUTPUT.value)
   disk.check_writable(directory)
   if _SAVE_CAPTIONS.value is not None:
+    if _CAPTIONS.value is not None:
+      raise ValueError(
+        f"--captions={_CAPTIONS.value} has the prompts' embeddings already, and none "
+        "are made that could be saved: leave out --captions or --save_captions."
+      )
     disk.check_writable(pathlib.Path(_SAVE_CAPTIONS.value).parent)
 
   rest = [

@@ -53,11 +53,17 @@ def held(workdir: pathlib.Path, remote: str = "") -> Iterator[None]:
       bucket (`gs://…`) cannot be.
 
   Raises:
+    ValueError: `remote` is the workdir itself.
     HeldError: another process holds one; says which, on which host, since when.
     checkpoint.SavingError: a directory cannot be made or written to.
   """
   directories = [pathlib.Path(workdir)]
   if remote and "://" not in remote:
+    if pathlib.Path(remote).resolve() == directories[0].resolve():
+      raise ValueError(
+        f"config.checkpoint.remote={remote} is the --workdir itself: give a second "
+        "place, or '' for none."
+      )
     directories.append(pathlib.Path(remote))
   with contextlib.ExitStack() as locks:
     refused = None

@@ -81,9 +81,8 @@ def write_sheet(
   sampler = _with(sampler, params)
   if distributed.is_first():
     image = sampler(list(prompts), seed=0).grid()
-    directory = workdir / "samples"
-    directory.mkdir(parents=True, exist_ok=True)
-    image.save(directory / f"{step:08d}.png")
+    path = workdir / "samples" / f"{step:08d}.png"
+    disk.write_whole(path, lambda partial: image.save(partial, format="PNG"))
     writer.write_image(step, "samples", np.asarray(image))
   distributed.wait_for_all()
 
@@ -136,6 +135,7 @@ class SampleSet:
 
   def _write(self, sampler: Pipeline, directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    disk.remove_abandoned(directory)
     heights, widths = zip(*self._sizes, strict=True)
     drawn = sampler.stream(
       self._prompts,
@@ -146,7 +146,9 @@ class SampleSet:
     )
     for number, picture, _ in drawn:
       path = directory / f"{number:06d}.png"
-      disk.write_whole(path, lambda partial, p=picture: p.save(partial, format="PNG"))
+      disk.write_whole(
+        path, lambda partial, p=picture: p.save(partial, format="PNG"), of_many=True
+      )
     lines = (
       json.dumps({"file": f"{number:06d}.png", "id": name, "caption": caption})
       for number, (name, caption) in enumerate(

@@ -56,9 +56,15 @@ def is_cleared(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
   """Whether a stage is done, and nothing but its models was kept.
 
   Of checkpoints on hosts' own disks, this host's are looked for.
+
+  Raises:
+    ValueError: the models are another stage's.
   """
   saved, local = _steps(config, workdir)
-  return _has_last(config, workdir) and not saved and local is None
+  cleared = _has_last(config, workdir) and not saved and local is None
+  if cleared:  # what else tells a stage from another are its checkpoints
+    _check_stage(config, workdir)
+  return cleared
 
 
 def _has_last(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:

@@ -7,6 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pixsigma_jax.curate import captions
+from pixsigma_jax.curate import scan as scan_module
+from pixsigma_jax.curate.filter import Rules, filter_images
 from pixsigma_jax.curate.scan import scan
 from tests.data import icc
 from tests.prepare import world
@@ -73,9 +75,84 @@ def test_a_second_scan_says_what_has_changed_and_takes_over_the_rest(folder, tmp
   }
   assert new.read(1, "scores")["aesthetic"].to_pylist() == [3, 4]
   # The same import reaches what was left.
-  assert captions.import_captions(new, [str(tmp_path / "more.jsonl")])["added"] == 1
+  added = captions.import_captions(new, [str(tmp_path / "more.jsonl")])
+  assert added is not None
+  assert added["added"] == 1
   assert scanned(folder, "again", previous=index.directory) == new
   assert rows(index, "scan")["00"]["captions"][0]["text"] == "caption 0"  # as it was
+
+
+def imported(folder, index, name, ids):
+  path = folder.parent / f"{name}.jsonl"
+  lines = [{"id": id, "caption": f"{name} {id}"} for id in ids]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  return captions.import_captions(index, [str(path)])
+
+
+def write_scores(index, part, *values):
+  column = pa.array(values, pa.float32())
+  index.write("scores", part, pa.table({"aesthetic": column}))
+
+
+def texts(index, id):
+  return [c["text"] for c in rows(index, "scan", "captions")[id]["captions"]]
+
+
+def test_captions_survive_a_scan_after_which_nobody_was_asked(folder):
+  first = scanned(folder)
+  imported(folder, first, "a", ["00", "05"])
+  world.photograph(40, 45, seed=99).save(folder / "06.png")
+  second = scanned(folder, "second", previous=first.directory)
+  assert captions.suppliers_of_all(second) == []  # 06 has not been asked about
+  third = scanned(folder, "third", previous=second.directory)
+  assert texts(third, "00") == ["caption 0", "a 00"]
+  assert texts(third, "05") == ["caption 5", "a 05"]
+
+
+def test_a_scan_that_is_called_again_forgets_no_captions(folder):
+  first = scanned(folder)
+  imported(folder, first, "a", ["00"])
+  second = scanned(folder, "second", previous=first.directory)
+  imported(folder, second, "b", ["01"])
+  suppliers = captions.suppliers_of_all(second)
+  assert len(suppliers) == 2
+  scanned(folder, "second", previous=first.directory)
+  assert captions.suppliers_of_all(second) == suppliers
+  assert imported(folder, second, "b", ["01"]) is None
+
+
+def test_an_image_that_can_be_read_now_is_scored_and_captioned(folder, monkeypatch):
+  decode = scan_module.decode
+
+  def not_tall(data, **options):  # as of HEIC before its extra is installed
+    image = decode(data, **options)
+    if image.image.width == 45:
+      raise ValueError("cannot be read yet")
+    return image
+
+  monkeypatch.setattr(scan_module, "decode", not_tall)
+  first = scanned(folder)
+  assert rows(first)["05"]["error"] == "cannot be read yet"
+  for part, values in enumerate([[1, 2], [3, 4], [5, None]]):
+    write_scores(first, part, *values)
+  first.note("scores", {"head": "h"})
+  imported(folder, first, "a", ["00"])
+  monkeypatch.setattr(scan_module, "decode", decode)
+  second = scanned(folder, "second", previous=first.directory)
+  assert rows(second)["05"]["error"] is None
+  assert second.missing("scores") == [2]
+  assert captions.suppliers_of(second, 1)
+  assert not captions.suppliers_of(second, 2)
+
+
+def test_a_part_of_captions_is_looked_up_without_listing_all(folder, monkeypatch):
+  index = scanned(folder)
+  imported(folder, index, "a", ["00"])
+  monkeypatch.setattr(type(index), "missing", None)
+  assert len(captions.suppliers_of(index, 0)) == 1
+  captions.add_captions(index, 0, ["b"], [[("new", "short")], []])
+  assert captions.suppliers_of(index, 0)[1:] == ["b"]
+  assert not index.has_part("scores", 0)
 
 
 def test_the_earlier_index_is_another(folder):
@@ -98,6 +175,19 @@ def test_a_part_whose_files_have_changed_is_scanned_again_without_a_circle(folde
   assert index.missing("scan") == index.missing("duplicates") == []
   assert index.missing("scores") == [1, 2]
   assert list(rows(index, "scan", "duplicates")) == ["00", "01", "03", "04", "05"]
+
+
+def test_a_share_of_the_best_is_of_the_scores_of_now(folder):
+  index, rules = scanned(folder), Rules(keep_quantile=0.5)
+  for part in range(3):
+    write_scores(index, part, 2 * part + 1, 2 * part + 2)
+  assert filter_images(index, rules, beam_options=[])["threshold"] == 4
+  world.photograph(40, 45, seed=99).save(folder / "05.png")
+  pathlib.Path(index.directory, "scan/00002.parquet").unlink()
+  index = scanned(folder)
+  write_scores(index, 2, 0, 0)
+  report = filter_images(index, rules, beam_options=[])
+  assert (report["threshold"], report["kept"]) == (2, 3)
 
 
 def test_progress_is_told_by_the_image_and_profiles_are_counted(folder, caplog):

@@ -326,6 +326,16 @@ def test_a_step_that_is_half_done_is_not_left_out_in_silence(folder, tmp_path):
     pictures._steps(index)
 
 
+def test_a_filter_whose_parts_a_scan_took_away_is_not_left_out_in_silence(
+  folder, tmp_path
+):
+  crop(folder)
+  index = open_index(str(tmp_path / "index"))
+  index.note("kept", {"rules": {}})
+  with pytest.raises(ValueError, match=r"`curate filter` is unfinished: 3 of 3 parts"):
+    pictures._steps(index)
+
+
 def test_processes_of_an_update_wait_for_the_first(
   folder, frozen, monkeypatch, tmp_path
 ):
@@ -366,3 +376,33 @@ def test_settings_are_compared_only_where_they_count(folder, frozen, tmp_path):
   assert features._made_of(cropped, text) == features._made_of(
     cropped, dataclasses.replace(text, text_dtype=jnp.bfloat16)
   )
+
+
+def test_nothing_is_deleted_that_an_update_has_not_set_aside(tmp_path):
+  records, previous = tmp_path / "records", tmp_path / "records-previous"
+  for path in (records, previous):
+    path.mkdir()
+    (path / "manifest.json").write_text(path.name)
+  contents.drop_previous(records)
+  assert (previous / "manifest.json").read_text() == "records-previous"
+  for is_complete in (True, False):
+    with pytest.raises(FileExistsError, match="no update has put it there"):
+      contents.set_aside(records, is_complete=is_complete)
+  assert (records / "manifest.json").read_text() == "records"
+  previous.rename(tmp_path / "mine")
+  contents.set_aside(records, is_complete=True)
+  assert (previous / "manifest.json").read_text() == "records"
+  contents.drop_previous(records)
+  assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_images_of_one_id_are_never_taken_over_for_one_another():
+  def made_of(*images):
+    rows = [
+      {"id": id, "image": image, "captions": [], "score": 1} for id, image in images
+    ]
+    return contents.Contents(contents.images(rows))
+
+  before = made_of(("a", "x"), ("b", "y"), ("b", "z"), ("c", "u"))
+  now = made_of(("a", "x"), ("b", "y"), ("b", "z"), ("c", "u"), ("c", "v"))
+  assert before.unchanged_images(now) == {"a"}

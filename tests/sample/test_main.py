@@ -363,6 +363,16 @@ def test_an_output_that_takes_no_files_is_named_before_weights_are_looked_for(
   assert not (tmp_path / "out").exists()
 
 
+def test_captions_that_are_not_encoded_are_not_promised_to_be_saved(sample, tmp_path):
+  done = sample(
+    *("--prompt=a", f"--output={tmp_path / 'out'}", "--captions=a.safetensors"),
+    f"--save_captions={tmp_path / 'b.safetensors'}",
+    checkpoint=tmp_path / "nowhere",
+  )
+  assert (done.code, done.err.count("\n")) == (1, 1)
+  assert "leave out --captions or --save_captions" in done.err
+
+
 def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
   sample, capsys, monkeypatch, tmp_path
 ):

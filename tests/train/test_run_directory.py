@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pixsigma_jax import checkpoint, distributed
-from pixsigma_jax.metadata import History, software
+from pixsigma_jax.metadata import History, Metadata, software
 from pixsigma_jax.train import run_directory
-from pixsigma_jax.train.standing import standing
+from pixsigma_jax.train.standing import is_cleared, standing
 from tests.train import runs
 
 
@@ -36,6 +36,17 @@ def back_to(workdir, step):
 
 
 # ------------------------------------------------------------------------------- locks
+
+
+def test_a_run_is_not_told_that_it_stands_in_its_own_way(tmp_path):
+  (tmp_path / "link").symlink_to(tmp_path / "run")
+  for remote in ("run", "link", "run/../run"):
+    message = f"checkpoint.remote=.*{remote} is the --workdir itself"
+    with (
+      pytest.raises(ValueError, match=message),
+      run_directory.held(tmp_path / "run", str(tmp_path / remote)),
+    ):
+      pass
 
 
 def test_a_second_run_in_a_workdir_is_told_who_is_there_and_touches_nothing(
@@ -210,6 +221,29 @@ def test_a_stage_whose_checkpoints_were_cleared_away_is_done(data, done, tmp_pat
   runs.train(runs.low(data), workdir)
   assert runs.steps(workdir) == []
   runs.assert_same(snapshot(workdir, 6), snapshot(done, 6))
+
+
+def test_another_stages_models_do_not_make_a_stage_done(data, tmp_path):
+  config = runs.low(data).to_dict()
+  metadata = Metadata(
+    stage="another",
+    model={},
+    autoencoder={},
+    scaling_factor=1.0,
+    text_encoder={},
+    resolution=8,
+    provenance=(),
+  )
+  checkpoint.save_snapshot(
+    tmp_path,
+    config["total_steps"],
+    params={"x": np.zeros(1)},
+    null_caption=None,
+    metadata=metadata,
+  )
+  with pytest.raises(ValueError, match="is a run of the stage 'another'"):
+    is_cleared(config, tmp_path)
+  assert is_cleared(config | {"stage": "another"}, tmp_path)
 
 
 def test_where_it_would_start_says_through_which_transforms(data, done, tmp_path):
