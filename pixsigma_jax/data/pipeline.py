@@ -185,6 +185,7 @@ class Stream:
       # What was read ahead lies in shared memory, and in cycles of Grain's objects.
       self._batches = iter(())
       gc.collect()
+      _wait_for_deletions()
 
   def _describe(self, code: int) -> str:
     gone = sorted(map(str, (self._workers or set()) - _children()))
@@ -198,6 +199,19 @@ class Stream:
         "take less"
       )
     return f"A worker that reads data{named}, of {self._num_workers}, {how}."
+
+
+def _wait_for_deletions() -> None:
+  """Returns when Grain has given back the shared memory that nobody holds any more.
+
+  It does so in a thread of its own, in order, which a process that ends does not wait
+  for. Not public, and the only way to wait for it.
+  """
+  from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+
+  deleting = SharedMemoryArray._del_thread_pool
+  if deleting is not None:
+    deleting.apply(int)  # what was asked for before is done before
 
 
 def _children() -> set[int | None]:

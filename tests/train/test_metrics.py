@@ -179,7 +179,7 @@ def test_wandb_is_not_touched_unless_it_is_asked_for(tmp_path, monkeypatch):
   [
     (
       {"project": "p"},
-      r"config\.log\.wandb\.project='p' needs .* pixsigma_jax\[wandb\]",
+      r"config\.log\.wandb\.project='p' needs .*\[wandb\]",
     ),
     ({"project": "", "entity": "us"}, r"config\.log\.wandb\.entity='us' says whose"),
   ],
