@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from pixsigma_jax import sharding, tree
-from pixsigma_jax.convert.files import Weights, open_weights, read_json
+from pixsigma_jax.convert.files import Weights, hub_folder, open_weights, read_json
 from pixsigma_jax.models.clip import (
   MEAN,
   STD,
@@ -216,7 +216,11 @@ def load_clip(
     ValueError: it is another network, or its files are damaged.
   """
   mesh = sharding.single_device_mesh() if mesh is None else mesh
-  folder = _folder(source)
+  folder = hub_folder(
+    source,
+    ["*.json", "*.txt", "*.safetensors"],
+    "Give a folder with a CLIP of transformers.",
+  )
   try:
     config = clip_config_from(read_json(folder / "config.json"))
     _check_preprocessing(folder, config)
@@ -247,29 +251,6 @@ def _hash(params: Mapping[str, Any]) -> str:
       np.ascontiguousarray(leaf).view(np.uint8).reshape(-1).data, value
     )
   return f"{value:08x}"
-
-
-def _folder(source: str | os.PathLike[str]) -> pathlib.Path:
-  folder = pathlib.Path(source)
-  if folder.is_dir():
-    return folder
-  import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-  try:
-    # One file of weights: the safetensors where there is one.
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        os.fspath(source),
-        allow_patterns=["*.json", "*.txt", "*.safetensors"],
-      )
-    )
-  except (HFValidationError, HfHubHTTPError, OSError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise FileNotFoundError(
-      f"{source} is neither a folder with a CLIP nor could it be fetched from the hub: "
-      f"{reason[0]}"
-    ) from error
 
 
 def _check_preprocessing(folder: pathlib.Path, config: ClipConfig) -> None:

@@ -12,7 +12,7 @@ import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -274,6 +274,39 @@ def part_of(weights: Weights, network: Network, source: object) -> Weights:
     listed([f"{count} of {name}" for name, count in counts.items()]),
   )
   return Renamed(weights, names)
+
+
+def hub_folder(
+  source: str | os.PathLike[str], patterns: Sequence[str], advice: str
+) -> pathlib.Path:
+  """A folder on the disk, or the hub's copy in its cache, fetched if it is not there.
+
+  Args:
+    source: a folder, or an id of the hub.
+    patterns: which files are fetched.
+    advice: what to do, at the end of the error.
+
+  Raises:
+    FileNotFoundError: it is neither a folder nor can it be fetched from the hub.
+  """
+  folder = pathlib.Path(source)
+  if folder.is_dir():
+    return folder
+  import huggingface_hub
+  from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+  hub_id = os.fspath(source)
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns))
+    )
+  except (HFValidationError, HfHubHTTPError, OSError) as error:
+    # The first sentence: advice that may follow is for callers of huggingface_hub.
+    reason = re.split(r"(?<=\.)\s", str(error).strip())[0] or type(error).__name__
+    raise FileNotFoundError(
+      f"{hub_id} is neither a folder nor could it be fetched from the hub: {reason} "
+      f"{advice}"
+    ) from error
 
 
 def part_folder(path: pathlib.Path, name: str) -> pathlib.Path:

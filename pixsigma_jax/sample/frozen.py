@@ -6,7 +6,6 @@ are files: a folder of diffusers with `vae/`, `text_encoder/` and `tokenizer/`.
 
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -131,29 +130,12 @@ def locate(source: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     FileNotFoundError: it is neither a folder nor can it be fetched from the hub.
   """
-  folder = pathlib.Path(source)
-  return folder if folder.is_dir() else _downloaded(os.fspath(source))
-
-
-def _downloaded(hub_id: str) -> pathlib.Path:
-  """The folder's copy in the hub's cache, fetched if it is not there yet."""
-  import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        hub_id, allow_patterns=[f"{part}/*" for part in _PARTS]
-      )
-    )
-  except (HFValidationError, HfHubHTTPError, OSError) as error:
-    # The first sentence: advice that may follow is for callers of huggingface_hub.
-    reason = re.split(r"(?<=\.)\s", str(error).strip())[0] or type(error).__name__
-    raise FileNotFoundError(
-      f"{hub_id} is neither a folder nor could it be fetched from the hub: {reason} "
-      f"Give --frozen (when training config.frozen) a folder with "
-      f"{', '.join(f'{part}/' for part in _PARTS)}."
-    ) from error
+  return files.hub_folder(
+    source,
+    [f"{part}/*" for part in _PARTS],
+    "Give --frozen (when training config.frozen) a folder with "
+    f"{', '.join(f'{part}/' for part in _PARTS)}.",
+  )
 
 
 class RememberedCaptions:
