@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.sample import captions
-from pixsigma_jax.wording import shortened
+from pixsigma_jax.wording import listed, shortened
 
 GUIDANCE_SCALE = 4.5
 # What these draw with has learned guidance from its teacher.
@@ -375,7 +375,7 @@ def check_prompts(prompt: Any) -> list[str]:
   prompts = [prompt] if isinstance(prompt, str) else prompt
   if not isinstance(prompts, list | tuple):
     raise ValueError(
-      f"prompt must be a text or a list of texts, not {shortened(str(prompt))}."
+      f"prompt must be a text or a list of texts, not {listed([repr(prompt)])}."
     )
   if not prompts:
     raise ValueError("There is no prompt to draw.")
