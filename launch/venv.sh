@@ -47,14 +47,14 @@ make_venv() (
     "${PYTHON:-python3}" -m venv --clear .venv || die "No virtual environment was made."
   fi
 
-  wanted=$root$'\n'$(cat requirements.txt pyproject.toml)
+  wanted=$root$'\n'$(cat requirements.txt pyproject.toml constraints.txt)
   stamp=.venv/installed${extra:+-$extra}
   if [[ -e $stamp && $(<"$stamp") == "$wanted" ]]; then exit; fi
 
   echo "Installing into .venv (a minute or two)"
   touch .venv.unfinished || exit
   "$python" -m pip install --quiet --no-input --disable-pip-version-check \
-    --no-compile --editable ".${extra:+[$extra]}" ||
+    --no-compile --constraint constraints.txt --editable ".${extra:+[$extra]}" ||
     die "pip could not install the requirements. The same command tries again."
   for stamp in .venv/installed ${extra:+".venv/installed-$extra"}; do
     echo "$wanted" >"$stamp" || exit

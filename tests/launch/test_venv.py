@@ -19,6 +19,7 @@ case "$*" in
     mkdir -p .venv/bin; rm -f .venv/installed*; cp "$0" .venv/bin/python ;;
   *"-m pip"*)
     echo "pip ${{0##*/}} ${{*##* }}" >>"$log"
+    case "$*" in *"--constraint constraints.txt"*) ;; *) exit 1 ;; esac
     if [ -e "$log.slow" ]; then sleep 0.5; fi
     if [ -e "$log.failing" ]; then echo half >.venv/half; exit 1; fi ;;
   *version_info\\[*) echo {version} ;;
@@ -35,7 +36,7 @@ class Clone:
     self.root, self.log = folder / "a clone", folder / "log"
     (self.root / "launch").mkdir(parents=True)
     shutil.copy(ROOT / "launch" / "venv.sh", self.root / "launch")
-    for name in ["requirements.txt", "pyproject.toml"]:
+    for name in ["requirements.txt", "pyproject.toml", "constraints.txt"]:
       shutil.copy(ROOT / name, self.root)
     (folder / "bin").mkdir()
     self.add_python("python3", "3.11.7")
@@ -85,10 +86,11 @@ def test_what_tests_need_is_added_to_what_runs(clone):
 
 def test_a_changed_requirement_is_installed_into_the_same_environment(clone):
   clone.make("dev")
-  with open(clone.root / "requirements.txt", "a") as file:
-    file.write("six==1.17.0\n")
-  assert clone.make("dev") == (0, "", ["pip python .[dev]"])
-  assert clone.make("dev") == (0, "", [])
+  for changed in ("requirements.txt", "constraints.txt"):
+    with open(clone.root / changed, "a") as file:
+      file.write("six==1.17.0\n")
+    assert clone.make("dev") == (0, "", ["pip python .[dev]"])
+    assert clone.make("dev") == (0, "", [])
 
 
 def test_an_interrupted_install_is_made_anew(clone):
