@@ -5,5 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv dev
 cd "$root"
-# A worker a core, whole files to each: a file's tests share what they have compiled.
-exec "$python" -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile "$@"
+# A worker a core, half of the tests in order to each of two, so that files stay together;
+# whoever has ended takes over from the others.
+exec "$python" -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal "$@"

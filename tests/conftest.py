@@ -1,7 +1,10 @@
 """What every test runs under."""
 
+import contextlib
 import os
 import re
+import shutil
+import tempfile
 from importlib import metadata
 
 # Programs for TPUs cannot be read back from it where there is none.
@@ -10,6 +13,8 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 import hypothesis
 import jax
 import pytest
+
+from tests import compilation
 
 # A libtpu that was installed beside another version of JAX would crash its profiler,
 # and each process that a test starts would look for a TPU first.
@@ -26,8 +31,29 @@ hypothesis.settings.load_profile("house")
 
 def pytest_addoption(parser):
   parser.addoption(
-    "--kills", type=int, default=11, help="SIGKILLs that a run of the suite survives"
+    "--kills", type=int, default=4, help="SIGKILLs that a run of the suite survives"
   )
+
+
+def pytest_configure(config):
+  if not hasattr(config, "workerinput"):
+    os.environ[compilation.DIRECTORY] = tempfile.mkdtemp(
+      prefix="pixsigma_jax_programs_"
+    )
+
+
+def pytest_unconfigure(config):
+  if not hasattr(config, "workerinput"):
+    shutil.rmtree(os.environ.pop(compilation.DIRECTORY))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  # Around the setup of its module's fixtures too. What a test compiles for other
+  # devices it compiles as users do.
+  others = {"libtpu", "cuda_plugin"} & set(getattr(item, "fixturenames", ()))
+  with contextlib.nullcontext() if others else compilation.quick():
+    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -430,8 +430,7 @@ def _measured(config, mesh):
   )
   key = jax.random.key(0)
   # Nothing is zero that a fresh model has at zero, or half of the gradients would be.
-  with runs.quick_compilation():
-    params = jax.jit(lambda: jax.tree.map(_noisy, init_params(model, key)))()
+  params = jax.jit(lambda: jax.tree.map(_noisy, init_params(model, key)))()
   null_caption = jnp.zeros((model.caption_length, model.caption_width))
   mesh = sharding.make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])
   program = make_program(config, mesh=mesh, scaling_factor=0.13)
@@ -442,8 +441,7 @@ def _measured(config, mesh):
     in_shardings=(places, whole, sharding.batch_shardings(batch, mesh), whole),
     out_shardings=((whole, whole), places),
   )
-  with runs.quick_compilation():
-    (loss, _), gradients = step(params, null_caption, batch, key)
+  (loss, _), gradients = step(params, null_caption, batch, key)
   return float(loss), runs.named(gradients)
 
 

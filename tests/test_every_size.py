@@ -43,8 +43,7 @@ def test_every_size_is_curated_prepared_and_trained_on(tmp_path, capsys, monkeyp
   write_tokenizer(tmp_path / "frozen" / "tokenizer")
 
   def run(*arguments):
-    with runs.quick_compilation():
-      done = commands.run(capsys, monkeypatch, *arguments)
+    done = commands.run(capsys, monkeypatch, *arguments)
     assert done.code == 0, done.err
 
   frozen = f"--frozen={tmp_path}/frozen"

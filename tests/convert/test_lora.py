@@ -21,7 +21,6 @@ from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms import merge_lora
 from pixsigma_jax.transforms.lora import Lora
 from tests.convert.test_pixart import random_model
-from tests.train import runs
 
 # The modules that the official training script of a LoRA names.
 OFFICIAL_TARGETS = [
@@ -37,12 +36,6 @@ TOLERANCE = 1e-5
 def lora(targets=("attention/", "mlp/"), **fields):
   fields = {"rank": 4, "alpha": 6.0, "dora": False, **fields}
   return Lora(targets=targets, **fields)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with runs.quick_compilation():
-    yield
 
 
 def random_adapter(spec, params, seed=0):

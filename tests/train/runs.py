@@ -1,21 +1,17 @@
 """Training runs as small as they come, and what they leave on the disk."""
 
-import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 from unittest import mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.compilation_cache import compilation_cache
 
 from pixsigma_jax.data import order
 from pixsigma_jax.data.records import Dataset, Features, Record
@@ -23,6 +19,7 @@ from pixsigma_jax.data.writing import RecordWriter
 from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.train import loop
+from tests import compilation
 from tests.train import weak_stage
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -137,41 +134,6 @@ def low(data, **changes):
   return shrink(weak_stage.get_config(), data, changes=LOW | changes)
 
 
-@functools.cache
-def _compiled():
-  """A directory, until the tests end, of the programs that they have compiled."""
-  return tempfile.TemporaryDirectory(prefix="pixsigma_jax_programs_")
-
-
-def compilation_environment():
-  """What spares another process the compilation, and most of LLVM's efforts."""
-  return {
-    "JAX_COMPILATION_CACHE_DIR": _compiled().name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  }
-
-
-@contextlib.contextmanager
-def quick_compilation():
-  """The same for this process."""
-  options = {
-    "jax_compilation_cache_dir": _compiled().name,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_disable_most_optimizations": True,
-  }
-  before = {name: jax.config.values[name] for name in options}
-  try:
-    for name, value in options.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 class _Poisoned(Dataset):
   """Gives some records infinite latents, as no writer would take them."""
 
@@ -210,7 +172,7 @@ def first_devices(count=1):
 
 def train(config, workdir, devices=1):
   """Trains in this process, on its first few devices."""
-  with quick_compilation(), first_devices(devices):
+  with first_devices(devices):
     loop.train(config.to_dict(), workdir)
 
 
@@ -234,7 +196,7 @@ def start(arguments, log, *, prefix=("-m", "pixsigma_jax.train"), own_group=Fals
     return subprocess.Popen(
       [sys.executable, *prefix, *arguments],
       cwd=ROOT,
-      env=os.environ | compilation_environment(),
+      env=os.environ | compilation.environment(),
       stdout=subprocess.DEVNULL,
       stderr=stderr,
       start_new_session=own_group,

@@ -38,7 +38,7 @@ def command(capsys, monkeypatch):
   """Runs the command and gives its exit code and what it said but for the log."""
 
   def command(*arguments):
-    with runs.quick_compilation(), runs.first_devices():
+    with runs.first_devices():
       done = commands.run(capsys, monkeypatch, "train", *arguments)
     lines = done.err.splitlines()
     return done.code, [x for x in lines if not re.match(r"[IW]\d{4} ", x)]

@@ -14,18 +14,11 @@ from pixsigma_jax.models.pixart import PixArt
 from pixsigma_jax.train import loss as module
 from pixsigma_jax.train.loss import make_loss, timestep_probabilities
 from tests.sample import models
-from tests.train import runs
 
 SCHEDULE = linear_schedule()
 CONFIG = models.nano()
 NULL = jnp.full((CONFIG.caption_length, CONFIG.caption_width), -7.0)
 MANY = 20_000  # rows, where chances are counted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with runs.quick_compilation():
-    yield
 
 
 def batch_of(rows, grid=(2, 2), length=None, moments=False, caption=(8, 16)):

@@ -13,7 +13,6 @@ from pixsigma_jax.train.optimizer import (
   make_schedule,
   rate_in_words,
 )
-from tests.train import runs
 
 ADAMW = {
   "name": "adamw",
@@ -157,12 +156,6 @@ SHAPES = {
   "out": {"kernel": (16, 8), "bias": (8,)},
   "patch_embedding": {"kernel": (2, 2, 4, 16)},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with runs.quick_compilation():
-    yield
 
 
 def draws(seed=0):

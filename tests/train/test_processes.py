@@ -22,6 +22,7 @@ from pixsigma_jax.data.mixture import open_mixture
 from pixsigma_jax.models.pixart import init_params
 from pixsigma_jax.train import agreement
 from pixsigma_jax.train.config import model_config
+from tests import compilation
 from tests.train import runs
 
 SILENCE = 30  # seconds of a machine; a process that is gone is noticed at once
@@ -117,7 +118,7 @@ class Job:
           ],
           cwd=runs.ROOT,
           env=os.environ
-          | runs.compilation_environment()
+          | compilation.environment()
           | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",

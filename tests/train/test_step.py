@@ -19,17 +19,10 @@ from pixsigma_jax.train.loss import make_loss
 from pixsigma_jax.train.optimizer import make_optimizer, make_schedule
 from pixsigma_jax.train.step import init_state, make_train_step
 from tests.sample import models
-from tests.train import runs
 
 B1, B2, EPS, DECAY, CLIP, EMA = 0.9, 0.99, 0.03, 0.1, 0.5, 0.8
 NULL = jnp.zeros((2, 3))
 TIMESTEPS = np.array([0, 99, 100, 450, 899, 999], np.int32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with runs.quick_compilation():
-    yield
 
 
 def adamw(learning_rate, clip_norm=CLIP):

@@ -12,17 +12,10 @@ from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms import Model, apply_transforms, merge_lora, unmerge_lora
 from pixsigma_jax.transforms.lora import Lora, merged, nested
 from tests.sample import models
-from tests.train import runs
 
 CONFIG = models.nano()
 PARAMS = models.random_params(CONFIG)
 EVERYTHING = ("kernel",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  with runs.quick_compilation():
-    yield
 
 
 def lora(targets=EVERYTHING, **fields):
