@@ -9,6 +9,12 @@ of them again.
 
 To connect, each process sends a line of JSON to process 0, on the coordinator's port
 before JAX takes it, and gets a line back.
+
+JAX's coordination service cannot take this over (tried with JAX 0.10.2). It aborts the
+program in C++, where no Python handler runs and nothing is saved. If a process does not
+come, each of the others ends so after the timeout, without the missing one's name. If
+one is killed, they end after the heartbeats' timeout, while a connection that closes
+says so immediately.
 """
 
 import atexit
