@@ -2,7 +2,8 @@
 
 Mesh axes: `data`, replicas of the model; `fsdp`, shards of its parameters, which also
 split the batch; `context`, shards of the token axis for 2K images and above.
-Parameters stay a plain tree of arrays; a leaf's place follows from its name.
+Parameters stay a plain tree of arrays; a parameter's place follows from its name, and
+state that is shaped like its parameter lies where that does.
 """
 
 import functools
@@ -23,16 +24,12 @@ from pixsigma_jax import tree
 AXES = ("data", "fsdp", "context")
 CHOSEN = 0  # the size of an axis that is left to `choose_axes`
 
-# Name of a leaf → the logical axes of its last dimensions; dimensions before them, such
-# as the layers of a scanned stack, stay whole. The first match counts. A leaf is split
-# over `fsdp` along one axis, that of the input of its matrix (1152 of XL/2's width is a
-# multiple of 8 and 16, not of 64: facts of XLA's tiling make fsdp=8 the best degree).
+# Name of a parameter → the logical axes of its last dimensions; dimensions before them,
+# such as the layers of a scanned stack, stay whole. The first match counts. A matrix is
+# split over `fsdp` along the axis of its input (1152 of XL/2's width is a multiple of 8
+# and 16, not of 64: facts of XLA's tiling make fsdp=8 the best degree).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"/(surprise_)?(row|column)$", ()),  # CAME's statistics, a row or column a matrix
-  (r"/square$", ()),
   (r"/(down|up|magnitude)$", ()),  # of an adapter: too small to be worth gathering
-  (r"/(v_row|v_col|v)$", ()),  # Adafactor's; v is of vectors and small matrices
-  (r"/ns_coeffs$", ()),  # Muon's
   (r"mlp/out/kernel$", ("hidden", None)),
   (r"caption_projection/in/kernel$", ("caption", None)),
   (r"patch_embedding/kernel$", ("embed",)),
@@ -41,7 +38,6 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"kv_compressor/kernel$", ()),
   (r"kernel$", ("embed", None)),
   (r"(bias|scale|scale_shift_table)$", ()),
-  (r"(^|/)(step|key|count|null_caption)$", ()),
 )
 MESH_AXIS: dict[str | None, str | None] = {
   None: None,
@@ -270,11 +266,11 @@ def single_device_mesh() -> Mesh:
   return make_mesh(data=1, fsdp=1, context=1, devices=jax.local_devices()[:1])
 
 
-def shardings(abstract_tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-  """A `NamedSharding` for every leaf of parameters or of a train state.
+def shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """A `NamedSharding` for every parameter.
 
   Raises:
-    ValueError: a leaf that no rule names, or one that its mesh axis does not divide.
+    ValueError: a parameter that no rule names, or that its mesh axis does not divide.
   """
 
   def place(name: str, leaf: Any) -> NamedSharding:
@@ -283,20 +279,53 @@ def shardings(abstract_tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     logical = next((axes for rule, axes in RULES if re.search(rule, name)), None)
     if logical is None:
       raise ValueError(
-        f"No sharding rule names the leaf {name!r} of shape {leaf.shape}; add one to "
-        "pixsigma_jax/sharding.py."
+        f"No sharding rule names the parameter {name!r} of shape {leaf.shape}; add one "
+        "to pixsigma_jax/sharding.py."
       )
     axes = [MESH_AXIS[axis] for axis in logical]
     spec = [None] * (len(leaf.shape) - len(axes)) + axes
     for size, axis in zip(leaf.shape, spec, strict=True):
       if axis and size % mesh.shape[axis]:
         raise ValueError(
-          f"The leaf {name!r} of shape {leaf.shape} cannot be split: mesh axis "
+          f"The parameter {name!r} of shape {leaf.shape} cannot be split: mesh axis "
           f"{axis}={mesh.shape[axis]} does not divide {size}."
         )
     return NamedSharding(mesh, P(*spec))
 
-  return tree.map_with_name(place, abstract_tree)
+  return tree.map_with_name(place, params)
+
+
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, *params: Any) -> Any:
+  """A `NamedSharding` for every leaf of a tree that is built around parameters.
+
+  A leaf whose path ends in the name of a parameter and whose shape is that parameter's
+  lies as it does: the parameters themselves, averages, momenta. All else is whole on
+  every device: counters, keys, and statistics that are factored into a row and a column
+  of each matrix, less than a hundredth of it.
+
+  Args:
+    state: such as a train state or an optimizer's.
+    params: the trees of parameters that it is built around.
+
+  Raises:
+    ValueError: see `shardings`.
+  """
+  known: dict[str, tuple[Any, NamedSharding]] = {}
+  for own in params:
+    places = tree.named_leaves(shardings(own, mesh))
+    known |= {
+      name: (leaf.shape, places[name]) for name, leaf in tree.named_leaves(own).items()
+    }
+
+  def place(name: str, leaf: Any) -> NamedSharding:
+    parts = name.split("/")
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    shape, sharding = next((known[e] for e in endings if e in known), (None, None))
+    if sharding is not None and shape == leaf.shape:
+      return sharding
+    return NamedSharding(mesh, P())
+
+  return tree.map_with_name(place, state)
 
 
 def placed(abstract_tree: Any, places: Any) -> Any:

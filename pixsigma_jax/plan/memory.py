@@ -94,7 +94,7 @@ def _itemsize(dtype: Any) -> int:
 def fixed(stage: Stage) -> dict[str, int]:
   """Bytes that a device holds before and after a step, by the names of `Memory`."""
   state, mesh = stage.state, stage.mesh
-  places = sharding.shardings(state, mesh)
+  places = state.shardings(mesh)
   parts = {
     "parameters": bytes_a_device(state.params, places.params),
     "optimizer": bytes_a_device(state.opt_state, places.opt_state),
@@ -112,7 +112,7 @@ def fixed(stage: Stage) -> dict[str, int]:
 def gradients(stage: Stage) -> int:
   """Bytes of a device's part of the gradients."""
   params = stage.state.params
-  places = tree.named_leaves(sharding.shardings(stage.state, stage.mesh).params)
+  places = tree.named_leaves(sharding.shardings(params, stage.mesh))
   return sum(
     math.prod(places[name].shard_shape(leaf.shape)) * _FLOAT
     for name, leaf in tree.named_leaves(params).items()
