@@ -1,9 +1,8 @@
 """The mesh, and one visible table of rules that shard arrays over it.
 
-Mesh axes: `data`, replicas of the model; `fsdp`, shards of its parameters, which also
-split the batch; `context`, shards of the token axis for 2K images and above.
-Parameters stay a plain tree of arrays; a parameter's place follows from its name, and
-state that is shaped like its parameter lies where that does.
+The mesh's axes are those of `mesh_axes.py`. Parameters stay a plain tree of arrays; a
+parameter's place follows from its name, and state that is shaped like its parameter
+lies where that does.
 """
 
 import functools
@@ -20,8 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import tree
+from pixsigma_jax.mesh_axes import AXES, CONTEXT, DATA, FSDP, ROWS
 
-AXES = ("data", "fsdp", "context")
 CHOSEN = 0  # the size of an axis that is left to `choose_axes`
 
 # Name of a parameter → the logical axes of its last dimensions; dimensions before them,
@@ -41,9 +40,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 MESH_AXIS: dict[str | None, str | None] = {
   None: None,
-  "embed": "fsdp",
-  "hidden": "fsdp",
-  "caption": "fsdp",
+  "embed": FSDP,
+  "hidden": FSDP,
+  "caption": FSDP,
 }
 
 # Arrays of a batch whose second axis is the image's tokens.
@@ -59,7 +58,7 @@ def make_mesh(
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = _covering({"data": data, "fsdp": fsdp, "context": context}, len(devices))
+  sizes = _covering({DATA: data, FSDP: fsdp, CONTEXT: context}, len(devices))
   arranged = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices, allow_split_physical_axes=_splits(devices)
   )
@@ -113,7 +112,7 @@ def choose_axes(
     batch_size: rows that are computed at once, over all devices.
     width: of the network, the axis that `fsdp` splits.
   """
-  sizes = {"data": data, "fsdp": fsdp, "context": context}
+  sizes = {DATA: data, FSDP: fsdp, CONTEXT: context}
   if CHOSEN not in sizes.values():
     return sizes, "as configured"
   reasons = []
@@ -127,22 +126,22 @@ def choose_axes(
       and batch_size % (count // size) == 0
       and (count // size) % rows == 0
     ]
-    context = sizes["context"] = min(fitting, default=1)
+    context = sizes[CONTEXT] = min(fitting, default=1)
     reasons.append(
       f"context {context}, as a batch of {batch_size} gives its rows to "
       f"{count // context} of {count} devices"
     )
   if fsdp == CHOSEN and data > 0:
-    sizes["fsdp"] = -1
+    sizes[FSDP] = -1
     reasons.append("fsdp has what data leaves")
   elif fsdp == CHOSEN:
     # Beyond 8 shards a step is no faster.
     left = within // max(context, 1)
     fitting = (f for f in (8, 4, 2) if left % f == 0 and has_whole_tiles(width, f))
-    sizes["fsdp"] = next(fitting, 1)
-    reasons.append(f"fsdp {sizes['fsdp']}, as matrices have {width} rows")
+    sizes[FSDP] = next(fitting, 1)
+    reasons.append(f"fsdp {sizes[FSDP]}, as matrices have {width} rows")
   if data == CHOSEN:
-    sizes["data"] = -1
+    sizes[DATA] = -1
     reasons.append("data has the rest")
   return sizes, "; ".join(reasons)
 
@@ -180,7 +179,7 @@ def sizes_over_slices(
     width=width,
   )
   sizes = _covering(sizes, count)
-  if sizes["data"] % slices:
+  if sizes[DATA] % slices:
     raise ValueError(
       f"Mesh {sizes} does not fit {slices} slices of {count // slices} devices: fsdp × "
       f"context must lie within a slice, so that data is a multiple of {slices}."
@@ -248,7 +247,7 @@ def _over_slices(
   sizes: Mapping[str, int], slices: int, devices: Sequence[Any], told: int
 ) -> np.ndarray:
   """Devices by their place in the mesh, `data` over slices first."""
-  shape = (sizes["data"] // slices, sizes["fsdp"], sizes["context"])
+  shape = (sizes[DATA] // slices, sizes[FSDP], sizes[CONTEXT])
   if told == 1:
     each = len(devices) // slices
     groups = [devices[start : start + each] for start in range(0, len(devices), each)]
@@ -341,9 +340,8 @@ def batch_shardings(
   batch: Mapping[str, Any], mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
   """Shardings of a batch: rows over `data` and `fsdp`, tokens over `context`."""
-  rows = ("data", "fsdp")
   return {
-    name: NamedSharding(mesh, P(rows, "context") if name in _TOKEN_ARRAYS else P(rows))
+    name: NamedSharding(mesh, P(ROWS, CONTEXT) if name in _TOKEN_ARRAYS else P(ROWS))
     for name in batch
   }
 
@@ -363,7 +361,7 @@ def batch_part(mesh: Mesh, process_index: int) -> tuple[int, int]:
   Raises:
     ValueError: parts overlap, or differ in size.
   """
-  rows = mesh.devices.reshape(-1, mesh.shape["context"])
+  rows = mesh.devices.reshape(-1, mesh.shape[CONTEXT])
   held: dict[int, set[int]] = {}
   for row, devices in enumerate(rows):
     for device in devices:

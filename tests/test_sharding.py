@@ -1,7 +1,9 @@
 """The mesh and the table of rules: a pod's layout, checked without a pod."""
 
+import ast
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import sharding, tree
+from pixsigma_jax.mesh_axes import CONTEXT, FSDP
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, init_params
 from pixsigma_jax.train.ema import Ema
@@ -237,6 +240,18 @@ def test_rows_go_over_data_and_fsdp_and_the_images_tokens_over_context():
   }
   # Nothing but its place has changed.
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+def test_the_axes_names_stand_in_one_place():
+  package = pathlib.Path(sharding.__file__).parent
+  naming = {
+    path.name
+    for path in package.rglob("*.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    # "data" is a section of a config as well.
+    if isinstance(node, ast.Constant) and node.value in (FSDP, CONTEXT)
+  }
+  assert naming == {"mesh_axes.py"}
 
 
 def test_replicated_is_whole_everywhere():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pixsigma_jax import sharding, tree
+from pixsigma_jax.mesh_axes import FSDP
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan.stage import Stage, keys_of
 
@@ -152,7 +153,7 @@ def estimate(stage: Stage) -> Memory:
       sums = rows_and_tokens * model.num_heads * _FLOAT
       kept += model.depth * 2 * (each * itemsize + sums)
   # A block's matrices are gathered before they are used, and so is their gradient.
-  gathered = _block_parameters(model) * (itemsize + _FLOAT) * (stage.sizes["fsdp"] > 1)
+  gathered = _block_parameters(model) * (itemsize + _FLOAT) * (stage.sizes[FSDP] > 1)
   return Memory(
     **fixed(stage),
     gradients=gradients(stage),

@@ -23,6 +23,7 @@ from pixsigma_jax.diffusion.guidance import (
 )
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import Prediction, SolverTable, solve_remembering
+from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.conditions import Conditions
 from pixsigma_jax.models.layers import Compute
@@ -70,7 +71,7 @@ def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
     length: tokens of each.
     mesh: devices that share the rows.
   """
-  devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  devices = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
   return 1 if rows // devices * length <= _TOKENS_OF_ONE_BATCH else 2
 
 
