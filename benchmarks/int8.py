@@ -19,7 +19,12 @@ from benchmarks.digit_pictures import draw, percent_apart, percent_right, prompt
 from pixsigma_jax.models import int8
 from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params
+from pixsigma_jax.models.pixart import (
+  PixArt,
+  PixArtConfig,
+  abstract_params,
+  laid_out,
+)
 from pixsigma_jax.sample import Pipeline
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Of digits.")
@@ -63,7 +68,7 @@ def _network(config: PixArtConfig) -> None:
       return result
 
     with nn.intercept_methods(record):
-      output = model.apply({"params": params}, *inputs)
+      output = model.apply({"params": laid_out(params, model.compute)}, *inputs)
     return [*seen, np.asarray(output)]
 
   exact, ours = trace(params), trace(int8.quantize(params))

@@ -16,6 +16,7 @@ from pixsigma_jax.models.pixart import (
   PixArtConfig,
   abstract_params,
   inference_params,
+  laid_out,
 )
 from pixsigma_jax.sample import Pipeline
 from pixsigma_jax.sample.frozen import RememberedCaptions
@@ -92,7 +93,8 @@ def _train(case: Case, dtype: Any) -> Callable[[], Any]:
     params, moments = state
 
     def loss(params: Any) -> Any:
-      output: Any = model.apply({"params": params}, *inputs)
+      apart = laid_out(params, model.compute)
+      output: Any = model.apply({"params": apart}, *inputs)
       noise, _ = jnp.split(output, 2, axis=-1)
       return jnp.square(noise - inputs[0]).mean()
 

@@ -13,7 +13,7 @@ from absl import flags
 
 from benchmarks.stages import CONFIGS, chosen
 from pixsigma_jax import command
-from pixsigma_jax.plan import topology
+from pixsigma_jax.plan import kernels, topology
 from pixsigma_jax.plan.plan import Plan, make_plan
 from pixsigma_jax.plan.stage import stage_on
 
@@ -75,6 +75,8 @@ def main(_: list[str]) -> None:
         print(f"| {config.stage} | {slices} × {machine} | {error} | | | | | | |")
         continue
       state, began = stage.state, time.perf_counter()
+      if _COMPILE.value:
+        kernels.check_libtpu(stage.topology.kind, stage.dtype.name, refuse=False)
       plan = make_plan(stage, compiles=bool(_COMPILE.value))
       print(row(plan, time.perf_counter() - began), flush=True)
 

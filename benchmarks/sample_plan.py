@@ -12,7 +12,7 @@ from absl import flags
 
 from benchmarks.stages import CONFIGS, chosen
 from pixsigma_jax import command
-from pixsigma_jax.plan import topology
+from pixsigma_jax.plan import kernels, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.sampling import plan_sampling
 from pixsigma_jax.train.config import model_config
@@ -35,6 +35,7 @@ def main(_: list[str]) -> None:
       for passes in (1, 2):
         cells = [config["stage"], machines.kind, str(passes)]
         dtype = config["compute"]["dtype"]
+        kernels.check_libtpu(machines.kind, dtype, refuse=False)
         try:
           found = plan_sampling(model, machines, dtype=dtype, passes=passes)
         except DoesNotFitError:

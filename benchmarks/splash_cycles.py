@@ -5,14 +5,17 @@
 Compiles attention with its gradient ahead of time, for which the extra `plan` is
 enough, and counts the instructions that libtpu schedules for one step of each kernel's
 grid: a bundle is a cycle. What is skipped but at the beginning and the end of a row of
-steps is told apart. Prints rows for the table of `pixsigma_jax/plan/kernels.py`. A
-quarter of a minute a row on a machine that does nothing else.
+steps is told apart. Prints a row a kernel, and puts them with libtpu's version into
+`pixsigma_jax/plan/kernel_cycles.jsonl`, in place of what was counted of that chip and
+dtype before. A quarter of a minute a row on a machine that does nothing else.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
 import tempfile
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -21,13 +24,14 @@ from absl import flags
 
 from pixsigma_jax import command
 from pixsigma_jax.models import splash, splash_kernels
-from pixsigma_jax.plan import topology
-from pixsigma_jax.plan.kernels import Step, scheduled
+from pixsigma_jax.plan import kernels, topology
+from pixsigma_jax.plan.kernels import Counted, Step, scheduled
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Chips of a TPU slice.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Of queries, keys and values."
 )
+_CYCLES = flags.DEFINE_string("cycles", str(kernels.CYCLES), "The file.")
 
 HEADS, WIDTH = 4, 72
 # Queries and keys: an even number of blocks, an odd one; and the keys of a caption.
@@ -63,7 +67,7 @@ def steps(
 
 
 def main(_: list[str]) -> None:
-  """Prints a row a kernel and size of its blocks."""
+  """Counts each kernel and size of its blocks."""
   dump = pathlib.Path(tempfile.mkdtemp(prefix="splash_cycles_"))
   os.environ["LIBTPU_INIT_ARGS"] = (
     f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
@@ -74,6 +78,7 @@ def main(_: list[str]) -> None:
   dtype = jnp.dtype(_DTYPE.value)
   print(f"cycles of a step, {device.device_kind}, {dtype}, JAX {jax.__version__}")
   print("kernel | queries x keys | every step | a row beside")
+  counted = {}
   for queries, keys in LENGTHS:
     for kernel, step in sorted(steps(queries, keys, dtype, device, dump).items()):
       sides = {"queries": queries, "keys": keys}
@@ -82,6 +87,15 @@ def main(_: list[str]) -> None:
         block[name] = splash.at_once(sides[name], dtype.itemsize)
       size = " x ".join(map(str, block.values()))
       print(f"{kernel} | {size} | {step.each} | {step.row}", flush=True)
+      counted[kernel, size] = Counted(
+        libtpu=metadata.version("libtpu"),
+        kind=device.device_kind,
+        dtype=dtype.name,
+        kernel=kernel,
+        **block,
+        **dataclasses.asdict(step),
+      )
+  kernels.keep(list(counted.values()), pathlib.Path(_CYCLES.value))
 
 
 if __name__ == "__main__":

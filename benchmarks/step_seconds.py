@@ -62,7 +62,7 @@ def seconds_of(stage: Stage, devices: Any, steps: int) -> list[float]:
     width=stage.model.width,
   )
   program = make_program(stage.config, mesh=mesh, scaling_factor=SCALING_FACTOR)
-  places = program.ema.places(sharding.shardings(stage.state, mesh))
+  places = program.ema.places(stage.state.shardings(mesh))
   logging.info("Compiling for %s: minutes.", stage.topology)
   step = lower_step(program, stage.state, stage.batch, places, mesh).compile()
 

@@ -552,9 +552,9 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
       item["null_caption"] = jax.ShapeDtypeStruct(
         (config.caption_length, config.caption_width), np.float32
       )
-    item = sharding.placed(
-      item, sharding.shardings(item, mesh or sharding.single_device_mesh())
-    )
+    mesh = mesh or sharding.single_device_mesh()
+    places = sharding.state_shardings(item, mesh, item["params"])
+    item = sharding.placed(item, places)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
     model = manager.restore(step, args=ocp.args.Composite(model=args)).model

@@ -1,8 +1,8 @@
 """The mesh, and one visible table of rules that shard arrays over it.
 
-Mesh axes: `data`, replicas of the model; `fsdp`, shards of its parameters, which also
-split the batch; `context`, shards of the token axis for 2K images and above.
-Parameters stay a plain tree of arrays; a leaf's place follows from its name.
+The mesh's axes are those of `mesh_axes.py`. Parameters stay a plain tree of arrays; a
+parameter's place follows from its name, and state that is shaped like its parameter
+lies where that does.
 """
 
 import functools
@@ -19,20 +19,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import tree
+from pixsigma_jax.mesh_axes import AXES, CONTEXT, DATA, FSDP, ROWS
 
-AXES = ("data", "fsdp", "context")
 CHOSEN = 0  # the size of an axis that is left to `choose_axes`
 
-# Name of a leaf → the logical axes of its last dimensions; dimensions before them, such
-# as the layers of a scanned stack, stay whole. The first match counts. A leaf is split
-# over `fsdp` along one axis, that of the input of its matrix (1152 of XL/2's width is a
-# multiple of 8 and 16, not of 64: facts of XLA's tiling make fsdp=8 the best degree).
+# Name of a parameter → the logical axes of its last dimensions; dimensions before them,
+# such as the layers of a scanned stack, stay whole. The first match counts. A matrix is
+# split over `fsdp` along the axis of its input (1152 of XL/2's width is a multiple of 8
+# and 16, not of 64: facts of XLA's tiling make fsdp=8 the best degree).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"/(surprise_)?(row|column)$", ()),  # CAME's statistics, a row or column a matrix
-  (r"/square$", ()),
   (r"/(down|up|magnitude)$", ()),  # of an adapter: too small to be worth gathering
-  (r"/(v_row|v_col|v)$", ()),  # Adafactor's; v is of vectors and small matrices
-  (r"/ns_coeffs$", ()),  # Muon's
   (r"mlp/out/kernel$", ("hidden", None)),
   (r"caption_projection/in/kernel$", ("caption", None)),
   (r"patch_embedding/kernel$", ("embed",)),
@@ -41,13 +37,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"kv_compressor/kernel$", ()),
   (r"kernel$", ("embed", None)),
   (r"(bias|scale|scale_shift_table)$", ()),
-  (r"(^|/)(step|key|count|null_caption)$", ()),
 )
 MESH_AXIS: dict[str | None, str | None] = {
   None: None,
-  "embed": "fsdp",
-  "hidden": "fsdp",
-  "caption": "fsdp",
+  "embed": FSDP,
+  "hidden": FSDP,
+  "caption": FSDP,
 }
 
 # Arrays of a batch whose second axis is the image's tokens.
@@ -63,7 +58,7 @@ def make_mesh(
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = _covering({"data": data, "fsdp": fsdp, "context": context}, len(devices))
+  sizes = _covering({DATA: data, FSDP: fsdp, CONTEXT: context}, len(devices))
   arranged = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices, allow_split_physical_axes=_splits(devices)
   )
@@ -117,7 +112,7 @@ def choose_axes(
     batch_size: rows that are computed at once, over all devices.
     width: of the network, the axis that `fsdp` splits.
   """
-  sizes = {"data": data, "fsdp": fsdp, "context": context}
+  sizes = {DATA: data, FSDP: fsdp, CONTEXT: context}
   if CHOSEN not in sizes.values():
     return sizes, "as configured"
   reasons = []
@@ -131,22 +126,22 @@ def choose_axes(
       and batch_size % (count // size) == 0
       and (count // size) % rows == 0
     ]
-    context = sizes["context"] = min(fitting, default=1)
+    context = sizes[CONTEXT] = min(fitting, default=1)
     reasons.append(
       f"context {context}, as a batch of {batch_size} gives its rows to "
       f"{count // context} of {count} devices"
     )
   if fsdp == CHOSEN and data > 0:
-    sizes["fsdp"] = -1
+    sizes[FSDP] = -1
     reasons.append("fsdp has what data leaves")
   elif fsdp == CHOSEN:
     # Beyond 8 shards a step is no faster.
     left = within // max(context, 1)
     fitting = (f for f in (8, 4, 2) if left % f == 0 and has_whole_tiles(width, f))
-    sizes["fsdp"] = next(fitting, 1)
-    reasons.append(f"fsdp {sizes['fsdp']}, as matrices have {width} rows")
+    sizes[FSDP] = next(fitting, 1)
+    reasons.append(f"fsdp {sizes[FSDP]}, as matrices have {width} rows")
   if data == CHOSEN:
-    sizes["data"] = -1
+    sizes[DATA] = -1
     reasons.append("data has the rest")
   return sizes, "; ".join(reasons)
 
@@ -184,7 +179,7 @@ def sizes_over_slices(
     width=width,
   )
   sizes = _covering(sizes, count)
-  if sizes["data"] % slices:
+  if sizes[DATA] % slices:
     raise ValueError(
       f"Mesh {sizes} does not fit {slices} slices of {count // slices} devices: fsdp × "
       f"context must lie within a slice, so that data is a multiple of {slices}."
@@ -252,7 +247,7 @@ def _over_slices(
   sizes: Mapping[str, int], slices: int, devices: Sequence[Any], told: int
 ) -> np.ndarray:
   """Devices by their place in the mesh, `data` over slices first."""
-  shape = (sizes["data"] // slices, sizes["fsdp"], sizes["context"])
+  shape = (sizes[DATA] // slices, sizes[FSDP], sizes[CONTEXT])
   if told == 1:
     each = len(devices) // slices
     groups = [devices[start : start + each] for start in range(0, len(devices), each)]
@@ -270,11 +265,11 @@ def single_device_mesh() -> Mesh:
   return make_mesh(data=1, fsdp=1, context=1, devices=jax.local_devices()[:1])
 
 
-def shardings(abstract_tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-  """A `NamedSharding` for every leaf of parameters or of a train state.
+def shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """A `NamedSharding` for every parameter.
 
   Raises:
-    ValueError: a leaf that no rule names, or one that its mesh axis does not divide.
+    ValueError: a parameter that no rule names, or that its mesh axis does not divide.
   """
 
   def place(name: str, leaf: Any) -> NamedSharding:
@@ -283,20 +278,53 @@ def shardings(abstract_tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     logical = next((axes for rule, axes in RULES if re.search(rule, name)), None)
     if logical is None:
       raise ValueError(
-        f"No sharding rule names the leaf {name!r} of shape {leaf.shape}; add one to "
-        "pixsigma_jax/sharding.py."
+        f"No sharding rule names the parameter {name!r} of shape {leaf.shape}; add one "
+        "to pixsigma_jax/sharding.py."
       )
     axes = [MESH_AXIS[axis] for axis in logical]
     spec = [None] * (len(leaf.shape) - len(axes)) + axes
     for size, axis in zip(leaf.shape, spec, strict=True):
       if axis and size % mesh.shape[axis]:
         raise ValueError(
-          f"The leaf {name!r} of shape {leaf.shape} cannot be split: mesh axis "
+          f"The parameter {name!r} of shape {leaf.shape} cannot be split: mesh axis "
           f"{axis}={mesh.shape[axis]} does not divide {size}."
         )
     return NamedSharding(mesh, P(*spec))
 
-  return tree.map_with_name(place, abstract_tree)
+  return tree.map_with_name(place, params)
+
+
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, *params: Any) -> Any:
+  """A `NamedSharding` for every leaf of a tree that is built around parameters.
+
+  A leaf whose path ends in the name of a parameter and whose shape is that parameter's
+  lies as it does: the parameters themselves, averages, momenta. All else is whole on
+  every device: counters, keys, and statistics that are factored into a row and a column
+  of each matrix, less than a hundredth of it.
+
+  Args:
+    state: such as a train state or an optimizer's.
+    params: the trees of parameters that it is built around.
+
+  Raises:
+    ValueError: see `shardings`.
+  """
+  known: dict[str, tuple[Any, NamedSharding]] = {}
+  for own in params:
+    places = tree.named_leaves(shardings(own, mesh))
+    known |= {
+      name: (leaf.shape, places[name]) for name, leaf in tree.named_leaves(own).items()
+    }
+
+  def place(name: str, leaf: Any) -> NamedSharding:
+    parts = name.split("/")
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    shape, sharding = next((known[e] for e in endings if e in known), (None, None))
+    if sharding is not None and shape == leaf.shape:
+      return sharding
+    return NamedSharding(mesh, P())
+
+  return tree.map_with_name(place, state)
 
 
 def placed(abstract_tree: Any, places: Any) -> Any:
@@ -312,9 +340,8 @@ def batch_shardings(
   batch: Mapping[str, Any], mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
   """Shardings of a batch: rows over `data` and `fsdp`, tokens over `context`."""
-  rows = ("data", "fsdp")
   return {
-    name: NamedSharding(mesh, P(rows, "context") if name in _TOKEN_ARRAYS else P(rows))
+    name: NamedSharding(mesh, P(ROWS, CONTEXT) if name in _TOKEN_ARRAYS else P(ROWS))
     for name in batch
   }
 
@@ -334,7 +361,7 @@ def batch_part(mesh: Mesh, process_index: int) -> tuple[int, int]:
   Raises:
     ValueError: parts overlap, or differ in size.
   """
-  rows = mesh.devices.reshape(-1, mesh.shape["context"])
+  rows = mesh.devices.reshape(-1, mesh.shape[CONTEXT])
   held: dict[int, set[int]] = {}
   for row, devices in enumerate(rows):
     for device in devices:

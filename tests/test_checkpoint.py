@@ -76,7 +76,7 @@ def state():
 
 
 def abstract(state, mesh):
-  places = sharding.shardings(state, mesh)
+  places = state.shardings(mesh)
   return jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
     state,

@@ -334,7 +334,7 @@ def test_state_and_batch_of_full_size_lie_evenly_on_its_mesh(stage, devices):
   assert sizes == {"data": devices // 8 // context, "fsdp": 8, "context": context}
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   state = _abstract_state(stage)
-  places = sharding.shardings(state, mesh)
+  places = state.shardings(mesh)
   # `shard_shape` raises where a part would be larger than another.
   parts = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), state, places)
   whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -1,7 +1,9 @@
 """The mesh and the table of rules: a pod's layout, checked without a pod."""
 
+import ast
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import sharding, tree
+from pixsigma_jax.mesh_axes import CONTEXT, FSDP
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, init_params
 from pixsigma_jax.train.ema import Ema
@@ -62,8 +65,8 @@ def size_in_bytes(shape, leaf):
   )
 
 
-def shard_shapes(state, mesh):
-  places = tree.named_leaves(sharding.shardings(state, mesh))
+def shard_shapes(state, mesh, *params):
+  places = tree.named_leaves(sharding.state_shardings(state, mesh, *params))
   leaves = tree.named_leaves(state)
   return {
     name: (leaf, places[name].shard_shape(leaf.shape)) for name, leaf in leaves.items()
@@ -71,14 +74,14 @@ def shard_shapes(state, mesh):
 
 
 def test_no_leaf_of_xl_over_64_megabytes_is_whole_on_every_chip(xl_state):
-  shapes = shard_shapes(xl_state, POD)
+  shapes = shard_shapes(xl_state, POD, xl_state.params)
   for name, (leaf, shape) in shapes.items():
     if shape == leaf.shape:
       assert size_in_bytes(shape, leaf) < 64 * MEGABYTE, name
 
 
 def test_a_chip_holds_a_sixteenth_of_xls_train_state(xl_state):
-  shapes = shard_shapes(xl_state, POD)
+  shapes = shard_shapes(xl_state, POD, xl_state.params)
   whole = sum(size_in_bytes(leaf.shape, leaf) for leaf, _ in shapes.values())
   chip = sum(size_in_bytes(shape, leaf) for leaf, shape in shapes.values())
   assert whole > 4 * 4 * 610e6  # parameters, EMA and two moments, in float32
@@ -87,7 +90,7 @@ def test_a_chip_holds_a_sixteenth_of_xls_train_state(xl_state):
 
 
 def test_a_kernel_is_split_along_its_input_and_so_are_its_moments_and_its_ema(xl_state):
-  shapes = shard_shapes(xl_state, POD)
+  shapes = shard_shapes(xl_state, POD, xl_state.params)
   for kind in ("params", "ema_params/0", "opt_state/1/mu", "opt_state/1/nu"):
     expected = {
       "blocks_00_13/attention/qkv/kernel": (14, 3, 72, 1152),
@@ -145,7 +148,8 @@ def test_every_optimizers_state_of_xl_has_its_place(name):
     groups=(("^size_conditions", 0.0), ("qkv", 0.5)),
     **OPTIMIZERS[name],
   )
-  shapes = shard_shapes(jax.eval_shape(tx.init, abstract_params(XL)), POD)
+  params = abstract_params(XL)
+  shapes = shard_shapes(jax.eval_shape(tx.init, params), POD, params)
   whole = [size_in_bytes(leaf.shape, leaf) for leaf, s in shapes.values()]
   chip = [size_in_bytes(shape, leaf) for leaf, shape in shapes.values()]
   # A sixteenth, and what is small: rows, columns, vectors, tables.
@@ -153,19 +157,40 @@ def test_every_optimizers_state_of_xl_has_its_place(name):
   assert not any("size_conditions" in leaf for leaf in shapes)
 
 
-def test_a_leaf_without_a_rule_is_named():
+def test_a_parameter_without_a_rule_is_named():
   leaves = {"blocks": {"gate": jax.ShapeDtypeStruct((3, 4), np.float32)}}
   with pytest.raises(
-    ValueError, match=r"names the leaf 'blocks/gate' of shape \(3, 4\)"
+    ValueError, match=r"names the parameter 'blocks/gate' of shape \(3, 4\)"
   ):
     sharding.shardings(leaves, POD)
 
 
-def test_a_leaf_that_the_mesh_does_not_divide_is_named_with_both_numbers():
+def test_a_parameter_that_the_mesh_does_not_divide_is_named_with_both_numbers():
   leaves = {"out": {"kernel": jax.ShapeDtypeStruct((40, 4), np.float32)}}
   message = r"'out/kernel' of shape \(40, 4\) .* fsdp=16 does not divide 40"
   with pytest.raises(ValueError, match=message):
     sharding.shardings(leaves, POD)
+
+
+def test_state_lies_as_the_parameter_whose_name_and_shape_it_has():
+  """Of an optimizer that nobody knows, with names that are each other's endings."""
+  shape = jax.ShapeDtypeStruct
+  params = {
+    "out": {"kernel": shape((32, 8), np.float32)},
+    "mlp": {"out": {"kernel": shape((64, 8), np.float32)}},
+  }
+  own = {
+    "slow": jax.tree.map(lambda leaf: shape(leaf.shape, jnp.bfloat16), params),
+    "rows": jax.tree.map(lambda leaf: shape(leaf.shape[:1], np.float32), params),
+    "inner": {"out": {"kernel": {"square": shape((32, 8), np.float32)}}},
+    "seen": shape((16,), np.int32),
+  }
+  places = tree.named_leaves(sharding.state_shardings((params, own), POD, params))
+  split = {name for name, place in places.items() if any(place.spec)}
+  assert split == {
+    *("0/out/kernel", "0/mlp/out/kernel"),
+    *("1/slow/out/kernel", "1/slow/mlp/out/kernel"),
+  }
 
 
 @pytest.mark.parametrize(
@@ -215,6 +240,18 @@ def test_rows_go_over_data_and_fsdp_and_the_images_tokens_over_context():
   }
   # Nothing but its place has changed.
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+def test_the_axes_names_stand_in_one_place():
+  package = pathlib.Path(sharding.__file__).parent
+  naming = {
+    path.name
+    for path in package.rglob("*.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    # "data" is a section of a config as well.
+    if isinstance(node, ast.Constant) and node.value in (FSDP, CONTEXT)
+  }
+  assert naming == {"mesh_axes.py"}
 
 
 def test_replicated_is_whole_everywhere():

@@ -22,7 +22,7 @@ from pixsigma_jax.convert.pixart import (
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArt, PixArtConfig
+from pixsigma_jax.models.pixart import PixArt, PixArtConfig, laid_out
 
 # Name of a place in the network → what passes there: `block 0` … `[b n d]`, tokens
 # row-major, and `output` `[b H W c]`.
@@ -100,10 +100,10 @@ def run_ours(config: PixArtConfig, params: Any, inputs: Inputs) -> Trace:
   model = PixArt(config, Compute(dtype=jnp.float32, attention="chunked", unroll=True))
   sizes = (inputs.image_size, inputs.aspect_ratio) if config.size_conditions else ()
   arrays = [jnp.asarray(x) for x in (*inputs[:4], *sizes)]
-  variables = {"params": jax.tree.map(jnp.asarray, params)}
+  params = laid_out(jax.tree.map(jnp.asarray, params), model.compute)
   # Accelerators round the operands of float32 products unless told otherwise.
   with nn.intercept_methods(record), jax.default_matmul_precision("highest"):
-    output = model.apply(variables, *arrays)
+    output = model.apply({"params": params}, *arrays)
   trace["output"] = np.asarray(output)
   return trace
 

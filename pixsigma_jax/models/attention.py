@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32
 
+from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP, ROWS
 from pixsigma_jax.models import products, splash
 
 # Names under which remat policies find what the backward pass needs of attention.
@@ -39,11 +40,6 @@ _MASKED = -1e30  # finite: a fully masked chunk must not turn into inf - inf
 _QUERY_CHUNK = 1024
 _KEY_CHUNK = 1024
 _FEW_SCORES = 2**18  # of a head
-
-# Axes of a mesh that split rows of a batch, and the one that splits an image's tokens;
-# see `pixsigma_jax.sharding`.
-_ROW_AXES = ("data", "fsdp")
-_TOKEN_AXIS = "context"
 
 
 def attend(
@@ -58,7 +54,7 @@ def attend(
 
   Args:
     implementation: one of `IMPLEMENTATIONS`, or `auto`.
-    mesh: devices that share the work, with the axes of `pixsigma_jax.sharding`. What
+    mesh: devices that share the work, with the axes of `pixsigma_jax.mesh_axes`. What
       an axis does not divide, all its devices compute.
 
   Raises:
@@ -76,12 +72,12 @@ def attend(
   if mesh is None or mesh.size == 1:
     return one_device(query, key, value, mask)
 
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  context = mesh.shape[_TOKEN_AXIS]
-  rows = _ROW_AXES if len(query) % parts == 0 else None
+  parts = mesh.shape[DATA] * mesh.shape[FSDP]
+  context = mesh.shape[CONTEXT]
+  rows = ROWS if len(query) % parts == 0 else None
 
   def tokens(x: Array) -> str | None:
-    return _TOKEN_AXIS if x.shape[1] % context == 0 else None
+    return CONTEXT if x.shape[1] % context == 0 else None
 
   (n, heads), m = query.shape[1:3], key.shape[1]
   split = context > 1 and tokens(key) is not None
@@ -92,7 +88,7 @@ def attend(
       query, key, value = (_trade(x, give=2, take=1) for x in (query, key, value))
     elif split:  # the transpose hands each device the gradient of its own part
       key, value = (
-        jax.lax.all_gather(x, _TOKEN_AXIS, axis=1, tiled=True) for x in (key, value)
+        jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (key, value)
       )
     out = one_device(query, key, value, mask)
     return _trade(out, give=1, take=2) if trades else out
@@ -122,7 +118,7 @@ def trades_heads(queries: int, keys: int, heads: int, context: int) -> bool:
 
 def _trade(x: Float[Array, "b n k f"], *, give: int, take: int) -> Array:
   """Hands the other devices their parts of axis `give`, for theirs of axis `take`."""
-  return jax.lax.all_to_all(x, _TOKEN_AXIS, give, take, tiled=True)
+  return jax.lax.all_to_all(x, CONTEXT, give, take, tiled=True)
 
 
 def choose(

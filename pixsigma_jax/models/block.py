@@ -4,8 +4,11 @@ Reference: `PixArtMS.py: PixArtMSBlock`. The residual stream is float32; each br
 computes in the block's dtype.
 """
 
+from typing import Any
+
 import einops
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -132,6 +135,35 @@ class MLP(nn.Module):
 table_init = nn.initializers.normal(XL_WIDTH**-0.5)
 
 
+class BlockInputs(flax.struct.PyTreeNode):
+  """What all blocks of a network take alike.
+
+  Attributes:
+    modulation: float32 `[b 6 d]`, of the timestep.
+    grid: int `[b 2]`, (h, w) in tokens of each image.
+    captions: float `[b t d]`, projected; None beside `LayerInputs.caption_kv`.
+    caption_mask: bool `[b t]`, True where a caption token is to be seen.
+  """
+
+  modulation: Any
+  grid: Any
+  captions: Any
+  caption_mask: Any
+
+
+class LayerInputs(flax.struct.PyTreeNode):
+  """What a block takes for itself; a run of blocks has them stacked, `[layers …]`.
+
+  Attributes:
+    discard_key: by which the operator `random_discard` draws; None for others.
+    caption_kv: float `[2 b t d]`, keys and values of cross-attention; None beside
+      `BlockInputs.captions`.
+  """
+
+  discard_key: Any = None
+  caption_kv: Any = None
+
+
 class Block(nn.Module):
   """tokens → tokens; `(carry, …) → (carry, None)`, as `nn.scan` wants it."""
 
@@ -145,18 +177,14 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float32[Array, "b n d"],
-    modulation: Float32[Array, "b 6 d"],
-    grid: Int[Array, "b 2"],
-    captions: Float[Array, "b t d"] | None,
-    caption_mask: Bool[Array, "b t"],
-    discard_key: Key[Array, ""] | None,
-    caption_kv: Float[Array, "2 b t d"] | None,
+    inputs: BlockInputs,
+    own: LayerInputs,
   ) -> tuple[Float32[Array, "b n d"], None]:
     x = checkpoint_name(x, BLOCK_INPUT)
     width = x.shape[-1]
     table = self.param("scale_shift_table", table_init, (6, width))
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.unstack(
-      modulation + table[None], axis=1
+      inputs.modulation + table[None], axis=1
     )
     x = x + gate_msa[:, None, :] * SelfAttention(
       self.num_heads,
@@ -164,10 +192,10 @@ class Block(nn.Module):
       self.compression,
       self.compute,
       name="attention",
-    )(modulate(x, shift_msa, scale_msa), grid, discard_key)
+    )(modulate(x, shift_msa, scale_msa), inputs.grid, own.discard_key)
     # Neither norm nor gate: the reference lets the captions act on x as it is.
     x = x + CrossAttention(self.num_heads, self.compute, name="cross_attention")(
-      x, captions, caption_mask, caption_kv
+      x, inputs.captions, inputs.caption_mask, own.caption_kv
     )
     x = x + gate_mlp[:, None, :] * MLP(
       round(width * self.mlp_ratio), self.compute, name="mlp"

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
+from pixsigma_jax.mesh_axes import AXES
 from pixsigma_jax.models.layers import Compute, LayerNorm, Linear
 
 # Of every published CLIP, OpenAI's and LAION's.
@@ -29,7 +30,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 Truncation = Literal["end", "slice"]
-_AXES = ("data", "fsdp", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,7 +344,7 @@ class Clip:
   def _in_batches(self, which: str, embed: Any, rows: np.ndarray) -> np.ndarray:
     if which not in self.params:
       raise ValueError(f"CLIP's {which} tower was not loaded.")
-    axes = tuple(axis for axis in _AXES if axis in self.mesh.shape)
+    axes = tuple(axis for axis in AXES if axis in self.mesh.shape)
     batch = self.batch_size * math.prod(self.mesh.shape[axis] for axis in axes)
     place = NamedSharding(self.mesh, P(axes))
     whole = NamedSharding(self.mesh, P())

@@ -30,7 +30,7 @@ def quantize(params: Any) -> Any:
 
   def one(path: Any, leaf: Any) -> Any:
     names = [key.key for key in path]
-    if not names[0].startswith("blocks_") or names[-1] != "kernel":
+    if not names[0].startswith("block") or names[-1] != "kernel":
       return leaf
     if names[-2] not in _MAPS:
       return leaf

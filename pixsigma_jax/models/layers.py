@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from pixsigma_jax.mesh_axes import FSDP
 from pixsigma_jax.models import attention, int8, products
 
 Initializer: TypeAlias = Callable[..., Array]
@@ -131,13 +132,10 @@ class Compute:
     if int8.is_quantized(kernel):
       return kernel
     kernel = kernel.astype(self.dtype)
-    shards = 1 if self.mesh is None else self.mesh.shape.get(_FSDP, 1)
+    shards = 1 if self.mesh is None else self.mesh.shape.get(FSDP, 1)
     if shards == 1 or kernel.shape[-2] % shards:
       return kernel
     return _gathered(self.mesh, kernel)
-
-
-_FSDP = "fsdp"  # the axis that splits matrices by their inputs, see `sharding.RULES`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,7 +144,7 @@ def _gathered(mesh: Mesh, kernel: Array) -> Array:
 
 
 def _scattered(mesh: Mesh, _: None, gradient: Array) -> tuple[Array]:
-  place = NamedSharding(mesh, P(*[None] * (gradient.ndim - 2), _FSDP, None))
+  place = NamedSharding(mesh, P(*[None] * (gradient.ndim - 2), FSDP, None))
   return (jax.lax.with_sharding_constraint(gradient, place),)
 
 

@@ -7,16 +7,24 @@ sequences, so that one program serves every aspect ratio of a resolution; the mo
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 
 from pixsigma_jax.models import attention, int8, positions, tokens
-from pixsigma_jax.models.block import BLOCK_INPUT, Block, modulate, table_init
+from pixsigma_jax.models.block import (
+  BLOCK_INPUT,
+  Block,
+  BlockInputs,
+  LayerInputs,
+  modulate,
+  table_init,
+)
+from pixsigma_jax.models.conditions import Conditions
 from pixsigma_jax.models.embeddings import (
   XL_WIDTH,
   CaptionProjection,
@@ -162,9 +170,29 @@ class PixArtConfig:
     ]
 
 
+_STACK = "blocks_"
+
+
 def segment_name(layers: range) -> str:
   """Name of a segment's stacked parameters: `blocks_FIRST_LAST`."""
-  return f"blocks_{layers.start:02d}_{layers.stop - 1:02d}"
+  return f"{_STACK}{layers.start:02d}_{layers.stop - 1:02d}"
+
+
+def layer_name(layer: int) -> str:
+  """Name of one layer's parameters out of a stack, `block_LAYER`: see `laid_out`."""
+  return f"block_{layer:02d}"
+
+
+class Embedded(NamedTuple):
+  """Conditions at the network's width, as `PixArt.enter` makes them once for a call.
+
+  Attributes:
+    time: float32 `[b d]`, of timesteps, and of sizes with `size_conditions`.
+    captions: float `[b t d]`; None beside `Conditions.caption_kv`.
+  """
+
+  time: Any
+  captions: Any
 
 
 class PixArt(nn.Module):
@@ -202,15 +230,19 @@ class PixArt(nn.Module):
     """
     config, batch = self.config, latents.shape[0]
     grid = tokens.token_grid((latents.shape[1], latents.shape[2]), config.patch_size)
+    conditions = Conditions(
+      coordinates=jnp.tile(
+        tokens.coordinates(grid, config.window)[None], (batch, 1, 1)
+      ),
+      grid=jnp.tile(jnp.asarray(grid, jnp.int32)[None], (batch, 1)),
+      timesteps=timesteps,
+      caption_mask=caption_mask,
+      caption_embeddings=caption_embeddings,
+      image_size=image_size,
+      aspect_ratio=aspect_ratio,
+    )
     prediction = self.on_tokens(
-      tokens.to_tokens(latents, config.patch_size, config.window),
-      jnp.tile(tokens.coordinates(grid, config.window)[None], (batch, 1, 1)),
-      jnp.tile(jnp.asarray(grid, jnp.int32)[None], (batch, 1)),
-      timesteps,
-      caption_embeddings,
-      caption_mask,
-      image_size,
-      aspect_ratio,
+      tokens.to_tokens(latents, config.patch_size, config.window), conditions
     )
     return tokens.from_tokens(prediction, grid, config.patch_size, config.window)
 
@@ -225,7 +257,18 @@ class PixArt(nn.Module):
     )
     self.caption_projection = CaptionProjection(config.width, compute)
     for layers, compression in config.segments():
-      setattr(self, segment_name(layers), self._scan(layers, compression))
+      if not compute.unroll:
+        setattr(self, segment_name(layers), self._scan(layers, compression))
+        continue
+      if self.has_variable("params", segment_name(layers)):
+        raise ValueError(
+          f"The layers of {segment_name(layers)} are stacked, and with unroll the "
+          "network takes each for itself: pass the parameters through "
+          "models.pixart.laid_out."
+        )
+      for layer in layers:
+        block, arguments = self._block(compression)
+        setattr(self, layer_name(layer), block(*arguments))
     self.scale_shift_table = self.param(
       "scale_shift_table", table_init, (2, config.width)
     )
@@ -234,16 +277,7 @@ class PixArt(nn.Module):
     )
 
   def on_tokens(
-    self,
-    noisy_tokens: Float[Array, "b n c"],
-    coordinates: Int[Array, "b n 2"],
-    grid: Int[Array, "b 2"],
-    timesteps: Array,
-    caption_embeddings: Float[Array, "b t e"] | None,
-    caption_mask: Bool[Array, "b t"],
-    image_size: Float[Array, "b 2"] | None = None,
-    aspect_ratio: Float[Array, " b"] | None = None,
-    caption_kv: CaptionKV | None = None,
+    self, noisy_tokens: Float[Array, "b n c"], conditions: Conditions
   ) -> Float32[Array, "b n o"]:
     """The network on sequences in window-major order, of any mix of aspect ratios.
 
@@ -251,77 +285,65 @@ class PixArt(nn.Module):
 
     Args:
       noisy_tokens: patches of noisy latents, `models/tokens.py: to_tokens`, padded.
-      coordinates: (row, column) of each token.
-      grid: (h, w) in tokens of each image; h·w tokens are real, the rest padding,
-        whose contents change nothing.
-      timesteps, caption_embeddings, caption_mask, image_size, aspect_ratio: as in
-        `__call__`.
-      caption_kv: what `caption_keys_values` made of the captions, in their place; a
-        sampler, whose captions stay while timesteps pass, makes them once.
     """
-    x, time = self.enter(
-      noisy_tokens, coordinates, grid, timesteps, image_size, aspect_ratio
-    )
-    captions = None
-    if caption_kv is None:
-      captions = _captions(self.caption_projection, caption_embeddings, caption_mask)
-    blocks = range(self.config.depth)
-    x = self.go_through(blocks, x, time, grid, captions, caption_mask, caption_kv)
-    return self.leave(x, time)
+    x, embedded = self.enter(noisy_tokens, conditions)
+    x = self.go_through(range(self.config.depth), x, embedded, conditions)
+    return self.leave(x, embedded)
 
   @nn.nowrap
   def enter(
-    self,
-    noisy_tokens: Float[Array, "b n c"],
-    coordinates: Int[Array, "b n 2"],
-    grid: Int[Array, "b 2"],
-    timesteps: Array,
-    image_size: Float[Array, "b 2"] | None,
-    aspect_ratio: Float[Array, " b"] | None,
-  ) -> tuple[Float32[Array, "b n d"], Float32[Array, "b d"]]:
-    """Inputs of the first block, and the embedded timesteps and conditions."""
+    self, noisy_tokens: Float[Array, "b n c"], conditions: Conditions
+  ) -> tuple[Float32[Array, "b n d"], Embedded]:
+    """Inputs of the first block, and the embedded conditions."""
     config = self.config
-    mask = tokens.token_mask(grid, noisy_tokens.shape[1])
+    mask = tokens.token_mask(conditions.grid, noisy_tokens.shape[1])
     # Padding enters as zeros, so whatever it held, NaN included, reaches nothing.
     noisy_tokens = jnp.where(mask[..., None], noisy_tokens, 0)
 
     x = self.patch_embedding(noisy_tokens)
     x = x + positions.sincos_2d(
-      coordinates,
-      grid,
+      conditions.coordinates,
+      conditions.grid,
       config.width,
       base_size=config.base_size,
       pe_interpolation=config.pe_interpolation,
     )
 
-    time = self.timestep_embedding(timesteps)
+    time = self.timestep_embedding(conditions.timesteps)
     if config.size_conditions:
-      if image_size is None or aspect_ratio is None:
+      if conditions.image_size is None or conditions.aspect_ratio is None:
         raise ValueError(
           "A model with size_conditions needs image_size and aspect_ratio."
         )
-      time = time + self.size_conditions(image_size, aspect_ratio)
-    return x, time
+      time = time + self.size_conditions(conditions.image_size, conditions.aspect_ratio)
+    captions = None
+    if conditions.caption_kv is None:
+      captions = _captions(
+        self.caption_projection, conditions.caption_embeddings, conditions.caption_mask
+      )
+    return x, Embedded(time, captions)
 
   @nn.nowrap
   def go_through(
     self,
     blocks: range,
     x: Float32[Array, "b n d"],
-    time: Float32[Array, "b d"],
-    grid: Int[Array, "b 2"],
-    captions: Float[Array, "b t d"] | None,
-    caption_mask: Bool[Array, "b t"],
-    caption_kv: CaptionKV | None,
+    embedded: Embedded,
+    conditions: Conditions,
   ) -> Float32[Array, "b n d"]:
     """Applies some consecutive blocks.
 
     Args:
-      x, time: from `enter`, x perhaps from earlier blocks.
-      captions: projected; or caption_kv.
+      x, embedded: from `enter`, x perhaps from earlier blocks.
     """
     config = self.config
-    modulation = self.modulation(jax.nn.silu(time)).reshape(-1, 6, config.width)
+    modulation = self.modulation(jax.nn.silu(embedded.time))
+    inputs = BlockInputs(
+      modulation=modulation.reshape(-1, 6, config.width),
+      grid=conditions.grid,
+      captions=embedded.captions,
+      caption_mask=conditions.caption_mask,
+    )
     discard_keys = None
     if config.kv_compression.operator == "random_discard":
       discard_keys = jax.random.split(self.make_rng("kv_discard"), config.depth)
@@ -329,19 +351,26 @@ class PixArt(nn.Module):
       chosen = range(max(blocks.start, layers.start), min(blocks.stop, layers.stop))
       if not chosen:
         continue
-      keys = discard_keys if discard_keys is None else discard_keys[np.array(layers)]
-      kv = caption_kv if caption_kv is None else caption_kv[segment_name(layers)]
-      shared = (modulation, grid, captions, caption_mask)
-      x = self._segment(layers, chosen, compression, x, shared, (keys, kv))
+      keys = None if discard_keys is None else discard_keys[np.array(layers)]
+      kv = conditions.caption_kv
+      kv = None if kv is None else kv[segment_name(layers)]
+      own = LayerInputs(discard_key=keys, caption_kv=kv)
+      if self.compute.unroll:
+        for i in chosen:
+          layer = getattr(self, layer_name(i))
+          x, _ = layer(x, inputs, _layer(own, i - layers.start))
+      else:
+        x = self._scanned(layers, chosen, compression, x, inputs, own)
     return x
 
   @nn.nowrap
   def leave(
-    self, x: Float32[Array, "b n d"], time: Float32[Array, "b d"]
+    self, x: Float32[Array, "b n d"], embedded: Embedded
   ) -> Float32[Array, "b n o"]:
-    """Output tokens, from the last block's and `enter`'s `time`."""
+    """Output tokens, from the last block's."""
     # The final layer reads the timestep itself, not the blocks' modulation of it.
-    shift, scale = jnp.unstack(self.scale_shift_table[None] + time[:, None, :], axis=1)
+    table = self.scale_shift_table[None] + embedded.time[:, None, :]
+    shift, scale = jnp.unstack(table, axis=1)
     return self.out(modulate(x, shift, scale))
 
   @nn.nowrap
@@ -369,46 +398,41 @@ class PixArt(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(*[nn.broadcast] * 4, 0, 0),  # pyright: ignore
+      in_axes=(nn.broadcast, 0),  # pyright: ignore
       length=len(layers),
     )(*arguments)
 
   @nn.nowrap
-  def _segment(
+  def _scanned(
     self,
     layers: range,
     chosen: range,
     compression: KVCompression,
-    x: Array,
-    shared: tuple[Any, ...],
-    by_layer: tuple[Any, ...],
+    x: Float32[Array, "b n d"],
+    inputs: BlockInputs,
+    own: LayerInputs,
   ) -> Float32[Array, "b n d"]:
     """Applies the chosen blocks of a run of equal ones.
 
     Args:
-      shared: arguments of all blocks.
-      by_layer: further ones with an entry for each block of the run, or None.
+      own: of all blocks of the run.
     """
     name = segment_name(layers)
-    if chosen == layers and (not self.compute.unroll or self.is_initializing()):
-      x, _ = getattr(self, name)(x, *shared, *by_layer)
+    if chosen == layers:
+      x, _ = getattr(self, name)(x, inputs, own)
       return x
     block, arguments = self._block(compression)
     params = self.get_variable("params", name)
 
-    def apply(x: Array, i: Any, layer_params: Any) -> tuple[Array, None]:
+    def one(x: Array, i: Any) -> tuple[Array, None]:
       layer = block(*arguments, parent=None)
-      return layer.apply({"params": layer_params}, x, *shared, *_layer(by_layer, i))
+      return layer.apply({"params": _layer(params, i)}, x, inputs, _layer(own, i))
 
     numbers = [i - layers.start for i in chosen]
-    if not self.compute.unroll and len(numbers) > 1:
-      # One layer at a time out of the stack: a part of it would be a copy.
-      one = lambda x, i: apply(x, i, _layer(params, i))  # noqa: E731
-      return jax.lax.scan(one, x, jnp.array(numbers))[0]
-    apart = params if isinstance(params, list) else _apart(params)
-    for i in numbers:
-      x, _ = apply(x, i, apart[i])
-    return x
+    if len(numbers) == 1:
+      return one(x, numbers[0])[0]
+    # One layer at a time out of the stack: a part of it would be a copy.
+    return jax.lax.scan(one, x, jnp.array(numbers))[0]
 
 
 def _layer(stack: Any, i: Any) -> Any:
@@ -416,11 +440,27 @@ def _layer(stack: Any, i: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf[i], stack)
 
 
-def _apart(stack: Any) -> list[Any]:
-  """Unstacks a segment's layers; their gradients are stacked in one operation."""
-  leaves, structure = jax.tree.flatten(stack)
-  layers = zip(*map(jnp.unstack, leaves), strict=True)
-  return [structure.unflatten(layer) for layer in layers]
+def laid_out(params: Any, compute: Compute) -> Any:
+  """Parameters as `PixArt` with that `compute` takes them.
+
+  They are stored with a stack for each segment, `segment_name`. With `compute.unroll`
+  every layer has a tree of its own, `layer_name`; gradients are stacked again in one
+  operation. What is laid out already stays as it is, and other leaves are shared.
+  """
+  if not compute.unroll:
+    return params
+  apart: dict[str, Any] = {}
+  for name, stack in params.items():
+    if not name.startswith(_STACK):
+      apart[name] = stack
+      continue
+    first = int(name.removeprefix(_STACK).split("_")[0])
+    leaves, structure = jax.tree.flatten(stack)
+    layers = zip(*map(jnp.unstack, leaves), strict=True)
+    apart |= {
+      layer_name(i): structure.unflatten(layer) for i, layer in enumerate(layers, first)
+    }
+  return apart
 
 
 def inference_params(params: Any, compute: Compute) -> Any:
@@ -428,9 +468,9 @@ def inference_params(params: Any, compute: Compute) -> Any:
 
   The network's output is the same to the bit. Matrices are stored in the dtype of their
   products, so they are not rounded in every call: in bfloat16 this saves half the
-  memory, and a third of XL/2's time at 256 pixels on a CPU. If `compute.unroll`, a list
-  of per-layer parameters takes the place of a segment's stack: cutting every layer out
-  of a stack in every call is two fifths of that time. Other leaves are shared.
+  memory, and a third of XL/2's time at 256 pixels on a CPU. They are `laid_out`:
+  cutting every layer out of a stack in every call is two fifths of that time. Other
+  leaves are shared.
   """
 
   def one(path: Any, leaf: Any) -> Any:
@@ -438,12 +478,7 @@ def inference_params(params: Any, compute: Compute) -> Any:
     return jnp.asarray(leaf, compute.dtype) if cast else leaf
 
   params = jax.tree_util.tree_map_with_path(one, params, is_leaf=int8.is_quantized)
-  if not compute.unroll:
-    return params
-  return {
-    name: _apart(leaf) if name.startswith("blocks_") else leaf
-    for name, leaf in params.items()
-  }
+  return laid_out(params, compute)
 
 
 def _captions(
@@ -474,13 +509,18 @@ def caption_keys_values(
   def one_layer(kv: Any) -> Array:
     return jnp.stack(linear.apply({"params": kv}, captions)).astype(compute.dtype)  # pyright: ignore
 
-  def segment(blocks: Any) -> Array:
-    if isinstance(blocks, list):
-      return jnp.stack([one_layer(each["cross_attention"]["kv"]) for each in blocks])
-    return jax.lax.map(one_layer, blocks["cross_attention"]["kv"])
+  def of(name: str) -> Any:
+    return params[name]["cross_attention"]["kv"]
 
-  names = [segment_name(layers) for layers, _ in config.segments()]
-  return {name: segment(params[name]) for name in names}
+  segments = [layers for layers, _ in config.segments()]
+  if not compute.unroll:
+    stacks = [segment_name(layers) for layers in segments]
+    return {stack: jax.lax.map(one_layer, of(stack)) for stack in stacks}
+  params = laid_out(params, compute)
+  return {
+    segment_name(layers): jnp.stack([one_layer(of(layer_name(i))) for i in layers])
+    for layers in segments
+  }
 
 
 def split_prediction(

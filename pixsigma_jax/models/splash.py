@@ -8,9 +8,9 @@ whatever their masks.
 
 The kernels are our own, `models/splash_kernels.py`, where a core's memory has room for
 them, and JAX's elsewhere, `models/splash_of_jax.py`. What a step of each kernel's grid
-costs is measured by `benchmarks/splash_cycles.py` and stands in
-`pixsigma_jax/plan/kernels.py`, by chip and blocks: blocks of 1024 are best on all, and
-two of them at once in the forward pass, of queries in ours and of keys in JAX's.
+costs is measured by `benchmarks/splash_cycles.py` and stands, by chip and blocks, in
+`pixsigma_jax/plan/kernel_cycles.jsonl`: blocks of 1024 are best on all, and two of them
+at once in the forward pass, of queries in ours and of keys in JAX's.
 """
 
 import jax.numpy as jnp

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pixsigma_jax import tree
+from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
 from pixsigma_jax.models.layers import Initializer
 from pixsigma_jax.wording import shortened
 
@@ -38,15 +39,15 @@ _MASKED = float(np.finfo(np.float32).min)
 # Name of a leaf → where it is split. Heads and hidden units lie on `fsdp`, so that a
 # layer of a small batch costs two sums over devices, and no kernel is ever gathered.
 RULES: tuple[tuple[str, P], ...] = (
-  (r"attention/(q|k|v)/kernel$", P(None, "fsdp")),
-  (r"attention/out/kernel$", P("fsdp", None)),
-  (r"mlp/(gate|in)/kernel$", P(None, "fsdp")),
-  (r"mlp/out/kernel$", P("fsdp", None)),
-  (r"^embedding$", P(None, "fsdp")),
+  (r"attention/(q|k|v)/kernel$", P(None, FSDP)),
+  (r"attention/out/kernel$", P(FSDP, None)),
+  (r"mlp/(gate|in)/kernel$", P(None, FSDP)),
+  (r"mlp/out/kernel$", P(FSDP, None)),
+  (r"^embedding$", P(None, FSDP)),
   (r"(^relative_bias|/scale)$", P()),
 )
 # Prompts are split over the other axes; `fsdp` has the heads of all of them.
-_ROW_AXES = ("data", "context")
+_ROW_AXES = (DATA, CONTEXT)
 
 _MAX_ROWS = 16
 

@@ -16,7 +16,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from pixsigma_jax.plan import gpus, report, sampling, search, topology
+from pixsigma_jax.plan import gpus, kernels, report, sampling, search, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.plan import as_dict, make_plan
 from pixsigma_jax.plan.stage import stage_on
@@ -43,6 +43,9 @@ _PRICE = flags.DEFINE_float(
   "price", None, "Dollars an hour of a chip, in place of the list's.", lower_bound=0.0
 )
 _SAMPLE = flags.DEFINE_bool("sample", False, "Plan a picture on one device, no step.")
+_ANY_LIBTPU = flags.DEFINE_bool(
+  "any_libtpu", False, "Take cycles of kernels from another libtpu than the one here."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, sizes in bytes.")
 
 
@@ -63,6 +66,8 @@ def main(config: dict[str, Any]) -> None:
       install("gpu"),
     )
     compiles = False
+  if compiles:
+    _check_libtpu(config, machines)
   if _SEARCH.value:
     plans = search.search(config, machines, compiles=compiles, count=_SEARCH.value)
   else:
@@ -78,6 +83,12 @@ def main(config: dict[str, Any]) -> None:
     raise DoesNotFitError(report.does_not_fit(plans[0]))
 
 
+def _check_libtpu(config: dict[str, Any], machines: topology.Topology) -> None:
+  if machines.platform == "tpu":
+    dtype = config["compute"]["dtype"]
+    kernels.check_libtpu(machines.kind, dtype, refuse=not _ANY_LIBTPU.value)
+
+
 def _plan_sampling(config: dict[str, Any], machines: topology.Topology) -> None:
   if _SEARCH.value or not _COMPILE.value:
     raise ValueError(
@@ -85,6 +96,7 @@ def _plan_sampling(config: dict[str, Any], machines: topology.Topology) -> None:
       "--search nor with --nocompile."
     )
   agreement.check_config(config)
+  _check_libtpu(config, machines)
   model, dtype = model_config(config["model"]), config["compute"]["dtype"]
   found = sampling.plan_sampling(model, machines, dtype=dtype)
   if _JSON.value:

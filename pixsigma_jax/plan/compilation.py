@@ -57,7 +57,7 @@ def lower_train_step(stage: Stage) -> Any:
     width=stage.model.width,
   )
   program = make_program(stage.config, mesh=mesh, scaling_factor=SCALING_FACTOR)
-  places = program.ema.places(sharding.shardings(stage.state, mesh))
+  places = program.ema.places(stage.state.shardings(mesh))
   return lower_step(program, stage.state, stage.batch, places, mesh)
 
 

@@ -2,18 +2,24 @@
 
 A kernel does the same for each block of queries and each of keys: a step of its grid.
 What a step costs is counted in the instructions that libtpu schedules for it, a bundle
-a cycle (`python -m benchmarks.splash_cycles`), and is never less than its matrix
-products take of the matrix units. No chip was there: waiting for memory is not in it.
+a cycle, and is never less than its matrix products take of the matrix units. No chip
+was there: waiting for memory is not in it. `python -m benchmarks.splash_cycles` counts,
+and writes `kernel_cycles.jsonl` beside this module.
 """
 
 import dataclasses
 import json
 import math
+import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from typing import TypeAlias
 
 import jax.numpy as jnp
+from absl import logging
 
+from pixsigma_jax import disk
 from pixsigma_jax.chips import Chip
 from pixsigma_jax.models import splash_kernels
 from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded, tile_rows
@@ -70,69 +76,105 @@ _KERNELS = {
   "backward": _Kernel(2, 3, True),
 }
 
-# Kind of device → dtype → kernel → (queries, keys) of a block → its step. Heads are 72
-# wide; JAX's forward pass takes the keys of a block by 1024. In float32 no kernel takes
-# two blocks at once, see `models/splash.py: at_once`.
-STEPS: dict[str, dict[str, dict[str, dict[tuple[int, int], Step]]]] = {
-  "TPU v4": {
-    "bfloat16": {
-      "fwd": {
-        (1024, 2048): Step(12255, 2001),
-        (1024, 1024): Step(6385, 2001),
-        (1024, 384): Step(4450, 0),
-      },
-      "dq": {(1024, 1024): Step(7139, 389), (1024, 384): Step(3387, 0)},
-      "dkv": {(1024, 1024): Step(8857, 773), (1024, 384): Step(3710, 293)},
-    },
-    "float32": {
-      "fwd": {(1024, 1024): Step(6613, 1937), (1024, 384): Step(4591, 0)},
-      "dq": {(1024, 1024): Step(7458, 388), (1024, 384): Step(3907, 0)},
-      "dkv": {(1024, 1024): Step(8744, 772), (1024, 384): Step(3725, 292)},
-    },
-  },
-  "TPU v5 lite": {
-    "bfloat16": {
-      "forward": {
-        (2048, 1024): Step(6314, 381),
-        (1024, 1024): Step(3374, 209),
-        (2048, 384): Step(2874, 0),
-      },
-      "backward": {(1024, 1024): Step(7533, 542), (1024, 384): Step(3126, 214)},
-    },
-    "float32": {
-      "forward": {(1024, 1024): Step(3646, 272), (1024, 384): Step(1717, 0)},
-      "backward": {(1024, 1024): Step(7462, 788), (1024, 384): Step(3161, 312)},
-    },
-  },
-  "TPU v5": {
-    "bfloat16": {
-      "forward": {
-        (2048, 1024): Step(6481, 383),
-        (1024, 1024): Step(3455, 209),
-        (2048, 384): Step(2837, 0),
-      },
-      "backward": {(1024, 1024): Step(7399, 539), (1024, 384): Step(3023, 194)},
-    },
-    "float32": {
-      "forward": {(1024, 1024): Step(3714, 272), (1024, 384): Step(1730, 0)},
-      "backward": {(1024, 1024): Step(7596, 749), (1024, 384): Step(3145, 256)},
-    },
-  },
-  "TPU v6 lite": {
-    "bfloat16": {
-      "forward": {
-        (2048, 1024): Step(4734, 247),
-        (1024, 1024): Step(2778, 126),
-        (2048, 384): Step(2095, 0),
-      },
-      "backward": {(1024, 1024): Step(4363, 357), (1024, 384): Step(1955, 127)},
-    },
-    "float32": {
-      "forward": {(1024, 1024): Step(2773, 151), (1024, 384): Step(1418, 0)},
-      "backward": {(1024, 1024): Step(4921, 470), (1024, 384): Step(2163, 171)},
-    },
-  },
-}
+CYCLES = pathlib.Path(__file__).with_name("kernel_cycles.jsonl")
+
+# Kind of device → dtype → kernel → (queries, keys) of a block → its step.
+Steps: TypeAlias = dict[str, dict[str, dict[str, dict[tuple[int, int], Step]]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted:
+  """A step whose instructions were counted: a line of `kernel_cycles.jsonl`.
+
+  Attributes:
+    libtpu: version that scheduled them.
+    kind: of the device.
+    dtype: of queries, keys and values.
+    kernel: a name of `_KERNELS`.
+    queries, keys: of a block.
+    each, row: see `Step`.
+  """
+
+  libtpu: str
+  kind: str
+  dtype: str
+  kernel: str
+  queries: int
+  keys: int
+  each: int
+  row: int
+
+
+def read(path: pathlib.Path = CYCLES) -> list[Counted]:
+  """The steps of a file.
+
+  Raises:
+    ValueError: a line is none.
+  """
+  found = []
+  for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+      found.append(Counted(**json.loads(line)))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{path}, line {number} is no counted step: {error}") from error
+  return found
+
+
+def keep(counted: Sequence[Counted], path: pathlib.Path = CYCLES) -> None:
+  """Puts steps into a file, in place of all others of their devices and dtypes."""
+  anew = {(step.kind, step.dtype) for step in counted}
+  others = [step for step in read(path) if (step.kind, step.dtype) not in anew]
+  ordered = sorted(
+    [*others, *counted],
+    key=lambda s: (s.kind, s.dtype, s.kernel, -s.queries * s.keys, -s.queries),
+  )
+  text = "".join(json.dumps(dataclasses.asdict(step)) + "\n" for step in ordered)
+  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def steps_of(counted: Iterable[Counted]) -> Steps:
+  """The steps by device, dtype, kernel and block."""
+  steps: Steps = {}
+  for step in counted:
+    kernels = steps.setdefault(step.kind, {}).setdefault(step.dtype, {})
+    blocks = kernels.setdefault(step.kernel, {})
+    blocks[step.queries, step.keys] = Step(step.each, step.row)
+  return steps
+
+
+# Heads are 72 wide; JAX's forward pass takes the keys of a block by 1024. In float32 no
+# kernel takes two blocks at once, see `models/splash.py: at_once`.
+STEPS = steps_of(read())
+
+
+def check_libtpu(kind: str, dtype: str, *, refuse: bool) -> None:
+  """Refuses steps that another libtpu has scheduled than the one that is installed.
+
+  Args:
+    kind: of the device, whose steps in that dtype are wanted.
+    refuse: whether to; else there is a warning.
+
+  Raises:
+    ValueError: see above.
+  """
+  try:
+    installed = metadata.version("libtpu")
+  except metadata.PackageNotFoundError:
+    return  # who compiles says so
+  counted = {s.libtpu for s in read() if (s.kind, s.dtype) == (kind, dtype)}
+  if counted <= {installed}:
+    return
+  others = ", ".join(sorted(counted))
+  message = (
+    f"The cycles of attention's kernels on {kind} in {dtype} are those of libtpu "
+    f"{others}, and {installed} is installed, which may schedule them otherwise"
+  )
+  if refuse:
+    raise ValueError(
+      f"{message}: install libtpu {others}, count them anew with python -m "
+      "benchmarks.splash_cycles, or give --any_libtpu to plan with them all the same."
+    )
+  logging.warning("%s.", message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +182,7 @@ class Call:
   """A kernel as a compiled program calls it.
 
   Attributes:
-    kernel: a name of `STEPS`.
+    kernel: a name of `_KERNELS`.
     dtype: of queries, keys and values.
     heads: of the whole batch.
     blocks: of queries and of keys.

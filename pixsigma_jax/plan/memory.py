@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pixsigma_jax import sharding, tree
+from pixsigma_jax.mesh_axes import FSDP
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan.stage import Stage, keys_of
 
@@ -94,7 +95,7 @@ def _itemsize(dtype: Any) -> int:
 def fixed(stage: Stage) -> dict[str, int]:
   """Bytes that a device holds before and after a step, by the names of `Memory`."""
   state, mesh = stage.state, stage.mesh
-  places = sharding.shardings(state, mesh)
+  places = state.shardings(mesh)
   parts = {
     "parameters": bytes_a_device(state.params, places.params),
     "optimizer": bytes_a_device(state.opt_state, places.opt_state),
@@ -112,7 +113,7 @@ def fixed(stage: Stage) -> dict[str, int]:
 def gradients(stage: Stage) -> int:
   """Bytes of a device's part of the gradients."""
   params = stage.state.params
-  places = tree.named_leaves(sharding.shardings(stage.state, stage.mesh).params)
+  places = tree.named_leaves(sharding.shardings(params, stage.mesh))
   return sum(
     math.prod(places[name].shard_shape(leaf.shape)) * _FLOAT
     for name, leaf in tree.named_leaves(params).items()
@@ -152,7 +153,7 @@ def estimate(stage: Stage) -> Memory:
       sums = rows_and_tokens * model.num_heads * _FLOAT
       kept += model.depth * 2 * (each * itemsize + sums)
   # A block's matrices are gathered before they are used, and so is their gradient.
-  gathered = _block_parameters(model) * (itemsize + _FLOAT) * (stage.sizes["fsdp"] > 1)
+  gathered = _block_parameters(model) * (itemsize + _FLOAT) * (stage.sizes[FSDP] > 1)
   return Memory(
     **fixed(stage),
     gradients=gradients(stage),

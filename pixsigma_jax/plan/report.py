@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pixsigma_jax.mesh_axes import CONTEXT, FSDP
 from pixsigma_jax.plan import roofline
 from pixsigma_jax.plan.calibration import Calibration
 from pixsigma_jax.plan.plan import Plan
@@ -73,10 +74,10 @@ def _ways_out(plan: Plan) -> Iterator[str]:
   if rows > 1:
     factor = stage.config["accumulation"] * _parts_that_fit(plan)
     yield f"--config.accumulation={factor} for fewer than {rows} images at a time"
-  if stage.sizes["fsdp"] < 8 <= stage.topology.per_slice:
+  if stage.sizes[FSDP] < 8 <= stage.topology.per_slice:
     yield "--config.mesh.fsdp=8"
-  if rows == 1 and stage.topology.per_slice > stage.sizes["context"]:
-    yield f"--config.mesh.context={2 * stage.sizes['context']}"
+  if rows == 1 and stage.topology.per_slice > stage.sizes[CONTEXT]:
+    yield f"--config.mesh.context={2 * stage.sizes[CONTEXT]}"
   yield "a larger topology"
   yield "a smaller batch"
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from pixsigma_jax import tree
 from pixsigma_jax.chips import Chip
+from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
 from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
@@ -207,7 +208,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   passes = TRAINING + remat
   accumulation = stage.config["accumulation"]
   # Of the whole batch, in this device's part of rows and tokens.
-  rows = stage.rows * accumulation / stage.sizes["context"]
+  rows = stage.rows * accumulation / stage.sizes[CONTEXT]
   tokens = float(stage.rows * accumulation * stage.length)
   kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
   forward = 1.0
@@ -270,7 +271,7 @@ def _part(stage: Stage, chip: Chip, flops: float, touched: float) -> Part:
 def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   """Bytes between devices. Of n that share X, each receives X · (n - 1) / n."""
   model, sizes = stage.model, stage.sizes
-  fsdp, context = sizes["fsdp"], sizes["context"]
+  fsdp, context = sizes[FSDP], sizes[CONTEXT]
   slices = stage.topology.slices
   remat = stage.program.model.compute.remat != "none"
   accumulation = stage.config["accumulation"]
@@ -280,20 +281,20 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
   itemsize = stage.dtype.itemsize
   token = itemsize * stage.rows * accumulation * model.width
   gathered, traded = _shared_tokens(stage)
-  replicas = sizes["data"] // slices * context
+  replicas = sizes[DATA] // slices * context
   counted = {
     # Forward, again if a block is recomputed, and backward.
     "gather parameters": (
-      "fsdp",
+      FSDP,
       "link",
       (2 + remat) * accumulation * itemsize * used,
       fsdp,
       True,
     ),
-    "scatter gradients": ("fsdp", "link", accumulation * _FLOAT * trained, fsdp, True),
-    "gather keys and values": ("context", "link", gathered * token, context, False),
-    "sum gradients": ("data", "link", 2.0 * gradients, replicas, False),
-    "sum gradients over slices": ("data", "network", 2.0 * gradients, slices, False),
+    "scatter gradients": (FSDP, "link", accumulation * _FLOAT * trained, fsdp, True),
+    "gather keys and values": (CONTEXT, "link", gathered * token, context, False),
+    "sum gradients": (DATA, "link", 2.0 * gradients, replicas, False),
+    "sum gradients over slices": (DATA, "network", 2.0 * gradients, slices, False),
   }
   transfers = {}
   for name, (axis, network, size, count, overlaps) in counted.items():
@@ -307,7 +308,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
     # A quarter of the bytes cross the middle link of chips in a line.
     passed = size / 4 if stage.topology.platform == "tpu" else received
     transfers["trade tokens for heads"] = Transfer(
-      "context", "link", received, passed / chip.link, False
+      CONTEXT, "link", received, passed / chip.link, False
     )
   return transfers
 
@@ -318,7 +319,7 @@ def _shared_tokens(stage: Stage) -> tuple[float, float]:
   Counted forward, again if a block is recomputed, and backward, where they are
   gradients. What a kernel returned may be kept; it is sent again all the same.
   """
-  compute, context = stage.program.model.compute, stage.sizes["context"]
+  compute, context = stage.program.model.compute, stage.sizes[CONTEXT]
   again = compute.remat != "none"
   gathered = traded = 0.0
   for layer in range(stage.model.depth):

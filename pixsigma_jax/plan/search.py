@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from pixsigma_jax import sharding
+from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
 from pixsigma_jax.models.layers import REMATS
 from pixsigma_jax.plan.plan import Plan, make_plan
 from pixsigma_jax.plan.stage import stage_on
@@ -33,7 +34,7 @@ def candidates(
       remats = (remat for remat in REMATS if remat != "offload")
       for remat, accumulation in itertools.product(remats, _divisors(max(rows, 1))):
         changed = copy.deepcopy(dict(config))
-        changed["mesh"] |= {"data": data, "fsdp": fsdp, "context": context}
+        changed["mesh"] |= {DATA: data, FSDP: fsdp, CONTEXT: context}
         changed["compute"] |= {"remat": remat}
         changed["accumulation"] = accumulation
         yield changed

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 
 from pixsigma_jax import sharding
 from pixsigma_jax.data.buckets import BUCKETS
+from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import gpus
@@ -78,13 +79,13 @@ class Stage:
   @property
   def rows(self) -> int:
     """Number of images of which a device has all or a part in one forward pass."""
-    parts = self.sizes["data"] * self.sizes["fsdp"] * self.config["accumulation"]
+    parts = self.sizes[DATA] * self.sizes[FSDP] * self.config["accumulation"]
     return self.config["batch_size"] // parts
 
   @property
   def length(self) -> int:
     """Number of tokens of each image that a device has."""
-    return self.tokens // self.sizes["context"]
+    return self.tokens // self.sizes[CONTEXT]
 
 
 def longest_sequence(model: PixArtConfig) -> int:
@@ -125,7 +126,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
   )
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   agreement.check_batch(batch_size, config["accumulation"], mesh)
-  context = sizes["context"]
+  context = sizes[CONTEXT]
   tokens = split_length(longest_sequence(model), context, model.window)
   program = make_program(config, mesh=None, scaling_factor=SCALING_FACTOR)
   compute = program.model.compute

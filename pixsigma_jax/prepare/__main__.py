@@ -23,8 +23,9 @@ from pixsigma_jax import command
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.crops import CropRule, filter_at
 from pixsigma_jax.data.records import MANIFEST, open_dataset
-from pixsigma_jax.prepare import features, official, pictures
+from pixsigma_jax.prepare import check, features, official, pictures, write
 from pixsigma_jax.prepare.digits import prepare_digits
+from pixsigma_jax.prepare.settings import Settings
 from pixsigma_jax.sample.frozen import locate
 
 _PARTS = ("pictures", "features")
@@ -181,7 +182,7 @@ def _from_index(index: str) -> None:
     )
     _say_what_is_there(written)
   if _CHECK.value is not None:
-    features.check(pictures.open_pictures(where), output, frozen, _CHECK.value)
+    check.check(pictures.open_pictures(where), output, frozen, _CHECK.value)
     print(_CHECK.value)
 
 
@@ -202,8 +203,8 @@ def _crop_rule() -> CropRule:
   return CropRule(table, filter_at(resolution))
 
 
-def _settings(frozen: str) -> features.Settings:
-  return features.Settings(
+def _settings(frozen: str) -> Settings:
+  return Settings(
     frozen=frozen,
     captions="text" if _CAPTIONS.value == "text" else "embeddings",
     caption_length=_CAPTION_LENGTH.value,
@@ -258,7 +259,7 @@ def _say_what_is_there(written: bool) -> None:
     return
   count = len(open_dataset(directory))
   print(f"{directory} {'holds' if written else 'already holds these'} {count} records.")
-  for what, reasons in features.read_report(directory).items():
+  for what, reasons in write.read_report(directory).items():
     for reason, number in reasons.items():
       print(f"  left out, {what}: {number} {reason}")
 

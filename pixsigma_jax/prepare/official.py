@@ -29,8 +29,7 @@ from pixsigma_jax.data.records import Features, Record
 from pixsigma_jax.data.writing import begin_dataset
 from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.models.vae import LOG_VARIANCE_RANGE
-from pixsigma_jax.prepare import contents
-from pixsigma_jax.prepare import features as preparing
+from pixsigma_jax.prepare import compare, contents, write
 from pixsigma_jax.prepare.contents import Contents
 from pixsigma_jax.prepare.pictures import Refusal
 
@@ -87,7 +86,7 @@ def prepare_official(
     ValueError: data_info.json or the null caption is damaged, no record is left, or an
       argument is out of its range.
   """
-  preparing.check_process(process_index, process_count)
+  write.check_process(process_index, process_count)
   if images_per_shard < 1:
     raise ValueError(f"images_per_shard {images_per_shard} must be at least 1.")
   directory = pathlib.Path(directory)
@@ -112,7 +111,7 @@ def prepare_official(
   )
   num_shards = -(-len(entries) // images_per_shard)
   made_of = Contents(contents.images(map(_made_of, entries)))
-  if preparing.is_finished(directory, features, num_shards, made_of, can_update=False):
+  if compare.is_finished(directory, features, num_shards, made_of, can_update=False):
     return False
   stems = collections.Counter(
     pathlib.PurePosixPath(entry["path"]).stem
@@ -131,8 +130,8 @@ def prepare_official(
     len(entries[first : first + images_per_shard])
     for first in range(0, len(entries), images_per_shard)
   ]
-  preparing.write_shards(unfinished, make, process_index, process_count, sizes)
-  preparing.finish_with_report(unfinished, [])
+  write.write_shards(unfinished, make, process_index, process_count, sizes)
+  write.finish_with_report(unfinished, [])
   return True
 
 

@@ -47,6 +47,7 @@ from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
 from pixsigma_jax.diffusion.solvers import SAMPLERS, SolverTable
+from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
@@ -181,7 +182,7 @@ class Pipeline:
         "size."
       )
     if self.mesh is not None:
-      rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+      rows = self.mesh.shape[DATA] * self.mesh.shape[FSDP]
       if self.batch_size % rows:
         raise ValueError(
           f"batch_size {self.batch_size} cannot be shared by {rows} devices: make it a "

@@ -23,12 +23,15 @@ from pixsigma_jax.diffusion.guidance import (
 )
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import Prediction, SolverTable, solve_remembering
+from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import tokens
+from pixsigma_jax.models.conditions import Conditions
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import (
   PixArt,
   PixArtConfig,
   caption_keys_values,
+  laid_out,
   split_prediction,
 )
 from pixsigma_jax.sample import step_caching
@@ -68,7 +71,7 @@ def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
     length: tokens of each.
     mesh: devices that share the rows.
   """
-  devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  devices = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
   return 1 if rows // devices * length <= _TOKENS_OF_ONE_BATCH else 2
 
 
@@ -112,13 +115,15 @@ def sample(
     stacked = jnp.stack(of_halves)
     return stacked.reshape(passes, -1, *stacked.shape[2:])
 
-  images = {name: by_pass(*[batch[name]] * halves) for name in names}
+  params = laid_out(params, compute)
+  given = {name: by_pass(*[batch[name]] * halves) for name in names}
   captions = ("negative", "caption")[-halves:]
   embeddings, mask = (
     by_pass(*(batch[f"{half}_{what}"] for half in captions))
     for what in ("embeddings", "mask")
   )
-  caption_kv = _each_pass(
+  given["caption_mask"] = mask
+  given["caption_kv"] = _each_pass(
     lambda *captions: caption_keys_values(params, config, compute, *captions),
     *(embeddings, mask),
   )
@@ -137,56 +142,36 @@ def sample(
         method=method,
       )
 
-    def network(noisy: Array, images: Batch, mask: Array, caption_kv: Any) -> Array:
-      return call(
-        "on_tokens",
-        noisy,
-        images["coordinates"],
-        images["grid"],
-        jnp.full(len(noisy), timestep),
-        None,
-        mask,
-        images["image_size"],
-        images["aspect_ratio"],
-        caption_kv,
-      )
+    def at_step(given: Batch) -> Conditions:
+      return Conditions(timesteps=jnp.full(len(given["grid"]), timestep), **given)
 
-    def first_block(
-      noisy: Array, images: Batch, mask: Array, caption_kv: Any
-    ) -> tuple[Array, Array, Array]:
-      times = jnp.full(len(noisy), timestep)
-      before, time = call(
-        "enter",
-        noisy,
-        images["coordinates"],
-        images["grid"],
-        times,
-        images["image_size"],
-        images["aspect_ratio"],
-      )
-      grid = images["grid"]
-      x = call("go_through", range(1), before, time, grid, None, mask, caption_kv)
-      return x, time, x - before
+    def network(noisy: Array, given: Batch) -> Array:
+      return call("on_tokens", noisy, at_step(given))
 
-    def other_blocks(x: Array, time: Array, grid: Array, *captions: Any) -> Array:
+    def first_block(noisy: Array, given: Batch) -> tuple[Array, Any, Array]:
+      conditions = at_step(given)
+      before, embedded = call("enter", noisy, conditions)
+      x = call("go_through", range(1), before, embedded, conditions)
+      return x, embedded, x - before
+
+    def other_blocks(x: Array, embedded: Any, given: Batch) -> Array:
       others = range(1, config.depth)
-      return call("go_through", others, x, time, grid, None, *captions) - x
+      return call("go_through", others, x, embedded, at_step(given)) - x
 
     noisy = by_pass(*[noisy_latents] * halves)
-    captions = (mask, caption_kv)
     if threshold is None:
-      output = _each_pass(network, noisy, images, *captions)
+      output = _each_pass(network, noisy, given)
     else:
-      x, time, first = _each_pass(first_block, noisy, images, *captions)
+      x, embedded, first = _each_pass(first_block, noisy, given)
       x, memory = step_caching.add_rest(
         memory,
         x,
         first,
-        lambda: _each_pass(other_blocks, x, time, images["grid"], *captions),
+        lambda: _each_pass(other_blocks, x, embedded, given),
         token_mask,
         threshold,
       )
-      output = _each_pass(lambda *arguments: call("leave", *arguments), x, time)
+      output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
     output = output.reshape(halves * rows, *output.shape[2:])
     noise, logits = split_prediction(output, config)
     if guidance is None:

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from pixsigma_jax import checkpoint, metadata
 from pixsigma_jax.convert.lora import read_lora
 from pixsigma_jax.data.mixture import Mixture
+from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
@@ -148,7 +149,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh | AbstractMesh) -
   """Whether each part of the mesh gets as many rows each time; a ValueError if not."""
   if accumulation < 1:
     raise ValueError(f"config.accumulation={accumulation} must be at least 1.")
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = mesh.shape[DATA] * mesh.shape[FSDP]
   if batch_size % (accumulation * rows):
     times = f"accumulation × data × fsdp = {accumulation} × {rows}"
     raise ValueError(

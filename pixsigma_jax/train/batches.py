@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from pixsigma_jax import sharding
 from pixsigma_jax.data import pipeline
 from pixsigma_jax.data.mixture import Mixture
+from pixsigma_jax.mesh_axes import CONTEXT
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.tokens import Grid
 
@@ -55,7 +56,7 @@ class Batches:
       "caption_length": model.caption_length,
       "long_caption_ratio": data["long_caption_ratio"],
       "sequence_length": split_length(
-        mixture.longest_sequence(model.patch_size), mesh.shape["context"], model.window
+        mixture.longest_sequence(model.patch_size), mesh.shape[CONTEXT], model.window
       ),
       "process_index": process_index,
       "process_count": process_count,

@@ -137,7 +137,7 @@ class Run:
       self._program,
     )
     abstract_state = program.abstract_state()
-    places = program.ema.places(sharding.shardings(abstract_state, mesh))
+    places = program.ema.places(abstract_state.shardings(mesh))
     self._places = places
     self._placed = sharding.placed(abstract_state, places).replace(frozen=None)
     distributed.check_same("code", software())

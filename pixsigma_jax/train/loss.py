@@ -12,7 +12,8 @@ from pixsigma_jax.diffusion import process
 from pixsigma_jax.diffusion.loss import iddpm_loss
 from pixsigma_jax.diffusion.schedule import Schedule
 from pixsigma_jax.models import tokens
-from pixsigma_jax.models.pixart import PixArt, split_prediction
+from pixsigma_jax.models.conditions import Conditions
+from pixsigma_jax.models.pixart import PixArt, laid_out, split_prediction
 
 Batch: TypeAlias = dict[str, Array]
 PerExample: TypeAlias = dict[str, Array]
@@ -71,19 +72,22 @@ def make_loss(
       null_caption[None],
       batch["caption_embeddings"].astype(jnp.float32),
     )
-    sizes = (
-      (batch["original_size"], batch["aspect_ratio"]) if config.size_conditions else ()
+    conditions = Conditions(
+      coordinates=batch["coordinates"],
+      grid=batch["grid"],
+      timesteps=timesteps,
+      caption_mask=batch["caption_mask"],
+      caption_embeddings=captions,
     )
+    if config.size_conditions:
+      conditions = conditions.replace(
+        image_size=batch["original_size"], aspect_ratio=batch["aspect_ratio"]
+      )
 
     output: Any = model.apply(
-      {"params": params},
+      {"params": laid_out(params, model.compute)},
       noisy_latents,
-      batch["coordinates"],
-      batch["grid"],
-      timesteps,
-      captions,
-      batch["caption_mask"],
-      *sizes,
+      conditions,
       method="on_tokens",
       rngs={"kv_discard": discard_key},
     )

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.schedule import linear_schedule
+from pixsigma_jax.mesh_axes import CONTEXT
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, init_params
 from pixsigma_jax.train.config import call, check_fields, model_config
@@ -119,7 +120,7 @@ def make_program(
     Compute,
     "compute",
     config["compute"],
-    merge_rows=mesh is None or mesh.shape["context"] == 1,
+    merge_rows=mesh is None or mesh.shape[CONTEXT] == 1,
     mesh=mesh,
   )
   model = PixArt(model_config(config["model"]), compute)

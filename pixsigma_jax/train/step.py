@@ -7,9 +7,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float32
 
-from pixsigma_jax import tree
+from pixsigma_jax import sharding, tree
 from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.loss import Batch, LossFn
 
@@ -44,6 +45,10 @@ class TrainState(flax.struct.PyTreeNode):
   # Of a run that trains an adapter, what it changes. It never changes itself: a
   # checkpoint goes without it, and who resumes reads the parent again.
   frozen: Any = None
+
+  def shardings(self, mesh: Mesh | AbstractMesh) -> Any:
+    """A `NamedSharding` for every leaf, see `sharding.state_shardings`."""
+    return sharding.state_shardings(self, mesh, self.params, self.frozen)
 
 
 def init_state(

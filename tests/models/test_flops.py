@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pixsigma_jax.models import flops
-from pixsigma_jax.models.block import Block
+from pixsigma_jax.models.block import Block, BlockInputs, LayerInputs
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
@@ -31,15 +31,13 @@ def test_a_blocks_count_is_xlas_but_for_what_is_no_matrix_product(ratio):
   b, n, width = 1, GRID[0] * GRID[1], config.width
   compute = Compute(dtype=jnp.float32)
   block = Block(config.num_heads, config.mlp_ratio, False, compression, compute)
-  arguments = (
-    jnp.zeros((b, n, width)),
-    jnp.zeros((b, 6, width)),
-    jnp.array([GRID]),
-    jnp.zeros((b, CAPTION, width)),
-    jnp.ones((b, CAPTION), bool),
-    None,
-    None,
+  inputs = BlockInputs(
+    modulation=jnp.zeros((b, 6, width)),
+    grid=jnp.array([GRID]),
+    captions=jnp.zeros((b, CAPTION, width)),
+    caption_mask=jnp.ones((b, CAPTION), bool),
   )
+  arguments = (jnp.zeros((b, n, width)), inputs, LayerInputs())
 
   def shapes(*arguments):
     return block.init(jax.random.key(0), *arguments)

@@ -15,6 +15,7 @@ from pixsigma_jax.models.pixart import (
   PixArtConfig,
   abstract_params,
   caption_keys_values,
+  laid_out,
 )
 
 CONFIG = PixArtConfig.from_variant(
@@ -97,7 +98,7 @@ def test_the_network_multiplies_integers_and_stays_within_a_few_percent(key, unr
   @jax.jit
   def network(params):
     return PixArt(CONFIG, compute).apply(
-      {"params": params}, latents, times, captions, mask
+      {"params": laid_out(params, compute)}, latents, times, captions, mask
     )
 
   exact, ours = network(params), network(int8.quantize(params))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from pixsigma_jax import tree
 from pixsigma_jax.models import splash, tokens
 from pixsigma_jax.models.block import modulate
+from pixsigma_jax.models.conditions import Conditions
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute, LayerNorm
 from pixsigma_jax.models.pixart import (
@@ -26,6 +27,8 @@ from pixsigma_jax.models.pixart import (
   caption_keys_values,
   inference_params,
   init_params,
+  laid_out,
+  layer_name,
   segment_name,
   split_prediction,
 )
@@ -109,22 +112,40 @@ def test_layers_lie_in_a_stack_or_apart(name):
   config, arrays = reference.load(name)
   params = reference.params_from(arrays, "w.", config)
   model = PixArt(config, dataclasses.replace(FLOAT32, unroll=True))
-  apart = inference_params(params, model.compute)
-  segments = [segment_name(layers) for layers, _ in config.segments()]
-  lengths = [len(layers) for layers, _ in config.segments()]
-  assert [len(apart[segment]) for segment in segments] == lengths
-  for part in set(params) - set(segments):
-    chex.assert_trees_all_equal(apart[part], params[part])
+  apart = laid_out(params, model.compute)
+  for layers, _ in config.segments():
+    stack = params[segment_name(layers)]
+    for number, layer in enumerate(layers):
+      expected = jax.tree.map(lambda leaf, i=number: leaf[i], stack)
+      chex.assert_trees_all_equal(apart[layer_name(layer)], expected)
+  others = {name for name in params if not name.startswith("blocks_")}
+  assert set(apart) == others | {layer_name(i) for i in range(config.depth)}
+  assert all(apart[name] is params[name] for name in others)
   ours = model.apply({"params": apart}, **inputs(arrays))
-  np.testing.assert_allclose(
-    ours, model.apply({"params": params}, **inputs(arrays)), rtol=0, atol=1e-6
-  )
+  stacked = PixArt(config, FLOAT32).apply({"params": params}, **inputs(arrays))
+  np.testing.assert_allclose(ours, stacked, rtol=0, atol=1e-6)
   captions = [inputs(arrays)[f"caption_{what}"] for what in ("embeddings", "mask")]
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6),
     caption_keys_values(apart, config, model.compute, *captions),
-    caption_keys_values(params, config, model.compute, *captions),
+    caption_keys_values(params, config, FLOAT32, *captions),
   )
+
+
+def test_parameters_are_laid_out_once():
+  params = {"blocks_00_01": {"bias": jnp.arange(4.0).reshape(2, 2)}, "out": {}}
+  assert laid_out(params, FLOAT32) is params
+  unrolled = dataclasses.replace(FLOAT32, unroll=True)
+  apart = laid_out(params, unrolled)
+  chex.assert_trees_all_equal(laid_out(apart, unrolled), apart)
+
+
+def test_stacked_parameters_of_an_unrolled_network_are_refused():
+  config, arrays = reference.load("ms_plain")
+  params = reference.params_from(arrays, "w.", config)
+  model = PixArt(config, dataclasses.replace(FLOAT32, unroll=True))
+  with pytest.raises(ValueError, match=r"are stacked, .* through models.pixart.laid_o"):
+    model.apply({"params": params}, **inputs(arrays))
 
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
@@ -141,7 +162,7 @@ def test_matrices_rounded_once_are_those_rounded_in_every_call(name, unroll):
   given = inputs(arrays)
   chex.assert_trees_all_equal(
     apply(model, {"params": rounded}, *given.values()),
-    apply(model, {"params": params}, *given.values()),
+    apply(model, {"params": laid_out(params, compute)}, *given.values()),
   )
   captions = [given[f"caption_{what}"] for what in ("embeddings", "mask")]
   chex.assert_trees_all_equal(
@@ -161,29 +182,31 @@ def test_caption_keys_and_values_made_once_serve_every_call(unroll):
   caption_kv = caption_keys_values(params, config, compute, embeddings, mask)
 
   # Without what they are made of nothing can make them again.
+  params = laid_out(params, compute)
   poor = dict(params)
   del poor["caption_projection"]
-  for layers, _ in config.segments():
-    name = segment_name(layers)
-    poor[name] = dict(params[name])
-    cross = params[name]["cross_attention"]
-    poor[name]["cross_attention"] = {k: v for k, v in cross.items() if k != "kv"}
+  for name in poor:
+    if name.startswith("block"):
+      cross = params[name]["cross_attention"]
+      cross = {k: v for k, v in cross.items() if k != "kv"}
+      poor[name] = params[name] | {"cross_attention": cross}
 
   latents = arguments["latents"]
   grid = (latents.shape[1] // 2, latents.shape[2] // 2)
-  sequence = (
-    tokens.to_tokens(latents, 2, config.window),
-    jnp.tile(tokens.coordinates(grid, config.window)[None], (len(latents), 1, 1)),
-    jnp.tile(jnp.array([grid]), (len(latents), 1)),
-    arguments["timesteps"],
+  noisy = tokens.to_tokens(latents, 2, config.window)
+  conditions = Conditions(
+    coordinates=jnp.tile(
+      tokens.coordinates(grid, config.window)[None], (len(latents), 1, 1)
+    ),
+    grid=jnp.tile(jnp.array([grid]), (len(latents), 1)),
+    timesteps=arguments["timesteps"],
+    caption_mask=mask,
+    caption_embeddings=embeddings,
   )
+  ready = conditions.replace(caption_embeddings=None, caption_kv=caption_kv)
   model = PixArt(config, compute)
-  every_call = model.apply(
-    {"params": params}, *sequence, embeddings, mask, method="on_tokens"
-  )
-  once = model.apply(
-    {"params": poor}, *sequence, None, mask, caption_kv=caption_kv, method="on_tokens"
-  )
+  every_call = model.apply({"params": params}, noisy, conditions, method="on_tokens")
+  once = model.apply({"params": poor}, noisy, ready, method="on_tokens")
   np.testing.assert_allclose(once, every_call, rtol=0, atol=1e-6)
 
 
@@ -317,9 +340,8 @@ def test_an_image_in_a_padded_mixed_batch_is_what_it_is_alone(config, key):
   ]
   noisy, places, grids = as_sequences(config, images, length=16)
 
-  together = apply(
-    model, params, noisy, places, grids, times, embeddings, mask, method="on_tokens"
-  )
+  conditions = Conditions(places, grids, times, mask, embeddings)
+  together = apply(model, params, noisy, conditions, method="on_tokens")
 
   for i, image in enumerate(images):
     alone = apply(
@@ -348,16 +370,9 @@ def test_garbage_in_padding_changes_nothing_to_the_bit(key, garbage):
   @jax.jit
   def gradients(params, noisy, embeddings):
     def loss(params):
-      out = model.apply(
-        {"params": params},
-        noisy,
-        places,
-        grids,
-        jnp.array([3.0, 500.0]),
-        embeddings,
-        mask,
-        method="on_tokens",
-      )
+      times = jnp.array([3.0, 500.0])
+      conditions = Conditions(places, grids, times, mask, embeddings)
+      out = model.apply({"params": params}, noisy, conditions, method="on_tokens")
       valid = tokens.token_mask(grids, 12)
       return jnp.where(valid[..., None], out**2, 0).sum()
 
@@ -394,8 +409,9 @@ def test_how_it_is_computed_does_not_change_what(compute, key):
 
   def gradients(compute):
     def loss(params):
+      variables = {"params": laid_out(params, compute)}
       out = PixArt(config, compute).apply(
-        {"params": params}, *arguments, rngs={"kv_discard": key}
+        variables, *arguments, rngs={"kv_discard": key}
       )
       return (out**2).sum()
 

@@ -189,3 +189,43 @@ def test_what_only_some_steps_do_is_told_apart():
    0x8   : > { work }
 """
   assert kernels.scheduled(text) == Step(6, 2)
+
+
+def counted(kind, dtype, each):
+  return kernels.Counted(
+    libtpu="0.0.1",
+    kind=kind,
+    dtype=dtype,
+    kernel="forward",
+    queries=2048,
+    keys=1024,
+    each=each,
+    row=3,
+  )
+
+
+def test_counting_again_replaces_all_steps_of_the_device_and_dtype(tmp_path):
+  path = tmp_path / "cycles.jsonl"
+  before = kernels.read()
+  path.write_text(kernels.CYCLES.read_text(encoding="utf-8"), encoding="utf-8")
+  kernels.keep([counted(V5E, "float32", 7), counted("TPU v9", "bfloat16", 8)], path)
+  now = kernels.steps_of(kernels.read(path))
+  assert now[V5E]["float32"] == {"forward": {(2048, 1024): Step(7, 3)}}
+  assert now["TPU v9"] == {"bfloat16": {"forward": {(2048, 1024): Step(8, 3)}}}
+  others = [step for step in before if (step.kind, step.dtype) != (V5E, "float32")]
+  kept = [step for step in kernels.read(path) if step.libtpu != "0.0.1"]
+  assert kept == others
+
+
+def test_a_line_that_is_no_step_is_named(tmp_path):
+  path = tmp_path / "cycles.jsonl"
+  path.write_text(kernels.CYCLES.read_text(encoding="utf-8").replace("each", "eech", 1))
+  with pytest.raises(ValueError, match=r"cycles\.jsonl, line 1 is no counted step: "):
+    kernels.read(path)
+
+
+def test_only_steps_that_are_counted_can_be_of_another_libtpu(monkeypatch):
+  monkeypatch.setattr(kernels.metadata, "version", lambda _: "0.0.1")
+  kernels.check_libtpu("TPU v3", "bfloat16", refuse=True)
+  with pytest.raises(ValueError, match=r"on TPU v4 in float32 are those of libtpu "):
+    kernels.check_libtpu("TPU v4", "float32", refuse=True)

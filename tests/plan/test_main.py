@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from pixsigma_jax.plan import gpus, memory, report, topology
+from pixsigma_jax.plan import gpus, kernels, memory, report, topology
 from pixsigma_jax.plan import plan as plans
+from pixsigma_jax.plan.compilation import Compilation
 from pixsigma_jax.plan.stage import stage_on
 from tests import commands
 from tests.plan.stages import config_of, stage
@@ -18,6 +19,7 @@ SMALL = (
   "--config=configs/quickstart/low.py",
   "--config.model.variant=Nano/2",
   "--config.batch_size=8",
+  "--any_libtpu",  # what is installed is none of these tests' matter
 )
 KEYS = {
   *("stage", "topology", "slices", "chips", "devices", "device_kind", "mesh"),
@@ -94,6 +96,33 @@ def test_a_plan_says_its_dtype_and_takes_mfu_of_what_machines_do_in_it(dtype, pe
   assert f" tokens an image, {dtype}, attention " in report.text(plan)
   seconds = have["flops"]["step"] / (8 * peak)
   assert have["mfu"] == pytest.approx(seconds / have["step_seconds"])
+
+
+def test_cycles_of_another_libtpu_are_refused_unless_asked_for(
+  plan, monkeypatch, caplog
+):
+  version = kernels.metadata.version
+  monkeypatch.setattr(
+    kernels.metadata,
+    "version",
+    lambda name: "0.0.1" if name == "libtpu" else version(name),
+  )
+  monkeypatch.setattr(plans, "lower_train_step", lambda stage: compiled.append(stage))
+  monkeypatch.setattr(
+    plans, "compile_lowered", lambda *_: (None, Compilation(refused="too large"))
+  )
+  monkeypatch.setattr(memory, "of_compiled", lambda stage, _: memory.estimate(stage))
+  compiled, asked = [], [*SMALL, "--topology=v5e:2x2"]
+  asked.remove("--any_libtpu")
+  done = plan(*asked)
+  assert (done.code, compiled) == (1, [])
+  assert re.search(
+    r"those of libtpu [\d.]+, and 0\.0\.1 is installed, .* give --any_libtpu", done.err
+  )
+  plan(*asked, "--any_libtpu")
+  assert len(compiled) == 1
+  assert "and 0.0.1 is installed" in caplog.text
+  assert plan(*asked, "--nocompile").code == 0
 
 
 def test_without_compiling_it_says_so(plan):

@@ -29,7 +29,7 @@ def test_a_devices_part_of_the_state_is_what_its_arrays_take():
   mesh = sharding.make_mesh(**planned.sizes, devices=jax.devices())
   trees = (planned.state, planned.batch)
   places = (
-    sharding.shardings(planned.state, mesh),
+    planned.state.shardings(mesh),
     sharding.batch_shardings(planned.batch, mesh),
   )
   state, batch = jax.tree.map(

@@ -18,7 +18,11 @@ from tests.plan.stages import config_of
 # ml_collections reads config files so.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-SMALL = ("--config=configs/quickstart/low.py", "--config.model.variant=Nano/2")
+SMALL = (
+  "--config=configs/quickstart/low.py",
+  "--config.model.variant=Nano/2",
+  "--any_libtpu",  # what is installed is none of these tests' matter
+)
 CHIP = "--topology=v5e:1x1"
 
 

@@ -14,7 +14,10 @@ from transformers import AutoTokenizer
 
 from pixsigma_jax.data import writing
 from pixsigma_jax.data.records import open_dataset
-from pixsigma_jax.prepare import features, pictures
+from pixsigma_jax.models.t5 import T5TextEncoder
+from pixsigma_jax.models.vae import KLAutoencoder
+from pixsigma_jax.prepare import check, features, load, pictures, write
+from pixsigma_jax.prepare.settings import Settings
 from tests.prepare import world
 
 LENGTH = 12
@@ -57,7 +60,7 @@ def cropped(root):
 
 @pytest.fixture(scope="module")
 def settings(root, theirs):
-  return features.Settings(
+  return Settings(
     frozen=str(root / "frozen"),
     caption_length=LENGTH,
     text_dtype=jnp.float32,
@@ -158,17 +161,17 @@ def test_the_manifest_says_what_made_the_features(root, finished):
   assert manifest.hashes["crop_rule"] == world.RULE.hash
   folder = root / "frozen"
   for name, part in (("autoencoder", "vae"), ("text_encoder", "text_encoder")):
-    assert manifest.hashes[name] == features.weights_hash(folder / part)
+    assert manifest.hashes[name] == load.weights_hash(folder / part)
   assert len(manifest.shards) == 4
 
 
 def test_every_caption_and_image_that_is_missing_is_in_the_report(finished):
-  counts = features.read_report(finished)
+  counts = write.read_report(finished)
   assert counts == {
     "caption": {f"has more than {LENGTH} tokens": 2, "is empty": 1},
     "image": {"has no caption that fits": 1, "smaller than its size": 1},
   }
-  lines = (features.reports_of(finished) / "refused.jsonl").read_text().splitlines()
+  lines = (write.reports_of(finished) / "refused.jsonl").read_text().splitlines()
   refusals = [json.loads(line) for line in lines]
   assert {r["id"] for r in refusals if r["what"] == "image"} == {"04", "07"}
   (long,) = (r for r in refusals if r["id"] == "03")
@@ -182,7 +185,7 @@ def test_captions_are_cut_only_if_that_is_asked_for(root, cropped, settings):
   found = {record.id: record for record in dataset.read(range(len(dataset)))}
   assert found["04"].captions == ("a photo of the red house and a cat and a",)
   assert found["04"].caption_lengths.tolist() == [LENGTH]
-  counts = features.read_report(root / "cut")
+  counts = write.read_report(root / "cut")
   assert counts["caption end"] == {f"was cut at {LENGTH} tokens": 2}
   assert "has no caption that fits" not in counts["image"]
 
@@ -222,7 +225,7 @@ def test_killed_after_any_shard_any_number_of_processes_go_on_to_the_same_bytes(
   assert len(shards) == survived
   assert shards.items() <= world.files_of(directory).items()
   for name in ("report.json", "refused.jsonl"):
-    reports = (features.reports_of(d) / name for d in (directory, finished))
+    reports = (write.reports_of(d) / name for d in (directory, finished))
     assert len({report.read_bytes() for report in reports}) == 1
 
 
@@ -295,7 +298,7 @@ def test_captions_as_text_need_no_text_encoder(root, cropped, settings, finished
     assert (ours.id, ours.captions) == (other.id, other.captions)
     np.testing.assert_array_equal(ours.caption_lengths, other.caption_lengths)
     np.testing.assert_array_equal(ours.latent_moments, other.latent_moments)
-  assert features.read_report(root / "text") == features.read_report(finished)
+  assert write.read_report(root / "text") == write.read_report(finished)
 
 
 def test_devices_share_the_work_and_make_the_same(root, cropped, settings, finished):
@@ -316,13 +319,13 @@ def test_devices_share_the_work_and_make_the_same(root, cropped, settings, finis
 
 def test_one_program_a_size_and_half(monkeypatch, cropped, settings, root):
   shapes = set()
-  encode = features.KLAutoencoder.moments
+  encode = KLAutoencoder.moments
 
   def spied(self, images):
     shapes.add(images.shape)
     return encode(self, images)
 
-  monkeypatch.setattr(features.KLAutoencoder, "moments", spied)
+  monkeypatch.setattr(KLAutoencoder, "moments", spied)
   prepare(cropped, root / "programs", settings)
   assert shapes == {(2, 32, 32, 3), (2, 32, 64, 3)}
 
@@ -330,18 +333,18 @@ def test_one_program_a_size_and_half(monkeypatch, cropped, settings, root):
 def test_what_overflows_float16_is_left_out_and_named(
   root, cropped, settings, monkeypatch
 ):
-  encode = features.T5TextEncoder.encode
+  encode = T5TextEncoder.encode
 
   def loud(self, prompts, length):
     embeddings, mask = encode(self, prompts, length)
     rows = np.array([prompt == "the tree" for prompt in prompts])
     return np.where(rows[:, None, None], np.float32(1e5), embeddings), mask
 
-  monkeypatch.setattr(features.T5TextEncoder, "encode", loud)
+  monkeypatch.setattr(T5TextEncoder, "encode", loud)
   prepare(cropped, root / "loud", settings)
-  assert features.read_report(root / "loud")["image"]["makes no valid record"] == 1
+  assert write.read_report(root / "loud")["image"]["makes no valid record"] == 1
   assert len(open_dataset(root / "loud")) == 5
-  lines = (features.reports_of(root / "loud") / "refused.jsonl").read_text()
+  lines = (write.reports_of(root / "loud") / "refused.jsonl").read_text()
   assert "caption_embeddings holds values that are not finite" in lines
 
 
@@ -377,26 +380,26 @@ def test_a_missing_network_is_named(root, cropped, settings, part):
 
 def test_settings_out_of_range_are_refused():
   with pytest.raises(ValueError, match="caption_length 0 must be at least 1"):
-    features.Settings(frozen="", caption_length=0)
+    Settings(frozen="", caption_length=0)
   with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
-    features.Settings(frozen="", batch_size=0)
+    Settings(frozen="", batch_size=0)
 
 
 def test_weights_are_known_by_their_files_alone(root, theirs, tmp_path):
   shutil.copytree(root / "frozen" / "vae", tmp_path / "vae")
-  there = features.weights_hash(root / "frozen" / "vae")
+  there = load.weights_hash(root / "frozen" / "vae")
   (tmp_path / "vae" / "config.json").write_text("{}")
   (tmp_path / "vae" / "model.fp16.safetensors").write_text("not the one that is read")
-  assert features.weights_hash(tmp_path / "vae") == there
+  assert load.weights_hash(tmp_path / "vae") == there
   with pytest.raises(FileNotFoundError, match="There are no weights in"):
-    features.weights_hash(tmp_path / "none")
+    load.weights_hash(tmp_path / "none")
 
 
 def test_the_round_trip_is_shown_beside_the_pictures(
   root, cropped, finished, settings, capsys, theirs
 ):
   sheet = root / "sheet.png"
-  ratio = features.check(cropped, finished, settings.frozen, sheet)
+  ratio = check.check(cropped, finished, settings.frozen, sheet)
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 7
   assert lines[-1] == f"{ratio:6.2f} dB  in all 6 records that were decoded"
@@ -416,4 +419,4 @@ def test_the_round_trip_is_shown_beside_the_pictures(
     assert image.width >= 2 * 64
   other = dataclasses.replace(settings, frozen=str(root / "other"))
   with pytest.raises((ValueError, FileNotFoundError), match="vae"):
-    features.check(cropped, finished, other.frozen, sheet)
+    check.check(cropped, finished, other.frozen, sheet)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from pixsigma_jax.data.records import open_dataset
-from pixsigma_jax.prepare import features, official
+from pixsigma_jax.prepare import official, write
 from tests.prepare import world
 
 WIDTH, LENGTH = 6, 9
@@ -90,7 +90,7 @@ def data(tmp_path):
 
 
 def reasons(dataset, what="image"):
-  return features.read_report(dataset.directory).get(what, {})
+  return write.read_report(dataset.directory).get(what, {})
 
 
 def test_features_are_taken_as_they_are(data):

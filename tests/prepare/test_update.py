@@ -11,11 +11,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pixsigma_jax.convert import files
 from pixsigma_jax.curate.scan import scan
 from pixsigma_jax.data.crops import CropRule
 from pixsigma_jax.data.index import open_index
 from pixsigma_jax.data.records import open_dataset
-from pixsigma_jax.prepare import contents, features, pictures
+from pixsigma_jax.models.t5 import T5TextEncoder
+from pixsigma_jax.models.vae import KLAutoencoder
+from pixsigma_jax.prepare import compare, contents, features, pictures, write
+from pixsigma_jax.prepare.encode import Encode
+from pixsigma_jax.prepare.settings import Settings
 from tests.data import icc
 from tests.prepare import world
 
@@ -58,7 +63,7 @@ def crop(folder, update=False, **changes):
 
 
 def settings(frozen, **changes):
-  return features.Settings(
+  return Settings(
     **{
       "frozen": frozen,
       "caption_length": 16,
@@ -81,8 +86,8 @@ def encode(cropped, directory, frozen, update=False, **changes):
 def work(monkeypatch):
   """What is done: images cropped, images and captions encoded."""
   done = {"cropped": 0, "images": 0, "captions": []}
-  apply, moments = CropRule.apply, features.KLAutoencoder.moments
-  embed = features.T5TextEncoder.encode
+  apply, moments = CropRule.apply, KLAutoencoder.moments
+  embed = T5TextEncoder.encode
 
   def counted_apply(self, image):
     done["cropped"] += 1
@@ -97,8 +102,8 @@ def work(monkeypatch):
     return embed(self, texts, length)
 
   monkeypatch.setattr(CropRule, "apply", counted_apply)
-  monkeypatch.setattr(features.KLAutoencoder, "moments", counted_moments)
-  monkeypatch.setattr(features.T5TextEncoder, "encode", counted_embed)
+  monkeypatch.setattr(KLAutoencoder, "moments", counted_moments)
+  monkeypatch.setattr(T5TextEncoder, "encode", counted_embed)
 
   def since():
     now = dict(done)
@@ -171,7 +176,7 @@ def test_changes_are_refused_by_name_or_made_and_nothing_else_is(
       )
   assert not contents.previous_of(output).exists()
   assert not contents.previous_of(tmp_path / "pictures").exists()
-  assert features.read_report(output) == features.read_report(tmp_path / "fresh")
+  assert write.read_report(output) == write.read_report(tmp_path / "fresh")
   work()
   assert not encode(crop(folder, update=True), output, frozen, update=True)
   assert tuple(work().values()) == (0, 0, [])
@@ -194,7 +199,7 @@ def test_an_interrupted_first_attempt_does_not_mix_old_and_new(
 def test_an_interrupted_encoding_does_not_mix_old_and_new(
   folder, frozen, monkeypatch, tmp_path, work
 ):
-  make = features._Encode.__call__
+  make = Encode.__call__
 
   def dies(self, shard):
     if shard == 1:
@@ -202,24 +207,24 @@ def test_an_interrupted_encoding_does_not_mix_old_and_new(
     return make(self, shard)
 
   output = tmp_path / "records"
-  monkeypatch.setattr(features._Encode, "__call__", dies)
+  monkeypatch.setattr(Encode, "__call__", dies)
   with pytest.raises(OSError, match="killed"):
     encode(crop(folder), output, frozen)
   new_caption(folder)
   cropped = crop(folder, update=True)
   with pytest.raises(FileExistsError, match=r"unfinished dataset .* captions \(01\)"):
     encode(cropped, output, frozen)
-  monkeypatch.setattr(features._Encode, "__call__", make)
+  monkeypatch.setattr(Encode, "__call__", make)
   encode(cropped, output, frozen, update=True)
   assert by_id(output)["01"].captions == ("a dog",)
   # And an update that is killed goes on from the dataset that was finished.
   (folder / "00.txt").write_text("a tree")
   cropped = crop(folder, update=True)
-  monkeypatch.setattr(features._Encode, "__call__", dies)
+  monkeypatch.setattr(Encode, "__call__", dies)
   with pytest.raises(OSError, match="killed"):
     encode(cropped, output, frozen, update=True)
   assert len(open_dataset(contents.previous_of(output))) == len(SIZES)
-  monkeypatch.setattr(features._Encode, "__call__", make)
+  monkeypatch.setattr(Encode, "__call__", make)
   work()
   encode(cropped, output, frozen)  # it is an update already
   assert work()["images"] == 0
@@ -281,7 +286,7 @@ def test_directories_of_earlier_versions_hold_and_say_what_is_not_known(
   assert "an earlier version, which did not note what records were made" in caplog.text
   assert len(open_dataset(output)) == len(SIZES)
   # An earlier version's plan, as it was.
-  plan = features.files.read_json(tmp_path / "pictures" / "plan.json")
+  plan = files.read_json(tmp_path / "pictures" / "plan.json")
   (tmp_path / "pictures" / "contents.parquet").unlink()
   del plan["arguments"]["colors"]
   rows = np.load(tmp_path / "pictures" / "plan.npy")
@@ -289,7 +294,7 @@ def test_directories_of_earlier_versions_hold_and_say_what_is_not_known(
     "steps": ["scan"],
     "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
   }
-  features.files.write_json(tmp_path / "pictures" / "plan.json", plan)
+  files.write_json(tmp_path / "pictures" / "plan.json", plan)
   old = crop(folder)
   assert "heeded no color profiles" in caplog.text
   assert not encode(old, output, frozen)
@@ -343,7 +348,7 @@ def test_processes_of_an_update_wait_for_the_first(
   encode(crop(folder), output, frozen)
   new_caption(folder)
   cropped = crop(folder, update=True)
-  monkeypatch.setattr(features, "_SECONDS_FOR_THE_FIRST", -1)
+  monkeypatch.setattr(compare, "_SECONDS_FOR_THE_FIRST", -1)
   before = world.files_of(output)
   with pytest.raises(ValueError, match="process 0 has not begun"):
     features.prepare_features(

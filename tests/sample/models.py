@@ -90,22 +90,19 @@ def exact(clean):
   broadcasts to them. The variance logits are noise of their own.
   """
   schedule = linear_schedule()
-  names = ("noisy", "coordinates", "grid", "timesteps", "captions", "mask")
-  names += ("image_size", "aspect_ratio", "caption_kv")
 
   class Exact:
     def __init__(self, config, _):
       self._config = config
 
-    def apply(self, _variables, *arguments, **_):
-      inputs = dict(zip(names, arguments, strict=True))
-      inputs["captions"] = inputs["caption_kv"]  # handed through, see `use_exact`
+    def apply(self, _variables, noisy, conditions, **_):
+      inputs = vars(conditions) | {"noisy": noisy, "mask": conditions.caption_mask}
+      inputs["captions"] = conditions.caption_kv  # handed through, see `use_exact`
       index = inputs["timesteps"].astype(jnp.int32)
       alpha, sigma = (
         jnp.asarray(table, jnp.float32)[index][:, None, None]
         for table in (schedule.signal_scale, schedule.noise_scale)
       )
-      noisy = inputs["noisy"]
       x0 = jnp.broadcast_to(clean(inputs), noisy.shape)
       noise = (noisy - alpha * x0) / sigma
       parts = noise.reshape(*noise.shape[:2], -1, 1, self._config.in_channels)

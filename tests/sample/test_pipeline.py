@@ -606,10 +606,9 @@ def test_a_snapshot_draws_what_the_model_in_memory_draws(real, saved):
 def test_a_snapshot_is_read_as_it_is_best_computed_here(saved):
   read = Pipeline.from_checkpoint(saved)
   assert read.compute == program.compute_here("bfloat16", "auto")
-  blocks = next(leaf for name, leaf in read.params.items() if name.startswith("blocks"))
-  assert isinstance(blocks, list)  # layers lie apart, on a CPU
-  assert blocks[0]["mlp"]["in"]["kernel"].dtype == jnp.bfloat16
-  assert blocks[0]["mlp"]["in"]["bias"].dtype == jnp.float32
+  mlp = read.params["block_00"]["mlp"]["in"]  # layers lie apart, on a CPU
+  assert mlp["kernel"].dtype == jnp.bfloat16
+  assert mlp["bias"].dtype == jnp.float32
 
 
 def test_a_snapshot_in_8_bit_integers_draws_nearly_the_same_and_says_so(real, saved):

@@ -13,7 +13,7 @@ from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArt
+from pixsigma_jax.models.pixart import PixArt, laid_out
 from pixsigma_jax.sample import step_caching
 from tests.sample import models
 from tests.sample.models import ENCODER, SCALING_FACTOR
@@ -98,6 +98,7 @@ def by_hand(config, params, prompt, seed, threshold, scale=4.5):
     return out
 
   model = PixArt(config, Compute(dtype=jnp.float32, unroll=True))
+  params = laid_out(params, model.compute)
   side = config.base_size * config.patch_size
   shape = (side, side, config.in_channels)
   latents, previous = jax.random.normal(jax.random.key(seed), shape)[None], 0.0

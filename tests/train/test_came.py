@@ -215,7 +215,8 @@ def test_an_update_gathers_no_matrix():
   mesh = sharding.make_mesh(data=1, fsdp=8, context=1)
   tx = scale_by_came(**CAME_FIELDS)
   state = jax.eval_shape(tx.init, params)
-  places, state_places = (sharding.shardings(x, mesh) for x in (params, state))
+  places = sharding.shardings(params, mesh)
+  state_places = sharding.state_shardings(state, mesh, params)
   update = jax.jit(
     tx.update, in_shardings=(places, state_places), out_shardings=(places, state_places)
   )
@@ -262,7 +263,7 @@ def test_a_sharded_state_updates_as_a_whole_one():
   mesh = sharding.make_mesh(data=1, fsdp=8, context=1)
   places = sharding.shardings(params, mesh)
   state = jax.eval_shape(step, params, gradients)[1]
-  outs = (places, sharding.shardings(state, mesh))
+  outs = (places, sharding.state_shardings(state, mesh, params))
   sharded = jax.jit(step, in_shardings=(places, places), out_shardings=outs)
   split, state = sharded(params, gradients)
   momentum = state[1].momentum["modulation"]["kernel"]

@@ -132,7 +132,7 @@ def placed(ema):
     guard=(),
     key=(),
   )
-  return state, ema.places(sharding.shardings(state, mesh))
+  return state, ema.places(state.shardings(mesh))
 
 
 def test_offloaded_averages_lie_in_the_hosts_memory_and_are_the_same():

@@ -64,13 +64,11 @@ def crowd(latents=0.0):
 def watch(monkeypatch, key):
   """Runs the loss with a network that predicts 0; returns all that anyone saw."""
   seen = {}
-  names = ("noisy", "coordinates", "grid", "timesteps", "captions", "caption_mask")
-  names += ("original_size", "aspect_ratio")
 
-  def network(self, variables, *inputs, method, rngs):
+  def network(self, variables, noisy, conditions, *, method, rngs):
     assert method == "on_tokens"
-    seen["network"] = dict(zip(names, inputs, strict=False)) | {"rngs": rngs}
-    rows, length, channels = inputs[0].shape
+    seen["network"] = vars(conditions) | {"noisy": noisy, "rngs": rngs}
+    rows, length, channels = noisy.shape
     return jnp.zeros((rows, length, 2 * channels))
 
   def compare(schedule, **inputs):
@@ -108,7 +106,8 @@ def test_what_a_row_draws_depends_on_neither_order_nor_size_nor_padding(watch):
       other["timesteps"], alone["timesteps"][jnp.array([3, 1])]
     )
     np.testing.assert_array_equal(
-      other["network"]["captions"], alone["network"]["captions"][jnp.array([3, 1])]
+      other["network"]["caption_embeddings"],
+      alone["network"]["caption_embeddings"][jnp.array([3, 1])],
     )
     np.testing.assert_allclose(
       other["per_example"]["loss"],
@@ -133,7 +132,7 @@ def test_noise_and_posterior_are_standard_normal_and_drawn_apart(watch):
   del batch["latents"]
   seen = watch(batch, caption_dropout=0.5)
   timesteps = np.asarray(seen["timesteps"], np.float64)
-  dropped = np.asarray(seen["network"]["captions"] == -7).mean(axis=(1, 2))
+  dropped = np.asarray(seen["network"]["caption_embeddings"] == -7).mean(axis=(1, 2))
   draws = {
     "noise": np.asarray(seen["noise"], np.float64)[:, 0],
     "posterior": np.asarray(seen["latents"], np.float64)[:, 0],
@@ -203,7 +202,7 @@ def test_a_shift_that_leaves_nothing_is_refused(shift, message):
 def test_captions_drop_with_their_probability(watch, chance):
   null_caption = jnp.full((1, 1), -7.0)
   seen = watch(crowd(), null_caption=null_caption, caption_dropout=chance)
-  share = float(jnp.mean(seen["network"]["captions"] == -7.0))
+  share = float(jnp.mean(seen["network"]["caption_embeddings"] == -7.0))
   assert abs(share - chance) <= 5 * np.sqrt(chance * (1 - chance) / MANY)
 
 
@@ -212,8 +211,8 @@ def test_a_dropped_caption_is_the_null_caption_under_the_captions_own_mask(watch
   network = watch(batch, caption_dropout=0.5)["network"]
   np.testing.assert_array_equal(network["caption_mask"], batch["caption_mask"])
   own = batch["caption_embeddings"].astype(jnp.float32)
-  kept = (network["captions"] == own).all(axis=(1, 2))
-  null = (network["captions"] == NULL[None]).all(axis=(1, 2))
+  kept = (network["caption_embeddings"] == own).all(axis=(1, 2))
+  null = (network["caption_embeddings"] == NULL[None]).all(axis=(1, 2))
   np.testing.assert_array_equal(kept, ~null)
   assert 0 < kept.sum() < 4
 
@@ -289,9 +288,9 @@ def test_a_model_with_size_conditions_is_given_them(watch):
   batch = batch_of(range(4))
   config = models.nano(size_conditions=True)
   network = watch(batch, config=config)["network"]
-  np.testing.assert_array_equal(network["original_size"], batch["original_size"])
+  np.testing.assert_array_equal(network["image_size"], batch["original_size"])
   np.testing.assert_array_equal(network["aspect_ratio"], batch["aspect_ratio"])
-  assert "original_size" not in watch(batch)["network"]
+  assert watch(batch)["network"]["image_size"] is None
 
 
 def test_each_key_discards_other_tokens(watch):

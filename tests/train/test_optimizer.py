@@ -284,7 +284,7 @@ def test_every_state_has_its_place_on_a_mesh(name):
   mesh = sharding.make_mesh(data=1, fsdp=8, context=1)
   params = draws()
   state = jax.eval_shape(ours(name).init, params)
-  places = tree.named_leaves(sharding.shardings(state, mesh))
+  places = tree.named_leaves(sharding.state_shardings(state, mesh, params))
   # What is as large as its parameter is split as it is.
   split = {n for n, place in places.items() if "mlp/in/kernel" in n and any(place.spec)}
   assert len(split) == 1

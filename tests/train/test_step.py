@@ -250,7 +250,7 @@ def two_steps(data, fsdp, context, accumulation=1):
   state = init_state(
     models.random_params(CONFIG), null_caption, tx, ema(0.5), jax.random.key(0)
   )
-  places = sharding.shardings(state, mesh)
+  places = state.shardings(mesh)
   state = jax.device_put(state, places)
   batch = image_batch()
   batch_places = sharding.batch_shardings(batch, mesh)
