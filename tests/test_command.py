@@ -82,6 +82,7 @@ def test_where_it_arose_is_shown_to_those_who_ask(run):
   ("main", "kind"),
   [
     (lambda _: np.zeros(3).reshape(2, 2), ValueError),
+    (lambda _: np.zeros(2**55), MemoryError),
     (lambda _: {}["prompt"], KeyError),
     (lambda _: len(3), TypeError),
   ],
