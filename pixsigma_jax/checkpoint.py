@@ -34,7 +34,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from pixsigma_jax import disk, distributed, sharding, tree
+from pixsigma_jax import disk, distributed, errors, sharding, tree
 from pixsigma_jax.metadata import History, Metadata, software
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.wording import listed
@@ -52,7 +52,7 @@ class SavingError(OSError):
   """Something could not be saved; the message names the complete steps there."""
 
 
-Place: TypeAlias = Literal["local", "workdir", "remote"]
+Location: TypeAlias = Literal["local", "workdir", "remote"]
 
 
 class Checkpoints:
@@ -88,8 +88,8 @@ class Checkpoints:
     if keep_last < 1:  # Orbax would delete each step as soon as it is saved
       raise ValueError(f"keep_last={keep_last} must be at least 1.")
     workdir = pathlib.Path(workdir).absolute()
-    self._managers: dict[Place, ocp.CheckpointManager] = {}  # the nearest first
-    places: dict[Place, Any] = {"workdir": workdir}
+    self._managers: dict[Location, ocp.CheckpointManager] = {}  # the nearest first
+    places: dict[Location, Any] = {"workdir": workdir}
     if remote:
       places["remote"] = epath.Path(remote)
       _check_remote(places["remote"], workdir, history)
@@ -113,7 +113,7 @@ class Checkpoints:
     steps = [manager.latest_step() for manager in self._managers.values()]
     return max((step for step in steps if step is not None), default=None)
 
-  def places_of(self, step: int) -> list[Place]:
+  def locations_of(self, step: int) -> list[Location]:
     """Locations that have a complete copy of a step."""
     return [p for p, manager in self._managers.items() if step in manager.all_steps()]
 
@@ -124,7 +124,7 @@ class Checkpoints:
     position: Any,
     metadata: Metadata,
     *,
-    place: Place = "workdir",
+    place: Location = "workdir",
   ) -> None:
     """Starts saving a step in the background; a second save waits for the first.
 
@@ -167,7 +167,7 @@ class Checkpoints:
       with saving(manager.directory):
         self._check_space(state, place)
 
-  def _check_space(self, state: Any, place: Place) -> None:
+  def _check_space(self, state: Any, place: Location) -> None:
     if place == "remote":
       return  # buckets do not say
     whole, directory = place == "workdir", self._managers[place].directory
@@ -176,11 +176,11 @@ class Checkpoints:
     if free < needed:
       raise OSError(f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free")
 
-  def is_saving(self, place: Place) -> bool:
+  def is_saving(self, place: Location) -> bool:
     """Whether a save to a location is under way."""
     return self._managers[place].is_saving_in_progress()
 
-  def directory(self, place: Place) -> Any:
+  def directory(self, place: Location) -> Any:
     """Directory of a location's steps."""
     return self._managers[place].directory
 
@@ -234,7 +234,7 @@ class Checkpoints:
 
   def _holder(self, step: int) -> ocp.CheckpointManager:
     # If it is nowhere, the workdir's error says which steps there are.
-    places = self.places_of(step) or ["workdir"]
+    places = self.locations_of(step) or ["workdir"]
     return self._managers[places[0]]
 
 
@@ -387,12 +387,14 @@ def _open_local(
 def _check_divisible(abstract: Any) -> None:
   """Refuses shardings that do not divide their arrays: no file is to blame."""
   for name, leaf in tree.named_leaves(abstract).items():
+    if leaf.sharding is None:
+      continue
     try:
       leaf.sharding.shard_shape(leaf.shape)
     except ValueError as error:
       raise ValueError(
-        f"The leaf {name!r} of shape {leaf.shape} cannot be split over the mesh as "
-        f"{leaf.sharding.spec}: {_first_line(error)}"
+        f"The leaf {name!r} of shape {leaf.shape} cannot be split over the mesh: "
+        f"{_first_line(error)}"
       ) from error
 
 
@@ -644,6 +646,11 @@ def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:
     return Metadata.from_json(restored.metadata)
   except ValueError as error:  # of another version's format, not damaged
     raise ValueError(f"The checkpoint {path} cannot be used: {error}") from error
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f"Could not read the checkpoint {path}: its metadata are damaged ({error!r}); "
+      f"{_beside(path)}"
+    ) from error
 
 
 def _signed(metadata: Metadata) -> dict[str, Any]:
@@ -688,7 +695,6 @@ _NO_ACCESS = re.compile(
   "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
   "|ABORTED|CANCELLED"
 )
-_NO_MEMORY = re.compile("[Cc]annot allocate memory|[Oo]ut of memory")
 
 
 @contextlib.contextmanager
@@ -738,7 +744,7 @@ def _reading(path: Any) -> Iterator[None]:
   except Exception as error:
     cause = _cause(error)
     reason, begin = _first_line(cause), f"Could not read the checkpoint {path}"
-    if isinstance(cause, MemoryError) or _NO_MEMORY.search(str(cause)):
+    if errors.of_memory(cause):
       raise MemoryError(
         f"{begin}: there is too little memory for it ({reason.rstrip('.')}). Its files "
         "are not to blame: free some memory, or spread it over more devices."
@@ -747,7 +753,7 @@ def _reading(path: Any) -> Iterator[None]:
       raise ValueError(
         f"{begin}: its arrays are not those of the model and optimizer asked for. "
         f"{_first_line(cause, lines=8)} Give the config that wrote it, or another "
-        f"checkpoint."
+        "checkpoint."
       ) from error
     if isinstance(cause, ValueError) and _NO_ACCESS.match(str(cause)):
       raise OSError(

@@ -11,10 +11,6 @@ import hypothesis
 import jax
 import pytest
 
-# A libtpu that was installed beside another version of JAX would crash its profiler,
-# and each process that a test starts would look for a TPU first.
-os.environ["JAX_PLATFORMS"] = "cpu"
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # a mesh to shard over, anywhere
 jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasts are written out
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -22,6 +18,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Same examples each run; no wall-clock deadline on a busy machine.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
+
+
+def pytest_configure(config):
+  """Keeps all on the CPU, unless `-m accelerator` asks for what the machine has."""
+  if config.getoption("markexpr").strip() == "accelerator":
+    return
+  # A libtpu that was installed beside another version of JAX would crash its profiler,
+  # and each process that a test starts would look for a TPU first.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  jax.config.update("jax_platforms", "cpu")
 
 
 def pytest_addoption(parser):

@@ -579,6 +579,17 @@ def test_a_snapshot_of_a_later_format_is_refused_with_both_numbers(tmp_path):
     assert "files are damaged" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", '{"format": 2, "history": {"run": "a"}}'])
+def test_metadata_that_are_json_and_none_of_ours_are_named(tmp_path, text):
+  save_snapshot(tmp_path, 1)
+  [path] = (tmp_path / "snapshots" / "1" / "metadata").glob("metadata")
+  if "history" in text:
+    text = json.dumps({**json.loads(path.read_text()), "history": {"run": "a"}})
+  path.write_text(text)
+  with pytest.raises(ValueError, match=r"snapshots/1: its metadata are damaged"):
+    checkpoint.read_metadata(tmp_path)
+
+
 def test_a_snapshot_of_a_model_that_a_later_version_knows_is_not_called_damaged(
   tmp_path,
 ):

@@ -26,6 +26,7 @@ from pixsigma_jax.data.records import MANIFEST, open_dataset
 from pixsigma_jax.prepare import features, official, pictures
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.sample.frozen import locate
+from pixsigma_jax.wording import listed
 
 _PARTS = ("pictures", "features")
 
@@ -198,7 +199,7 @@ def _crop_rule() -> CropRule:
       "give it as --table=FILE.json."
     )
   if unusable := buckets.check(table, resolution).unusable:
-    raise ValueError(f"The table cannot be used. {' '.join(unusable[:4])}")
+    raise ValueError(f"The table cannot be used. {listed(unusable, 4, ' ')}")
   return CropRule(table, filter_at(resolution))
 
 
