@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from pixsigma_jax import disk, distributed, sharding, tree
+from pixsigma_jax import disk, distributed, errors, sharding, tree
 from pixsigma_jax.metadata import History, Metadata, software
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.wording import listed
@@ -48,10 +49,10 @@ CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
 
 class SavingError(OSError):
-  """A step could not be saved; what had been saved before is untouched."""
+  """Something could not be saved; the message names the complete steps there."""
 
 
-Place: TypeAlias = Literal["local", "workdir", "remote"]
+Location: TypeAlias = Literal["local", "workdir", "remote"]
 
 
 class Checkpoints:
@@ -87,8 +88,8 @@ class Checkpoints:
     if keep_last < 1:  # Orbax would delete each step as soon as it is saved
       raise ValueError(f"keep_last={keep_last} must be at least 1.")
     workdir = pathlib.Path(workdir).absolute()
-    self._managers: dict[Place, ocp.CheckpointManager] = {}  # the nearest first
-    places: dict[Place, Any] = {"workdir": workdir}
+    self._managers: dict[Location, ocp.CheckpointManager] = {}  # the nearest first
+    places: dict[Location, Any] = {"workdir": workdir}
     if remote:
       places["remote"] = epath.Path(remote)
       _check_remote(places["remote"], workdir, history)
@@ -112,7 +113,7 @@ class Checkpoints:
     steps = [manager.latest_step() for manager in self._managers.values()]
     return max((step for step in steps if step is not None), default=None)
 
-  def places_of(self, step: int) -> list[Place]:
+  def locations_of(self, step: int) -> list[Location]:
     """Locations that have a complete copy of a step."""
     return [p for p, manager in self._managers.items() if step in manager.all_steps()]
 
@@ -123,7 +124,7 @@ class Checkpoints:
     position: Any,
     metadata: Metadata,
     *,
-    place: Place = "workdir",
+    place: Location = "workdir",
   ) -> None:
     """Starts saving a step in the background; a second save waits for the first.
 
@@ -166,7 +167,7 @@ class Checkpoints:
       with saving(manager.directory):
         self._check_space(state, place)
 
-  def _check_space(self, state: Any, place: Place) -> None:
+  def _check_space(self, state: Any, place: Location) -> None:
     if place == "remote":
       return  # buckets do not say
     whole, directory = place == "workdir", self._managers[place].directory
@@ -175,11 +176,11 @@ class Checkpoints:
     if free < needed:
       raise OSError(f"a checkpoint takes {needed:,} bytes, the disk has {free:,} free")
 
-  def is_saving(self, place: Place) -> bool:
+  def is_saving(self, place: Location) -> bool:
     """Whether a save to a location is under way."""
     return self._managers[place].is_saving_in_progress()
 
-  def directory(self, place: Place) -> Any:
+  def directory(self, place: Location) -> Any:
     """Directory of a location's steps."""
     return self._managers[place].directory
 
@@ -195,9 +196,7 @@ class Checkpoints:
 
   def metadata(self, step: int) -> Metadata:
     """Metadata of the checkpoint of `step`."""
-    manager = self._holder(step)
-    with _reading(manager.directory / str(step)):
-      return _metadata(manager, step)
+    return _metadata(self._holder(step), step)
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
     """Train state and position of `step`, onto the shardings of `abstract_state`.
@@ -205,9 +204,13 @@ class Checkpoints:
     These may belong to another mesh or number of devices than the checkpoint's.
 
     Raises:
-      ValueError: the files are damaged or of another tree.
+      ValueError: the files are damaged or of another tree, or the mesh does not divide
+        an array.
+      OSError: they cannot be reached, or may not be read.
+      MemoryError: there is too little for them.
     """
     manager, item = self._holder(step), abstract_state
+    _check_divisible(abstract_state)
     if manager is self._managers.get("local"):
       item = jax.tree.map(_key_data, abstract_state)
     with _reading(manager.directory / str(step)):
@@ -231,7 +234,7 @@ class Checkpoints:
 
   def _holder(self, step: int) -> ocp.CheckpointManager:
     # If it is nowhere, the workdir's error says which steps there are.
-    places = self.places_of(step) or ["workdir"]
+    places = self.locations_of(step) or ["workdir"]
     return self._managers[places[0]]
 
 
@@ -316,11 +319,15 @@ def _provenance(place: Any, step: int) -> Any:
 
 
 def _stored(place: Any, step: int) -> dict[str, Any] | None:
-  """Metadata of a checkpoint as JSON; None if damaged, which restoring it will name."""
+  """Metadata of a checkpoint as JSON; None if damaged, which restoring it will name.
+
+  Raises:
+    OSError: the place cannot be reached, or may not be read.
+  """
   path = place / CHECKPOINTS / str(step) / "metadata" / "metadata"  # as Orbax names it
   try:
     fields = json.loads(path.read_text())
-  except (OSError, ValueError):
+  except (FileNotFoundError, NotADirectoryError, ValueError):
     return None
   return fields if isinstance(fields, dict) else None
 
@@ -375,6 +382,20 @@ def _open_local(
         "metadata": json_handler,
       },
     )
+
+
+def _check_divisible(abstract: Any) -> None:
+  """Refuses shardings that do not divide their arrays: no file is to blame."""
+  for name, leaf in tree.named_leaves(abstract).items():
+    if leaf.sharding is None:
+      continue
+    try:
+      leaf.sharding.shard_shape(leaf.shape)
+    except ValueError as error:
+      raise ValueError(
+        f"The leaf {name!r} of shape {leaf.shape} cannot be split over the mesh: "
+        f"{_first_line(error)}"
+      ) from error
 
 
 def _is_key(leaf: Any) -> bool:
@@ -524,7 +545,7 @@ def find_snapshot(path: str | pathlib.Path) -> pathlib.Path:
 def read_metadata(path: str | pathlib.Path) -> Metadata:
   """Reads a snapshot's metadata without its parameters; see `read_snapshot`."""
   path = find_snapshot(path)
-  with _reading(path), ocp.CheckpointManager(path.parent) as manager:
+  with ocp.CheckpointManager(path.parent) as manager:
     return _metadata(manager, int(path.name))
 
 
@@ -537,27 +558,37 @@ def read_snapshot(path: str | pathlib.Path, mesh: Mesh | None = None) -> Snapsho
 
   Raises:
     FileNotFoundError: see `find_snapshot`.
-    ValueError: the files are damaged, or of another format.
+    ValueError: the files are damaged or of another format, or the mesh does not divide
+      an array.
+    OSError: they cannot be reached, or may not be read.
+    MemoryError: there is too little for them.
   """
   path = find_snapshot(path)
-  with (
-    _reading(path),
-    ocp.CheckpointManager(path.parent, item_handlers=_snapshot_handlers()) as manager,
-  ):
-    step = int(path.name)
+  step, mesh = int(path.name), mesh or sharding.single_device_mesh()
+  with ocp.CheckpointManager(
+    path.parent, item_handlers=_snapshot_handlers()
+  ) as manager:
     metadata = _metadata(manager, step)
-    config = PixArtConfig.from_dict(metadata.model)
+    try:
+      config = PixArtConfig.from_dict(metadata.model)
+    except (KeyError, TypeError) as error:
+      raise ValueError(
+        f"The checkpoint {path} is of a model that this version of pixsigma_jax does "
+        f"not know ({error}): use the version that wrote it, or convert it anew."
+      ) from error
     item = {"params": abstract_params(config)}
-    if "null_caption" in manager.item_metadata(step).model.tree:
+    with _reading(path):
+      stored = manager.item_metadata(step).model.tree
+    if "null_caption" in stored:
       item["null_caption"] = jax.ShapeDtypeStruct(
         (config.caption_length, config.caption_width), np.float32
       )
-    mesh = mesh or sharding.single_device_mesh()
     places = sharding.state_shardings(item, mesh, item["params"])
     item = sharding.placed(item, places)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-    model = manager.restore(step, args=ocp.args.Composite(model=args)).model
+    with _reading(path):
+      model = manager.restore(step, args=ocp.args.Composite(model=args)).model
   return Snapshot(
     path=path,
     step=step,
@@ -608,9 +639,19 @@ def _snapshot_handlers() -> dict[str, ocp.CheckpointHandler]:
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Metadata:
-  args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-  restored: Any = manager.restore(step, args=args)
-  return Metadata.from_json(restored.metadata)
+  path = manager.directory / str(step)
+  with _reading(path):
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    restored: Any = manager.restore(step, args=args)
+  try:
+    return Metadata.from_json(restored.metadata)
+  except ValueError as error:  # of another version's format, not damaged
+    raise ValueError(f"The checkpoint {path} cannot be used: {error}") from error
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f"Could not read the checkpoint {path}: its metadata are damaged ({error!r}); "
+      f"{_beside(path)}"
+    ) from error
 
 
 def _signed(metadata: Metadata) -> dict[str, Any]:
@@ -645,35 +686,108 @@ def steps_in(directory: Any) -> list[int]:
   return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
+# Orbax's words for a tree other than the one that is asked for.
+_OTHER_TREE = re.compile(
+  "tree structures do not match|is not compatible with the stored shape"
+)
+# TensorStore raises ValueError for everything. These status codes of its say nothing of
+# what a file holds.
+_NO_ACCESS = re.compile(
+  "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+  "|ABORTED|CANCELLED"
+)
+
+
 @contextlib.contextmanager
 def saving(directory: Any) -> Iterator[None]:
-  """Turns errors in the block into a `SavingError` that names what is still there."""
+  """Turns errors of storing in the block into a `SavingError` with a way out.
+
+  It names the complete steps in `directory`, asked of the disk.
+  """
   try:
     yield
-  except Exception as error:  # Orbax and TensorStore raise many types
-    # Asked of the disk: Orbax counts a step in from the moment its saving starts.
-    kept = steps_in(directory)
+  except SavingError:
+    raise
+  except Exception as error:
+    cause = _cause(error)
+    if not isinstance(cause, OSError | ValueError):
+      raise
     raise SavingError(
-      f"Could not save to {directory}: {_first_line(error)} "
-      f"Complete steps there: {kept or 'none'}; none of them was touched. "
-      f"{disk.way_out(directory, '--workdir')}, and start the same command again."
+      f"Could not save to {directory}: {_first_line(cause)} {_after_error(directory)}, "
+      "and start the same command again."
     ) from error
+
+
+def _after_error(directory: Any) -> str:
+  """The complete steps in a directory that could not be written to, and a way out."""
+  try:
+    # Asked of the disk: Orbax counts a step in from the moment its saving starts.
+    steps, advice = steps_in(directory), disk.way_out(directory, "--workdir")
+  except Exception as another:  # whatever a bucket's client raises; the first counts
+    return (
+      f"Nor can it be listed ({type(another).__name__}): see that {directory} can be "
+      "reached, or choose another --workdir"
+    )
+  return f"Complete steps there: {steps}. {advice}" if steps else advice
 
 
 @contextlib.contextmanager
 def _reading(path: Any) -> Iterator[None]:
+  """Says of a checkpoint that cannot be read why: what else is raised passes.
+
+  Raises:
+    ValueError: its files are damaged, or its arrays are others than those asked for.
+    OSError: a store that holds it cannot be reached, or may not be read.
+    MemoryError: there is too little for it.
+  """
   try:
     yield
   except Exception as error:
-    others = [step for step in steps_in(path.parent) if str(step) != path.name]
+    cause = _cause(error)
+    reason, begin = _first_line(cause), f"Could not read the checkpoint {path}"
+    if errors.of_memory(cause):
+      raise MemoryError(
+        f"{begin}: there is too little memory for it ({reason.rstrip('.')}). Its files "
+        "are not to blame: free some memory, or spread it over more devices."
+      ) from error
+    if _OTHER_TREE.search(str(cause)):
+      raise ValueError(
+        f"{begin}: its arrays are not those of the model and optimizer asked for. "
+        f"{_first_line(cause, lines=8)} Give the config that wrote it, or another "
+        "checkpoint."
+      ) from error
+    if isinstance(cause, ValueError) and _NO_ACCESS.match(str(cause)):
+      raise OSError(
+        f"{begin}: {reason} Its files may be sound: see that they can be reached and "
+        "read."
+      ) from error
+    if not isinstance(cause, FileNotFoundError | ValueError | KeyError):
+      raise
     raise ValueError(
-      f"Could not read the checkpoint {path}: {_first_line(error)} Its files are "
-      f"damaged or not of pixsigma_jax; other steps beside it: {others or 'none'}. "
-      "Move it away to go on from the newest of those."
+      f"{begin}: {reason} Its files are damaged or not of pixsigma_jax; {_beside(path)}"
     ) from error
 
 
-def _first_line(error: Exception) -> str:
-  line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _beside(path: Any) -> str:
+  """The other steps beside a damaged one, and what to do."""
+  try:
+    others = [step for step in steps_in(path.parent) if str(step) != path.name]
+  except Exception as another:  # as in `_after_error`
+    return f"what lies beside it cannot be listed ({type(another).__name__})."
+  if not others:
+    return "no other step lies beside it."
+  return (
+    f"other steps beside it: {others}. Move it away to go on from the newest of those."
+  )
+
+
+def _cause(error: Exception) -> BaseException:
+  """The error itself, or what Orbax has wrapped into an Exception without a type."""
+  return error.__cause__ or error if type(error) is Exception else error
+
+
+def _first_line(error: BaseException, lines: int = 1) -> str:
+  said = str(error).strip().splitlines()[:lines] or [type(error).__name__]
+  line = " ".join(text.strip() for text in said).rstrip(".")
   # TensorStore says at the end of a long line what the system answered.
   return (line if len(line) <= 400 else f"{line[:150]} … {line[-250:]}") + "."

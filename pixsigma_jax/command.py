@@ -38,9 +38,9 @@ def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> No
   """Parses the flags, runs `main` on the arguments that are `positional`, and exits.
 
   One line instead of a traceback is all that a user sees of: a file that cannot be
-  opened or written (OSError), a ValueError that this package raised itself, and an
-  exception of a type that this package defines. Ctrl-C is one line too, of what
-  `Interrupted` says if `main` raises that. `--traceback` shows the rest.
+  opened or written (OSError), a ValueError or MemoryError that this package raised
+  itself, and an exception of a type that this package defines. Ctrl-C is one line too,
+  of what `Interrupted` says if `main` raises that. `--traceback` shows the rest.
   """
   handler = logging.get_absl_handler()
   if handler is not None:
@@ -123,9 +123,9 @@ def _is_users(error: Exception) -> bool:
   if type(error).__module__.partition(".")[0] == _PACKAGE.name:
     return True
   # A ValueError out of NumPy or JAX is of our making: what a user can get wrong is
-  # checked and worded by this package.
+  # checked and worded by this package. So is what there is too little memory for.
   innermost = traceback.extract_tb(error.__traceback__)[-1]
-  return isinstance(error, ValueError) and _is_ours(innermost.filename)
+  return isinstance(error, ValueError | MemoryError) and _is_ours(innermost.filename)
 
 
 def _is_ours(filename: str) -> bool:

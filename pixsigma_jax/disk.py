@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their place, synced, then named."""
 
+import contextlib
 import errno
 import functools
 import glob
@@ -11,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _ROOM = 2**20  # bytes; a disk that has no more is full
@@ -181,6 +182,28 @@ def write_whole(
     publish(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary folder to fill, which gets its name when the block has ended well.
+
+  One that is there already must be empty. It may be a mount that nothing can replace:
+  it gets the files at the end, in the order they were written.
+  """
+  is_there = folder.is_dir()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = partial_path(folder / "whole" if is_there else folder)
+  partial.mkdir()
+  try:
+    yield partial
+    if is_there:
+      for path in sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        publish(path, folder / path.name)
+    else:
+      publish(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: pathlib.Path) -> None:

@@ -16,10 +16,6 @@ import pytest
 
 from tests import compilation
 
-# A libtpu that was installed beside another version of JAX would crash its profiler,
-# and each process that a test starts would look for a TPU first.
-os.environ["JAX_PLATFORMS"] = "cpu"
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # a mesh to shard over, anywhere
 jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasts are written out
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -29,17 +25,23 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 
 
+def pytest_configure(config):
+  """Keeps all on the CPU, unless `-m accelerator` asks for what the machine has."""
+  if not hasattr(config, "workerinput"):
+    programs = tempfile.mkdtemp(prefix="pixsigma_jax_programs_")
+    os.environ[compilation.DIRECTORY] = programs
+  if config.getoption("markexpr").strip() == "accelerator":
+    return
+  # A libtpu that was installed beside another version of JAX would crash its profiler,
+  # and each process that a test starts would look for a TPU first.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  jax.config.update("jax_platforms", "cpu")
+
+
 def pytest_addoption(parser):
   parser.addoption(
     "--kills", type=int, default=4, help="SIGKILLs that a run of the suite survives"
   )
-
-
-def pytest_configure(config):
-  if not hasattr(config, "workerinput"):
-    os.environ[compilation.DIRECTORY] = tempfile.mkdtemp(
-      prefix="pixsigma_jax_programs_"
-    )
 
 
 def pytest_unconfigure(config):
@@ -52,7 +54,8 @@ def pytest_runtest_protocol(item):
   # Around the setup of its module's fixtures too. What a test compiles for other
   # devices it compiles as users do.
   others = {"libtpu", "cuda_plugin"} & set(getattr(item, "fixturenames", ()))
-  with contextlib.nullcontext() if others else compilation.quick():
+  on_cpu = jax.config.values["jax_platforms"] == "cpu" and not others
+  with compilation.quick() if on_cpu else contextlib.nullcontext():
     return (yield)
 
 

@@ -269,7 +269,7 @@ def test_a_damaged_step_is_named_with_those_beside_it_and_they_are_still_there(
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   run = open_run(tmp_path)
   read = run.metadata if part == "metadata" else lambda s: restore_tiny(run, s)
-  message = r"Could not read the checkpoint .*checkpoints/2: .*beside it: \[1\]\. Move"
+  message = r"Could not read the checkpoint .*checkpoints/2: .*damaged.*: \[1\]\. Move"
   with pytest.raises(ValueError, match=message):
     read(2)
   np.testing.assert_array_equal(restore_tiny(run, 1)[0]["w"], TINY["w"] + 1)
@@ -287,9 +287,131 @@ def test_a_checkpoint_of_another_tree_is_refused(tmp_path, other):
     name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
     for name, shape in other.items()
   }
-  with pytest.raises(ValueError, match=r"Could not read the checkpoint .*none"):
+  with pytest.raises(ValueError, match=r"/1: its arrays are not those of") as refused:
     run.restore(1, want)
   run.close()
+  assert "files are damaged" not in str(refused.value)
+
+
+def test_a_mesh_that_does_not_divide_an_array_is_named_and_no_file_blamed(tmp_path):
+  save_all(tmp_path, [1])
+  run = open_run(tmp_path)
+  mesh = sharding.make_mesh(data=1, fsdp=8, context=1)
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+  want = {"w": jax.ShapeDtypeStruct((6,), np.float32, sharding=split)}
+  message = r"leaf 'w' of shape \(6,\) cannot be split over the mesh.*partitioned 8"
+  with pytest.raises(ValueError, match=message) as refused:
+    run.restore(1, want)
+  run.close()
+  assert "files are damaged" not in str(refused.value)
+
+
+def test_a_snapshot_on_a_mesh_that_does_not_divide_it_is_not_called_damaged(tmp_path):
+  save_snapshot(tmp_path, 1)
+  mesh = sharding.make_mesh(data=1, fsdp=7, context=1, devices=jax.devices()[:7])
+  with pytest.raises(ValueError, match=r"mesh axis fsdp=7 does not divide") as refused:
+    checkpoint.read_snapshot(tmp_path, mesh)
+  assert "Could not read" not in str(refused.value)
+
+
+def failing(error):
+  def fail(*_, **__):
+    raise error
+
+  return fail
+
+
+def wrapped(cause):
+  """As Orbax raises what it meets while it reads an array."""
+  error = Exception("Encountered error while reading array index: (slice(0, 6, 1),).")
+  error.__cause__ = cause
+  return error
+
+
+@pytest.mark.parametrize(
+  ("error", "kind", "message"),
+  [
+    (MemoryError(), MemoryError, "too little memory for it .*not to blame"),
+    (wrapped(MemoryError("3 GiB")), MemoryError, r"for it \(3 GiB\)"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9"),
+      MemoryError,
+      "too little memory",
+    ),
+    (
+      wrapped(ValueError("PERMISSION_DENIED: Error reading local file")),
+      OSError,
+      "PERMISSION_DENIED: .* may be sound",
+    ),
+    (ValueError("UNAVAILABLE: no route"), OSError, "may be sound"),
+    (wrapped(ValueError("DATA_LOSS: CRC-32C")), ValueError, "DATA_LOSS.* damaged"),
+  ],
+)
+def test_a_step_is_called_damaged_only_if_its_files_are(
+  tmp_path, monkeypatch, error, kind, message
+):
+  save_all(tmp_path, [1, 2])
+  run = open_run(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, "restore", failing(error))
+    with pytest.raises(kind, match=f"the checkpoint .*/2: .*{message}") as refused:
+      restore_tiny(run, 2)
+  run.close()
+  assert ("files are damaged" in str(refused.value)) == (kind is ValueError)
+
+
+@pytest.mark.parametrize(
+  "error", [PermissionError(13, "Permission denied", "/a/file"), TypeError("a bug")]
+)
+def test_what_says_nothing_of_a_step_passes_as_it_is(tmp_path, monkeypatch, error):
+  save_all(tmp_path, [1])
+  run = open_run(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, "restore", failing(error))
+    with pytest.raises(type(error)) as passed:
+      restore_tiny(run, 1)
+  assert passed.value is error
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, "save", failing(error))
+    kind = checkpoint.SavingError if isinstance(error, OSError) else TypeError
+    with pytest.raises(kind):
+      run.save(2, TINY, {}, ABOUT)
+  run.close()
+
+
+def test_a_place_that_cannot_be_listed_does_not_hide_why_it_could_not_be_saved_to(
+  tmp_path, monkeypatch
+):
+  run = open_run(tmp_path)
+  with monkeypatch.context() as patch:
+    away = OSError("no route to the bucket")
+    patch.setattr(checkpoint.ocp.CheckpointManager, "save", failing(away))
+    patch.setattr(checkpoint, "steps_in", failing(RuntimeError("no token")))
+    message = r"no route to the bucket\. Nor can it be listed \(RuntimeError\): see"
+    with pytest.raises(checkpoint.SavingError, match=message):
+      run.save(1, TINY, {}, ABOUT)
+    patch.setattr(checkpoint.ocp.CheckpointManager, "restore", failing(ValueError("x")))
+    message = r"x\. .*damaged.*cannot be listed \(RuntimeError\)"
+    with pytest.raises(ValueError, match=message):
+      restore_tiny(run, 1)
+  run.close()
+
+
+def test_a_remote_that_may_not_be_read_is_not_taken_for_one_of_no_run(
+  tmp_path, monkeypatch
+):
+  save_all(tmp_path / "other", [1])
+  denied = failing(PermissionError(13, "Permission denied"))
+  monkeypatch.setattr(checkpoint.epath.Path(tmp_path).__class__, "read_text", denied)
+  with pytest.raises(PermissionError):
+    checkpoint.Checkpoints(
+      tmp_path / "run",
+      mesh=sharding.single_device_mesh(),
+      keep_last=1,
+      keep_every=0,
+      history=HISTORY,
+      remote=str(tmp_path / "other"),
+    )
 
 
 def test_a_full_disk_is_a_clear_error_and_the_step_before_it_is_untouched(
@@ -297,7 +419,7 @@ def test_a_full_disk_is_a_clear_error_and_the_step_before_it_is_untouched(
 ):
   run = open_run(tmp_path, keep_last=1)
   save_and_wait(run, 1, state)
-  message = rf"Could not save to {tmp_path}/checkpoints: .*there: \[1\]; none of them"
+  message = rf"Could not save to {tmp_path}/checkpoints: .*there: \[1\]\. Make"
   with full_disk(), pytest.raises(checkpoint.SavingError, match=message):
     save_and_wait(run, 2, state)
 
@@ -318,7 +440,7 @@ def test_a_disk_without_room_for_a_step_is_found_before_it_is_begun(
   run = open_run(tmp_path)
   room = types.SimpleNamespace(free=23)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: room)
-  message = r"a checkpoint takes 24 bytes, the disk has 23 free\..*there: none"
+  message = r"a checkpoint takes 24 bytes, the disk has 23 free\. Make room there"
   with pytest.raises(checkpoint.SavingError, match=message):
     run.save(1, TINY, {}, ABOUT)
   run.close()
@@ -450,20 +572,46 @@ def test_a_snapshot_of_a_later_format_is_refused_with_both_numbers(tmp_path):
   save_snapshot(tmp_path, 1)
   [path] = (tmp_path / "snapshots" / "1" / "metadata").glob("metadata")
   path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-  with pytest.raises(ValueError, match=r"has format 3; this version .* format 1 and 2"):
+  message = r"/1 cannot be used: .*has format 3; this version .* format 1 and 2"
+  for read in (checkpoint.read_snapshot, checkpoint.read_metadata):
+    with pytest.raises(ValueError, match=message) as refused:
+      read(tmp_path)
+    assert "files are damaged" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"format": 2, "history": {"run": "a"}}'])
+def test_metadata_that_are_json_and_none_of_ours_are_named(tmp_path, text):
+  save_snapshot(tmp_path, 1)
+  [path] = (tmp_path / "snapshots" / "1" / "metadata").glob("metadata")
+  if "history" in text:
+    text = json.dumps({**json.loads(path.read_text()), "history": {"run": "a"}})
+  path.write_text(text)
+  with pytest.raises(ValueError, match=r"snapshots/1: its metadata are damaged"):
+    checkpoint.read_metadata(tmp_path)
+
+
+def test_a_snapshot_of_a_model_that_a_later_version_knows_is_not_called_damaged(
+  tmp_path,
+):
+  save_snapshot(tmp_path, 1)
+  [path] = (tmp_path / "snapshots" / "1" / "metadata").glob("metadata")
+  fields = json.loads(path.read_text())
+  fields["model"]["new_field"] = 1
+  path.write_text(json.dumps(fields))
+  with pytest.raises(ValueError, match=r"does not know .*new_field.*version that"):
     checkpoint.read_snapshot(tmp_path)
 
 
 def test_a_snapshot_whose_arrays_are_not_of_its_config_is_refused(tmp_path):
   wider = models.metadata(models.nano(caption_width=24))
   save_snapshot(tmp_path, 1, about=wider)
-  with pytest.raises(ValueError, match=r"Could not read the checkpoint .*snapshots/1"):
+  with pytest.raises(ValueError, match=r"snapshots/1: its arrays are not those of"):
     checkpoint.read_snapshot(tmp_path)
 
 
 def test_a_full_disk_names_the_snapshots_that_are_there(tmp_path):
   save_snapshot(tmp_path, 1)
-  message = r"snapshots: .* there: \[1\]; none"
+  message = r"snapshots: .* there: \[1\]\. Make"
   with full_disk(), pytest.raises(checkpoint.SavingError, match=message):
     save_snapshot(tmp_path, 2)
   assert checkpoint.find_snapshot(tmp_path).name == "1"

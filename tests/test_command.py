@@ -1,7 +1,10 @@
 """Commands: one line for a mistake of the user's, a traceback for one of ours."""
 
 import logging
+import os
+import pathlib
 import signal
+import subprocess
 import sys
 import types
 
@@ -82,6 +85,7 @@ def test_where_it_arose_is_shown_to_those_who_ask(run):
   ("main", "kind"),
   [
     (lambda _: np.zeros(3).reshape(2, 2), ValueError),
+    (lambda _: np.zeros(2**55), MemoryError),
     (lambda _: {}["prompt"], KeyError),
     (lambda _: len(3), TypeError),
   ],
@@ -214,3 +218,27 @@ def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch)
     assert jax.config.values[name] == str(tmp_path / "mine")
   finally:
     jax.config.update(name, before)
+
+
+def test_ctrl_c_while_a_command_still_imports_ends_in_one_line(tmp_path):
+  # Stands for the seconds that imports take.
+  (tmp_path / "jax.py").write_text("raise KeyboardInterrupt\n")
+  root = pathlib.Path(command.__file__).parents[1]
+  path = os.pathsep.join([str(tmp_path), str(root)])
+
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, *arguments],
+      env={**os.environ, "PYTHONPATH": path},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  done = run("-m", "pixsigma_jax.train")
+  assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+  assert done.stderr == "Interrupted: by Ctrl-C.\n"
+  # Of whoever imports the package, nothing is changed, nor is any other error.
+  assert "Traceback" in run("-c", "import pixsigma_jax.tree").stderr
+  (tmp_path / "jax.py").write_text("raise ImportError('no jax')\n")
+  assert "ImportError: no jax" in run("-m", "pixsigma_jax.train").stderr

@@ -165,3 +165,27 @@ def test_a_folder_that_was_half_written_goes_too(tmp_path):
   os.utime(folder, (0, 0))
   disk.remove_abandoned(tmp_path)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_is_whole_or_not_there(tmp_path, is_there):
+  folder, written = tmp_path / "model", {"b": "last", "a": "first"}
+  if is_there:
+    folder.mkdir()
+
+  def fill_a_full_disk():
+    with disk.whole_folder(folder) as partial:
+      (partial / "a").write_text("first")
+      raise OSError("the disk is full")
+
+  with pytest.raises(OSError, match="full"):
+    fill_a_full_disk()
+  assert folder.exists() == is_there
+  assert [path for path in tmp_path.rglob("*") if path != folder] == []
+  with disk.whole_folder(folder) as partial:
+    for name in ("a", "b"):
+      (partial / name).write_text(written[name])
+    assert folder.exists() == is_there
+    assert disk.whole_files(tmp_path) == ["model"] * is_there
+  assert {path.name: path.read_text() for path in folder.iterdir()} == written
+  assert os.listdir(tmp_path) == ["model"]

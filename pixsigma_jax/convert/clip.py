@@ -17,7 +17,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from pixsigma_jax import sharding, tree
-from pixsigma_jax.convert.files import Weights, hub_folder, open_weights, read_json
+from pixsigma_jax.convert.files import (
+  Weights,
+  check_names,
+  hub_folder,
+  open_weights,
+  read_json,
+)
 from pixsigma_jax.models.clip import (
   MEAN,
   STD,
@@ -27,7 +33,6 @@ from pixsigma_jax.models.clip import (
   abstract_clip_params,
   layer_name,
 )
-from pixsigma_jax.wording import listed
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")
@@ -159,18 +164,13 @@ def clip_from_weights(
     ValueError: tensors are missing, left over or of another shape; names them.
   """
   names = clip_names(config, which)
-  known = {name for w in TOWERS for name in clip_names(config, w).values()}
-  missing = [name for name in names.values() if name not in weights]
-  left_over = [
-    name for name in weights if name not in known and not name.endswith(_UNUSED)
-  ]
-  problems = [f"{name} is missing" for name in missing]
-  problems += [f"{name} is not used" for name in left_over]
-  if problems:
-    raise ValueError(
-      f"These are not the weights of a CLIP of config.json's sizes: "
-      f"{listed(problems, 4, '; ')}."
-    )
+  of_both = {name for w in TOWERS for name in clip_names(config, w).values()}
+  check_names(
+    weights,
+    names.values(),
+    "a CLIP of config.json's sizes",
+    lambda name: name in of_both or name.endswith(_UNUSED),
+  )
   whole = NamedSharding(mesh, P())
 
   def place(ours: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

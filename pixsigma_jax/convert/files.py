@@ -11,8 +11,9 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -21,7 +22,7 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pixsigma_jax import disk
+from pixsigma_jax import disk, errors
 from pixsigma_jax.wording import install, listed
 
 Weights: TypeAlias = Mapping[str, np.ndarray]
@@ -34,6 +35,11 @@ _IN_FOLDER = re.compile(
   rf"(?P<stem>{'|'.join(_STEMS)})(\.(?P<variant>[A-Za-z]\w*))?"
   rf"\.(?P<ending>{'|'.join(_ENDINGS)})"
   r"(?P<index>\.index(\.(?P<of_index>[A-Za-z]\w*))?\.json)?"
+)
+# What torch raises for a pickle whose bytes are damaged.
+_DAMAGED_PICKLES = (
+  *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError),
+  *(ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError),
 )
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _NOTE = "pixsigma_jax"
@@ -76,8 +82,26 @@ class Network:
   prefixes: tuple[str, ...]
 
 
-class _Safetensors(Mapping[str, np.ndarray]):
-  """Tensors of a safetensors file, each read when it is asked for."""
+class LazyWeights(Mapping[str, np.ndarray]):
+  """Tensors by name, each read when it is asked for.
+
+  A subclass has `_names`, whose keys are the names, and reads in `__getitem__`.
+  """
+
+  _names: Mapping[str, Any]
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
+class _Safetensors(LazyWeights):
+  """Tensors of a safetensors file."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._file = path, _opened(path)
@@ -96,26 +120,17 @@ class _Safetensors(Mapping[str, np.ndarray]):
       )
     return self._file.get_tensor(name)
 
-  def __contains__(self, name: object) -> bool:
-    return name in self._names
 
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._names)
-
-  def __len__(self) -> int:
-    return len(self._names)
-
-
-class _Tensors(Mapping[str, np.ndarray]):
+class _Tensors(LazyWeights):
   """A torch state dict, whose tensors become NumPy arrays when they are asked for."""
 
   def __init__(self, tensors: Mapping[str, Any]):
-    self._tensors = tensors
+    self._names = tensors
 
   def __getitem__(self, name: str) -> np.ndarray:
     import torch
 
-    tensor = self._tensors[name].detach()
+    tensor = self._names[name].detach()
     if tensor.is_meta:
       raise ValueError(
         f"{name} has a shape and no numbers: it was saved before its model was loaded."
@@ -137,56 +152,29 @@ class _Tensors(Mapping[str, np.ndarray]):
         f"{name} is of the type {tensor.dtype}, which cannot be read: {_TAKE_PLAIN}."
       ) from error
 
-  def __contains__(self, name: object) -> bool:
-    return name in self._tensors
 
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._tensors)
-
-  def __len__(self) -> int:
-    return len(self._tensors)
-
-
-class _Shards(Mapping[str, np.ndarray]):
+class _Shards(LazyWeights):
   """Tensors of several files, of which one is open at a time."""
 
   def __init__(self, files: Mapping[str, pathlib.Path]):
-    self._files = files  # tensor name → its file
+    self._names = files  # tensor → its file
     self._open: tuple[pathlib.Path, Weights] | None = None
 
   def __getitem__(self, name: str) -> np.ndarray:
-    path = self._files[name]
+    path = self._names[name]
     if self._open is None or self._open[0] != path:
       self._open = (path, _open_file(path, "raw"))  # the shard before is let go
     return self._open[1][name]
 
-  def __contains__(self, name: object) -> bool:
-    return name in self._files
 
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._files)
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-
-class Renamed(Mapping[str, np.ndarray]):
-  """Some tensors under other names, still read only when they are asked for."""
+class Renamed(LazyWeights):
+  """Some tensors under other names."""
 
   def __init__(self, weights: Weights, names: Mapping[str, str]):
     self._weights, self._names = weights, names  # here → there
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self._weights[self._names[name]]
-
-  def __contains__(self, name: object) -> bool:
-    return name in self._names
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._names)
-
-  def __len__(self) -> int:
-    return len(self._names)
 
 
 def open_weights(
@@ -276,6 +264,35 @@ def part_of(weights: Weights, network: Network, source: object) -> Weights:
   return Renamed(weights, names)
 
 
+def check_names(
+  weights: Weights,
+  wanted: Iterable[str],
+  what: str,
+  is_spare: Callable[[str], bool] = lambda name: False,
+) -> None:
+  """Refuses weights that lack a tensor, or hold one that nobody reads.
+
+  Args:
+    wanted: names of the tensors that are read.
+    what: the network that they make up, "a CLIP of config.json's sizes".
+    is_spare: whether a tensor of another name may be left unread.
+
+  Raises:
+    ValueError: names what is missing and what is left over.
+  """
+  names = dict.fromkeys(wanted)
+  problems = [f"{name} is missing" for name in names if name not in weights]
+  problems += [
+    f"{name} is not used"
+    for name in weights
+    if name not in names and not is_spare(name)
+  ]
+  if problems:
+    raise ValueError(
+      f"These are not the weights of {what}: {listed(problems, joint='; ')}."
+    )
+
+
 def hub_folder(
   source: str | os.PathLike[str], patterns: Sequence[str], advice: str
 ) -> pathlib.Path:
@@ -301,6 +318,8 @@ def hub_folder(
       huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns))
     )
   except (HFValidationError, HfHubHTTPError, OSError) as error:
+    if isinstance(error, OSError) and error.errno is not None:  # a full disk, say
+      raise
     # The first sentence: advice that may follow is for callers of huggingface_hub.
     reason = re.split(r"(?<=\.)\s", str(error).strip())[0] or type(error).__name__
     raise FileNotFoundError(
@@ -429,6 +448,8 @@ def _opened(path: pathlib.Path) -> Any:
   try:
     return safe_open(path, framework="np")
   except (SafetensorError, OSError) as error:
+    if not errors.of_content(error):
+      raise
     raise ValueError(
       f"Could not read {path}: {error}. The file is truncated or not safetensors: "
       "fetch it again."
@@ -455,7 +476,9 @@ def _load_pickle(path: pathlib.Path) -> dict[str, Any]:
     content = torch.load(
       path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
     )
-  except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+  except _DAMAGED_PICKLES as error:
+    if not errors.of_content(error):
+      raise
     # torch's own advice, to load it all the same, is none for a file from elsewhere.
     other = re.search(r"GLOBAL (\S+)", str(error))
     if other:
@@ -506,7 +529,9 @@ def _open_pickle(path: pathlib.Path, which: str) -> Weights:
 def _torch(path: pathlib.Path) -> Any:
   try:
     import torch
-  except ImportError:
+  except ImportError as error:
+    if not errors.of_absence(error, "torch"):
+      raise
     raise ValueError(
       f"{path} is a pickle of torch, and torch is not installed: {install('convert')}."
     ) from None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixsigma_jax import tree
-from pixsigma_jax.convert.files import Weights, open_weights
+from pixsigma_jax.convert.files import Weights, check_names, open_weights
 from pixsigma_jax.models.inception import (
   CLASSES,
   Variant,
@@ -41,19 +41,12 @@ def inception_from_weights(weights: Weights, variant: Variant) -> dict[str, Any]
   for module in modules:
     theirs = module.replace("/", ".")
     names |= {f"{theirs}.conv.weight", *(f"{theirs}.bn.{x}" for x in _BATCH_NORM)}
-  missing = sorted(name for name in names if name not in weights)
-  unknown = sorted(
-    name
-    for name in weights
-    if name not in names and not any(part in name for part in _UNUSED)
+  check_names(
+    weights,
+    sorted(names),
+    "Inception-v3",
+    lambda name: any(part in name for part in _UNUSED),
   )
-  if missing or unknown:
-    problems = [f"{name} is missing" for name in missing[:3]]
-    problems += [f"{name} is not used" for name in unknown[:3]]
-    raise ValueError(
-      f"These are not the weights of Inception-v3, {len(missing)} tensors missing and "
-      f"{len(unknown)} unknown: {'; '.join(problems)}."
-    )
   classes = weights["fc.weight"].shape[0]
   if classes != CLASSES[variant]:
     raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pixsigma_jax import tree
-from pixsigma_jax.convert.files import Weights
+from pixsigma_jax.convert.files import Weights, check_names
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params, segment_name
 from pixsigma_jax.wording import listed
 
@@ -24,11 +24,11 @@ Array: TypeAlias = Float[np.ndarray, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
-class Move:
-  """A rearrangement of one tensor, and the way back."""
+class Rearrangement:
+  """One tensor's axes, from their layout to ours and the other way round."""
 
-  into: Callable[[Array], Array]
-  back: Callable[[Array], Array]
+  to_ours: Callable[[Array], Array]
+  to_theirs: Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +39,27 @@ class Rule:
   """
 
   names: tuple[str, ...]
-  move: Move
+  rearrangement: Rearrangement
 
 
-def _fused(copies: int) -> tuple[Move, Move]:
+def _fused(copies: int) -> tuple[Rearrangement, Rearrangement]:
   """Kernel and bias of `copies` linear maps in one torch matrix, one below another."""
-  kernel = Move(
+  kernel = Rearrangement(
     lambda x: x.reshape(copies, -1, x.shape[-1]).swapaxes(-1, -2),
     lambda x: x.swapaxes(-1, -2).reshape(-1, x.shape[-2]),
   )
-  bias = Move(lambda x: x.reshape(copies, -1), lambda x: x.reshape(-1))
+  bias = Rearrangement(lambda x: x.reshape(copies, -1), lambda x: x.reshape(-1))
   return kernel, bias
 
 
-_SAME = Move(lambda x: x, lambda x: x)
-_LINEAR = (Move(lambda x: x.T, lambda x: x.T), _SAME)
+_SAME = Rearrangement(lambda x: x, lambda x: x)
+_LINEAR = (Rearrangement(lambda x: x.T, lambda x: x.T), _SAME)
 # torch: (out, in, row, column); ours: the patch as a token orders it, then out.
-_PATCHES = Move(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+_PATCHES = Rearrangement(
+  lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+)
 # torch: (channel, 1, row, column), a filter for each channel.
-_WINDOW = Move(
+_WINDOW = Rearrangement(
   lambda x: x[:, 0].transpose(1, 2, 0), lambda x: x.transpose(2, 0, 1)[:, None]
 )
 
@@ -65,9 +67,9 @@ Layout: TypeAlias = Mapping[str, Rule]
 
 
 def _linear(
-  ours: str, *theirs: str, moves: tuple[Move, Move] = _LINEAR
+  ours: str, *theirs: str, ways: tuple[Rearrangement, Rearrangement] = _LINEAR
 ) -> dict[str, Rule]:
-  kernel, bias = moves
+  kernel, bias = ways
   return {
     f"{ours}/kernel": Rule(tuple(f"{name}.weight" for name in theirs), kernel),
     f"{ours}/bias": Rule(tuple(f"{name}.bias" for name in theirs), bias),
@@ -96,7 +98,7 @@ def _compressor(theirs_conv: str, theirs_norm: str) -> dict[str, Rule]:
 
 # Leaves of a layer stand under `blocks`, whichever segment they are stacked in.
 OFFICIAL: Layout = {
-  **_linear("patch_embedding", "x_embedder.proj", moves=(_PATCHES, _SAME)),
+  **_linear("patch_embedding", "x_embedder.proj", ways=(_PATCHES, _SAME)),
   **_linear("timestep_embedding/in", "t_embedder.mlp.0"),
   **_linear("timestep_embedding/out", "t_embedder.mlp.2"),
   **_linear("size_conditions/size/in", "csize_embedder.mlp.0"),
@@ -109,14 +111,14 @@ OFFICIAL: Layout = {
   **_same("scale_shift_table", "final_layer.scale_shift_table"),
   **_linear("out", "final_layer.linear"),
   **_same("blocks/scale_shift_table", "blocks.{i}.scale_shift_table"),
-  **_linear("blocks/attention/qkv", "blocks.{i}.attn.qkv", moves=_fused(3)),
+  **_linear("blocks/attention/qkv", "blocks.{i}.attn.qkv", ways=_fused(3)),
   **_linear("blocks/attention/out", "blocks.{i}.attn.proj"),
   **_norm("blocks/attention/query_norm", "blocks.{i}.attn.q_norm"),
   **_norm("blocks/attention/key_norm", "blocks.{i}.attn.k_norm"),
   **_compressor("blocks.{i}.attn.sr", "blocks.{i}.attn.norm"),
   **_linear("blocks/cross_attention/query", "blocks.{i}.cross_attn.q_linear"),
   **_linear(
-    "blocks/cross_attention/kv", "blocks.{i}.cross_attn.kv_linear", moves=_fused(2)
+    "blocks/cross_attention/kv", "blocks.{i}.cross_attn.kv_linear", ways=_fused(2)
   ),
   **_linear("blocks/cross_attention/out", "blocks.{i}.cross_attn.proj"),
   **_linear("blocks/mlp/in", "blocks.{i}.mlp.fc1"),
@@ -128,7 +130,7 @@ _SELF, _CROSS = f"{_LAYER}.attn1", f"{_LAYER}.attn2"
 _EMBEDDERS = "adaln_single.emb"
 # diffusers has no key/value compression: those names are ours (docs/convert.md).
 DIFFUSERS: Layout = {
-  **_linear("patch_embedding", "pos_embed.proj", moves=(_PATCHES, _SAME)),
+  **_linear("patch_embedding", "pos_embed.proj", ways=(_PATCHES, _SAME)),
   **_linear("timestep_embedding/in", f"{_EMBEDDERS}.timestep_embedder.linear_1"),
   **_linear("timestep_embedding/out", f"{_EMBEDDERS}.timestep_embedder.linear_2"),
   **_linear("size_conditions/size/in", f"{_EMBEDDERS}.resolution_embedder.linear_1"),
@@ -164,10 +166,9 @@ def params_from(weights: Weights, config: PixArtConfig, layout: Layout) -> Any:
   Raises:
     ValueError: tensors are missing, left over or of another shape; names them.
   """
-  wanted = names_of(config, layout)
-  problems = [f"{name} is missing" for name in wanted if name not in weights]
-  problems += [f"{name} is not used" for name in weights if name not in wanted]
-  _refuse(problems, config)
+  what = f"{config.depth} layers of width {config.width} in this layout"
+  check_names(weights, names_of(config, layout), what)
+  problems: list[str] = []
 
   def leaf(name: str, abstract: jax.ShapeDtypeStruct) -> Array:
     rule, layers = _rule_of(name, config, layout)
@@ -178,55 +179,50 @@ def params_from(weights: Weights, config: PixArtConfig, layout: Layout) -> Any:
       places = [place] if len(rule.names) == 1 else list(place)
       for their_name, into in zip(rule.names, places, strict=True):
         their_name = their_name.format(i=layer)
-        shape = rule.move.back(into).shape
+        shape = rule.rearrangement.to_theirs(into).shape
         tensor = weights[their_name]
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
           problems.append(f"{their_name} is {tensor.dtype}, which is quantised")
         elif tensor.shape == shape:
-          into[...] = rule.move.into(tensor)
+          into[...] = rule.rearrangement.to_ours(tensor)
         else:
           found = f"{list(tensor.shape)}, not {list(shape)}"
           problems.append(f"{their_name} has shape {found}")
     return array
 
   params = tree.map_with_name(leaf, abstract_params(config))
-  _refuse(problems, config)
-  return params
-
-
-def _refuse(problems: list[str], config: PixArtConfig) -> None:
   if problems:
     raise ValueError(
-      f"These are not the weights of {config.depth} layers of width {config.width} in "
-      f"this layout: {listed(problems, joint='; ')}."
+      f"These are not the weights of {what}: {listed(problems, joint='; ')}."
     )
+  return params
 
 
 def names_of(config: PixArtConfig, layout: Layout) -> dict[str, None]:
   """Names of all tensors that a model has in a layout, in our order."""
-  return dict.fromkeys(places_of(config, layout))
+  return dict.fromkeys(slots_of(config, layout))
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """Slot of one of their tensors: a leaf of ours, an `index` in it, and a `move`."""
+class TensorSlot:
+  """Where one of their tensors lies: a leaf of ours, and the `index` in it."""
 
   leaf: str
   index: tuple[int, ...]
-  move: Move
+  rearrangement: Rearrangement
 
 
-def places_of(config: PixArtConfig, layout: Layout) -> dict[str, Place]:
+def slots_of(config: PixArtConfig, layout: Layout) -> dict[str, TensorSlot]:
   """Slot of every tensor that a model has in a layout, by the tensor's name."""
-  places: dict[str, Place] = {}
+  slots: dict[str, TensorSlot] = {}
   for name in tree.named_leaves(abstract_params(config)):
     rule, layers = _rule_of(name, config, layout)
-    for slot, layer in enumerate(layers or [None]):
-      stack = () if layers is None else (slot,)
+    for place, layer in enumerate(layers or [None]):
+      stack = () if layers is None else (place,)
       for copy, their_name in enumerate(rule.names):
         index = stack if len(rule.names) == 1 else (*stack, copy)
-        places[their_name.format(i=layer)] = Place(name, index, rule.move)
-  return places
+        slots[their_name.format(i=layer)] = TensorSlot(name, index, rule.rearrangement)
+  return slots
 
 
 def weights_from(params: Any, config: PixArtConfig, layout: Layout) -> dict[str, Array]:
@@ -240,7 +236,7 @@ def weights_from(params: Any, config: PixArtConfig, layout: Layout) -> dict[str,
       parts = [part] if len(rule.names) == 1 else list(part)
       for their_name, piece in zip(rule.names, parts, strict=True):
         weights[their_name.format(i=layer)] = np.ascontiguousarray(
-          rule.move.back(piece)
+          rule.rearrangement.to_theirs(piece)
         )
   return weights
 

@@ -14,7 +14,6 @@ same model.
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from absl import logging
 
 from pixsigma_jax import disk, tree
 from pixsigma_jax.convert import files
-from pixsigma_jax.convert.layouts import DIFFUSERS, Array, Place, places_of
+from pixsigma_jax.convert.layouts import DIFFUSERS, Array, TensorSlot, slots_of
 from pixsigma_jax.convert.lora_settings import Settings
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms.lora import DOWN, MAGNITUDE, UP, Lora, nested
@@ -33,6 +32,8 @@ _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _PREFIXES = ("base_model.model.", "transformer.")
+# Kohya's and OneTrainer's: lora_transformer_transformer_blocks_0_attn1_to_q.alpha.
+_FLAT_PREFIXES = ("lora_transformer_", "lora_unet_")
 # The entry of a file's header in which diffusers keeps PEFT's settings, as JSON.
 _HEADER = "lora_adapter_metadata"
 # What a module's tensors are called, and the leaves of ours that they become.
@@ -41,6 +42,8 @@ _PARTS = {
   ".lora_B.weight": UP,
   ".lora_magnitude_vector": MAGNITUDE,
 }
+_ALPHA = "alpha"  # of a module by itself: Kohya's files have no settings
+_READ = _PARTS | {".lora_down.weight": DOWN, ".lora_up.weight": UP, ".alpha": _ALPHA}
 
 
 def write_lora(
@@ -77,10 +80,7 @@ def write_lora(
     "modules_to_save": None,
     "layer_replication": None,
   }
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = disk.partial_path(folder)
-  partial.mkdir()
-  try:
+  with disk.whole_folder(folder) as partial:
     files.write_json(partial / _CONFIG, settings)
     scaled = {**settings, "lora_alpha": lora.rank}
     packed = {f"{_PREFIXES[1]}{name}": value for name, value in scaled.items()}
@@ -99,9 +99,6 @@ def write_lora(
         {k: np.ascontiguousarray(v) for k, v in weights.items()},
         header=header,
       )
-    disk.publish(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _tensors(config: PixArtConfig, adapter: Any) -> dict[str, dict[str, Array]]:
@@ -109,19 +106,19 @@ def _tensors(config: PixArtConfig, adapter: Any) -> dict[str, dict[str, Array]]:
   leaves = {k: np.asarray(v, np.float32) for k, v in tree.named_leaves(adapter).items()}
   kernels = tree.named_leaves(abstract_params(config))
   tensors: dict[str, dict[str, Array]] = {}
-  for their_name, place in places_of(config, DIFFUSERS).items():
-    ours = place.leaf.removesuffix("/kernel")
-    if not place.leaf.endswith("/kernel") or f"{ours}/{DOWN}" not in leaves:
+  for their_name, slot in slots_of(config, DIFFUSERS).items():
+    ours = slot.leaf.removesuffix("/kernel")
+    if not slot.leaf.endswith("/kernel") or f"{ours}/{DOWN}" not in leaves:
       continue
     parts = {
-      part: leaves[f"{ours}/{part}"][place.index]
+      part: leaves[f"{ours}/{part}"][slot.index]
       for part in _PARTS.values()
       if f"{ours}/{part}" in leaves
     }
     # As the kernel lies: a convolution's rows are the numbers of its window.
-    window = kernels[place.leaf].shape[len(place.index) : -1]
+    window = kernels[slot.leaf].shape[len(slot.index) : -1]
     rank = parts[DOWN].shape[-1]
-    parts[DOWN] = place.move.back(parts[DOWN].reshape(*window, rank))
+    parts[DOWN] = slot.rearrangement.to_theirs(parts[DOWN].reshape(*window, rank))
     ones = (1,) * (len(window) - 1)
     parts[UP] = parts[UP].T.reshape(-1, rank, *ones)
     if MAGNITUDE in parts and ones:
@@ -137,9 +134,9 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
   stack has beyond them is zero.
 
   Args:
-    path: a folder as PEFT or diffusers write it, or a file of diffusers' names. Where
-      neither adapter_config.json nor the file's header says what alpha is, it is taken
-      for the rank, with a warning.
+    path: a folder as PEFT or diffusers write it, or a file of diffusers' names or of
+      Kohya's. Where neither adapter_config.json nor the file's header nor a tensor
+      beside a module's says what alpha is, it is taken for the rank, with a warning.
     config: of the model that it is for.
 
   Raises:
@@ -149,7 +146,9 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
   """
   path = pathlib.Path(path)
   weights, settings = _open(path)
-  if settings is None:
+  slots = slots_of(config, DIFFUSERS)
+  modules, problems = _by_module(weights, slots)
+  if settings is None and not all(_ALPHA in parts for parts in modules.values()):
     logging.warning(
       "%s says nothing of alpha, which is taken for the rank of each module, as "
       "diffusers does. If it was trained with another, merge it with "
@@ -157,17 +156,15 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
       path,
       _PEFT[0],
     )
-  places = places_of(config, DIFFUSERS)
-  modules, problems = _by_module(weights, places)
   kernels = tree.named_leaves(abstract_params(config))
   found: dict[str, list[tuple[tuple[int, ...], dict[str, Array]]]] = {}
   for module, parts in modules.items():
-    place = places[f"{module}.weight"]
-    matrix, reason = _moved(parts, place, kernels[place.leaf].shape, settings, module)
+    slot = slots[f"{module}.weight"]
+    matrix, reason = _moved(parts, slot, kernels[slot.leaf].shape, settings, module)
     if reason:
       problems.append(f"{module}: {reason}")
     else:
-      found.setdefault(place.leaf, []).append((place.index, matrix))
+      found.setdefault(slot.leaf, []).append((slot.index, matrix))
   if problems or not found:
     shown = listed(problems, joint="; ") if problems else "it holds no tensors"
     raise ValueError(
@@ -175,15 +172,15 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
       f"{config.width}: {shown}."
     )
   leaves: dict[str, Array] = {}
-  for leaf, slots in found.items():
-    _, first = slots[0]
-    stack = kernels[leaf].shape[: len(slots[0][0])]
-    rank = max(parts[DOWN].shape[-1] for _, parts in slots)
+  for leaf, filled in found.items():
+    _, first = filled[0]
+    stack = kernels[leaf].shape[: len(filled[0][0])]
+    rank = max(parts[DOWN].shape[-1] for _, parts in filled)
     fan_in, features = len(first[DOWN]), first[UP].shape[-1]
     down = np.zeros((*stack, fan_in, rank), np.float32)
     up = np.zeros((*stack, rank, features), np.float32)
     magnitude = np.full((*stack, features), np.nan, np.float32)
-    for index, parts in slots:
+    for index, parts in filled:
       r = parts[DOWN].shape[-1]
       down[(*index, slice(None), slice(r))] = parts[DOWN]
       up[(*index, slice(r))] = parts[UP]
@@ -240,28 +237,31 @@ def _fields_of(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _by_module(
-  weights: files.Weights, places: Mapping[str, Place]
+  weights: files.Weights, slots: Mapping[str, TensorSlot]
 ) -> tuple[dict[str, dict[str, Array]], list[str]]:
   """Groups tensors by module, and lists problems with their names."""
   modules: dict[str, dict[str, Array]] = {}
   problems: list[str] = []
+  known = [name.removesuffix(".weight") for name in slots]
+  flat = {f"{p}{m.replace('.', '_')}": m for p in _FLAT_PREFIXES for m in known}
   for name in weights:
     bare = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
     bare = bare.removesuffix(".weight") if ".lora_magnitude_vector" in bare else bare
-    suffix = next((suffix for suffix in _PARTS if bare.endswith(suffix)), None)
+    suffix = next((suffix for suffix in _READ if bare.endswith(suffix)), None)
     module = bare.removesuffix(suffix or "")
-    place = places.get(f"{module}.weight")
-    if suffix is None or place is None or not place.leaf.endswith("/kernel"):
+    module = flat.get(module, module)
+    slot = slots.get(f"{module}.weight")
+    if suffix is None or slot is None or not slot.leaf.endswith("/kernel"):
       problems.append(f"{name} is not used")
     else:
       tensor = np.asarray(weights[name], np.float32)
-      modules.setdefault(module, {})[_PARTS[suffix]] = tensor
+      modules.setdefault(module, {})[_READ[suffix]] = tensor
   return modules, problems
 
 
 def _moved(
   parts: Mapping[str, Array],
-  place: Place,
+  slot: TensorSlot,
   kernel: tuple[int, ...],
   settings: Settings | None,
   module: str,
@@ -271,12 +271,14 @@ def _moved(
     s for s, part in _PARTS.items() if part in (DOWN, UP) and part not in parts
   ]:
     return {}, f"{missing[0].removeprefix('.')} is missing"
-  matrix = kernel[len(place.index) :]
+  matrix = kernel[len(slot.index) :]
   shape = (math.prod(matrix[:-1]), matrix[-1])
   down, up = parts[DOWN], parts[UP]
   rank = len(down)
   wanted = {
-    DOWN: place.move.back(np.broadcast_to(np.float32(0), (*matrix[:-1], rank))).shape,
+    DOWN: slot.rearrangement.to_theirs(
+      np.broadcast_to(np.float32(0), (*matrix[:-1], rank))
+    ).shape,
     UP: (shape[1], rank, *(1,) * (len(matrix) - 2)),
   }
   for part, want in wanted.items():
@@ -288,8 +290,15 @@ def _moved(
     if problem := settings.problem(module, rank, dora=MAGNITUDE in parts):
       return {}, problem
     scale = settings.scale(module, rank)
+  if _ALPHA in parts:
+    alpha = parts[_ALPHA]
+    if alpha.size != 1 or not 0 < alpha.item() < math.inf:
+      return {}, f"its alpha is {listed(alpha.reshape(-1).tolist())}"
+    if settings is not None and not math.isclose(scale, alpha.item() / rank):
+      return {}, f"its alpha is {alpha.item():g}, and the settings say {scale * rank:g}"
+    scale = alpha.item() / rank
   moved = {
-    DOWN: place.move.into(down).reshape(-1, rank),
+    DOWN: slot.rearrangement.to_ours(down).reshape(-1, rank),
     UP: up.reshape(-1, rank).T * np.float32(scale),
   }
   if MAGNITUDE in parts:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pixsigma_jax import checkpoint, tree
+from pixsigma_jax import checkpoint, disk, tree
 from pixsigma_jax.convert import files, pixart, verify
 from pixsigma_jax.convert.released import Release
 from pixsigma_jax.metadata import Metadata
@@ -57,7 +57,7 @@ class Given:
       known = getattr(release, name, None)
       if value is not None and known is not None and value != known:
         raise ValueError(
-          f"{name}={value} was asked for, but the release has {name}={known}."
+          f"--{name}={value} was asked for, but the release has {name}={known}."
         )
       merged[name] = known if value is None else value
     return Given(**merged)
@@ -97,7 +97,8 @@ def check_target(path: pathlib.Path, form: str) -> None:
   """
   if form == "pixart" and path.suffix != ".pth":
     raise ValueError(f"{path} must end in .pth: the official format is one such file.")
-  if path.exists() and (form == "pixart" or not path.is_dir() or any(path.iterdir())):
+  is_folder = form != "pixart" and path.is_dir()
+  if path.exists() and not (is_folder and not disk.whole_files(path)):
     raise FileExistsError(f"{path} exists already and is left as it is.")
 
 
@@ -186,10 +187,10 @@ def write(path: pathlib.Path, form: str, model: Model) -> None:
     files.write_pickle(path, weights, about)
     return
   weights = pixart.to_diffusers(model.config, params)
-  files.write_safetensors(path / _DIFFUSERS_WEIGHTS, weights)
-  files.write_json(path / _ABOUT, about)
-  # Last: a folder without it is not a model to anybody.
-  files.write_json(path / _CONFIG, pixart.diffusers_config(model.config))
+  with disk.whole_folder(path) as folder:
+    files.write_safetensors(folder / _DIFFUSERS_WEIGHTS, weights)
+    files.write_json(folder / _ABOUT, about)
+    files.write_json(folder / _CONFIG, pixart.diffusers_config(model.config))
 
 
 def run(
@@ -270,8 +271,9 @@ def _metadata(
 ) -> Metadata:
   if given.scaling_factor is None:
     raise ValueError(
-      "Neither the weights nor their config show scaling_factor: give it (0.13025 for "
-      "SDXL's VAE and Σ, 0.18215 for SD's and α), or --release."
+      "Neither the weights nor their config show the scaling factor: give "
+      "--scaling_factor (0.13025 for SDXL's VAE and Σ, 0.18215 for SD's and α), or "
+      "--release."
     )
   return Metadata(
     stage="converted",

@@ -6,7 +6,7 @@ guessed, because a wrong position scale draws pictures that are merely bad.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from pixsigma_jax.convert.files import Weights
+from pixsigma_jax.convert.files import LazyWeights, Renamed, Weights
 from pixsigma_jax.convert.layouts import (
   DIFFUSERS,
   OFFICIAL,
@@ -173,7 +173,7 @@ def from_diffusers(
   if PEER_POSITIONS in weights:
     known = settled(_positions_shown(weights[PEER_POSITIONS]), known)
   parameters = _Changed(weights, without=(PEER_POSITIONS, PEER_NULL_CAPTION))
-  parameters = _without_guard(parameters)
+  parameters = _without_guard(_with_peers_norms(parameters))
   if config_json is not None:
     _check_heads(config_json, parameters)
   config = _config(parameters, DIFFUSERS, known)
@@ -198,6 +198,22 @@ def to_diffusers(config: PixArtConfig, params: Any) -> dict[str, np.ndarray]:
     table = weights[_GUARDED]
     weights[_GUARDED] = np.concatenate([table, np.zeros_like(table[:1])])
   return weights
+
+
+# What the official repository's export calls the norms of queries and keys, by its own
+# names, and diffusers.
+_NORMS = {".attn1.q_norm.": ".attn1.norm_q.", ".attn1.k_norm.": ".attn1.norm_k."}
+
+
+def _with_peers_norms(weights: Weights) -> Weights:
+  """A state dict with diffusers' own names for the norms of queries and keys."""
+
+  def renamed(name: str) -> str:
+    old = next((old for old in _NORMS if old in name), None)
+    new = name if old is None else name.replace(old, _NORMS[old])
+    return name if new != name and new in weights else new  # both: one is left over
+
+  return Renamed(weights, {renamed(name): name for name in weights})
 
 
 def _without_guard(weights: Weights) -> Weights:
@@ -396,10 +412,12 @@ def settled(
   others = [name for name in asked if asked[name] != shown.get(name, asked[name])]
   if others:
     more = dict.fromkeys(f" {hints[name]}" for name in others if name in hints)
+    flags = ", ".join(f"--{name}" for name in others)
     raise ValueError(
       f"{', '.join(f'{name}={asked[name]}' for name in others)} was asked for, but "
       f"these weights have {', '.join(f'{name}={shown[name]}' for name in others)}: "
-      f"they are of another release or resolution.{''.join(more)}"
+      f"they are of another release or resolution. Change {flags} or "
+      f"--release.{''.join(more)}"
     )
   return asked | dict(shown)
 
@@ -415,7 +433,7 @@ def _config(weights: Weights, layout: Layout, known: Mapping[str, Any]) -> PixAr
     layout[n].names[0] for n in (*needed, "blocks/mlp/in/bias") if n not in shapes
   ]
   if absent:
-    raise ValueError(f"These weights lack {', '.join(absent)}: they are incomplete.")
+    raise ValueError(f"These weights lack {listed(absent)}: they are incomplete.")
   width, in_channels, patch_size, _ = shapes["patch_embedding/kernel"]
   out_channels = shapes["out/bias"][0] // patch_size**2
   if out_channels not in (in_channels, 2 * in_channels):
@@ -445,7 +463,7 @@ def _config(weights: Weights, layout: Layout, known: Mapping[str, Any]) -> PixAr
   ):
     if name not in fields:
       raise ValueError(
-        f"Neither the weights nor their config show {name}: give it ({example})."
+        f"Neither the weights nor their config show {name}: give --{name} ({example})."
       )
   return PixArtConfig(**fields)
 
@@ -505,8 +523,9 @@ def _positions_told(table: np.ndarray, given: Mapping[str, Any]) -> dict[str, An
   if unsaid:
     raise ValueError(
       "pos_embed has base_size=64 and pe_interpolation=1.0, the table that OneTrainer "
-      f"writes whatever the model is: give {' and '.join(unsaid)} (64 and 2 for 1024 "
-      "pixels), or --release."
+      "writes whatever the model is: give "
+      f"{' and '.join(f'--{name}' for name in unsaid)} (64 and 2 for 1024 pixels), or "
+      "--release."
     )
   return {}
 
@@ -544,8 +563,8 @@ def _table(
   return np.asarray(codes)
 
 
-class _Changed(Mapping[str, np.ndarray]):
-  """A state dict less some names, with other tensors under some; still read lazily."""
+class _Changed(LazyWeights):
+  """A state dict less some names, with other tensors under some."""
 
   def __init__(
     self,
@@ -562,12 +581,3 @@ class _Changed(Mapping[str, np.ndarray]):
     if name not in self._names:
       raise KeyError(name)
     return self._instead[name] if name in self._instead else self._weights[name]
-
-  def __contains__(self, name: object) -> bool:
-    return name in self._names
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._names)
-
-  def __len__(self) -> int:
-    return len(self._names)

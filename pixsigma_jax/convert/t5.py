@@ -18,11 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from pixsigma_jax import checkpoint, sharding, tree
+from pixsigma_jax import checkpoint, disk, errors, sharding, tree
 from pixsigma_jax.convert import spiece
 from pixsigma_jax.convert.files import (
   Network,
   Weights,
+  check_names,
   lone_file,
   open_weights,
   part_folder,
@@ -187,18 +188,12 @@ def _their_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_names(weights: Weights, names: Mapping[str, str], config: T5Config) -> None:
-  known = {*names.values(), _TIED}
-  missing = [name for name in names.values() if name not in weights]
-  left_over = [
-    name for name in weights if name not in known and not name.startswith(_UNUSED)
-  ]
-  problems = [f"{name} is missing" for name in missing]
-  problems += [f"{name} is not used" for name in left_over]
-  if problems:
-    raise ValueError(
-      f"These are not the weights of a T5 v1.1 encoder of {config.num_layers} layers: "
-      f"{listed(problems, joint='; ')}."
-    )
+  check_names(
+    weights,
+    names.values(),
+    f"a T5 v1.1 encoder of {config.num_layers} layers",
+    lambda name: name == _TIED or name.startswith(_UNUSED),
+  )
 
 
 def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -374,15 +369,16 @@ def convert_text_encoder(
     )
   dtype = found.dtype()
   params = found.params(dtype, sharding.single_device_mesh())
-  if to_format == "orbax":
-    checkpoint.save_arrays(target, params)
-  else:
-    weights = t5_to_weights(params, found.config)
-    if to_format == "comfyui":
-      write_safetensors(target, weights)
-      return
-    write_safetensors(target / "model.safetensors", weights)
-  write_json(target / "config.json", {**found.content, "dtype": dtype.name})
+  if to_format == "comfyui":
+    write_safetensors(target, t5_to_weights(params, found.config))
+    return
+  with disk.whole_folder(target) as folder:
+    if to_format == "orbax":
+      checkpoint.save_arrays(folder, params)
+    else:
+      weights = t5_to_weights(params, found.config)
+      write_safetensors(folder / "model.safetensors", weights)
+    write_json(folder / "config.json", {**found.content, "dtype": dtype.name})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -507,7 +503,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
       tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     else:
       tokenizer = spiece.load_fast_tokenizer(folder)
-  except Exception as error:  # tokenizers raises bare Exceptions
+  except Exception as error:
+    # tokenizers raises nothing but this very type, transformers these.
+    raised = (ValueError, OSError, LookupError, TypeError, AttributeError)
+    is_theirs = type(error) is Exception or isinstance(error, raised)
+    if not is_theirs or not errors.of_content(error):
+      raise
     reason = str(error).strip().splitlines() or [type(error).__name__]
     raise ValueError(
       f"Could not read the tokenizer of {folder}: {reason[0]}"

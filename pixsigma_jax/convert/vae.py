@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from pixsigma_jax import checkpoint, sharding, tree
+from pixsigma_jax import checkpoint, disk, sharding, tree
 from pixsigma_jax.convert.files import (
   Network,
   Weights,
@@ -313,11 +313,12 @@ def convert_autoencoder(
   if to_layout == "ldm":
     write_safetensors(target, vae_to_weights(params, config, to_layout))
     return
-  if to_layout == "orbax":
-    checkpoint.save_arrays(target, params)
-  else:
-    write_safetensors(target / _WEIGHTS, vae_to_weights(params, config, to_layout))
-  write_json(target / "config.json", _config_fields(config, fields["scaling_factor"]))
+  with disk.whole_folder(target) as folder:
+    if to_layout == "orbax":
+      checkpoint.save_arrays(folder, params)
+    else:
+      write_safetensors(folder / _WEIGHTS, vae_to_weights(params, config, to_layout))
+    write_json(folder / "config.json", _config_fields(config, fields["scaling_factor"]))
 
 
 def _params(

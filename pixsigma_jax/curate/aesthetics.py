@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float32
 from PIL import Image
 
+from pixsigma_jax import errors
 from pixsigma_jax.convert import files
+from pixsigma_jax.curate.loading import loading
 from pixsigma_jax.wording import install, listed
 
 # Kernel [inputs, outputs] and bias of each layer, in their order.
@@ -110,7 +112,9 @@ def _load_clip(clip: str) -> Any:
   """The function from images to embeddings `[b e]` of a CLIP."""
   try:
     import torch
-  except ImportError:
+  except ImportError as error:
+    if not errors.of_absence(error, "torch"):
+      raise
     raise ValueError(f"Scoring needs torch for CLIP: {install('curate')}.") from None
   from transformers import AutoConfig, CLIPVisionModelWithProjection
   from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -119,37 +123,29 @@ def _load_clip(clip: str) -> Any:
   # Half of a whole CLIP is its text side: that it is left out is no news.
   verbosity = logging.get_verbosity()
   logging.set_verbosity_error()
+  advice = "Give CLIP ViT-L/14, openai/clip-vit-large-patch14."
   try:
-    config: Any = AutoConfig.from_pretrained(clip)
-    if config.model_type == "clip":
-      config.vision_config.projection_dim = config.projection_dim
-      config = config.vision_config
-    if config.model_type != "clip_vision_model":
-      raise ValueError(f"it is a {config.model_type}, not a CLIP")
-    if config.projection_dim != WIDTH:
-      raise ValueError(
-        f"its embeddings have {config.projection_dim} numbers and the head rates "
-        f"{WIDTH}"
+    with loading(f"--clip={clip}", "a CLIP to score with", advice):
+      config: Any = AutoConfig.from_pretrained(clip)
+      if config.model_type == "clip":
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+      if config.model_type != "clip_vision_model":
+        raise ValueError(f"it is a {config.model_type}, not a CLIP")
+      if config.projection_dim != WIDTH:
+        raise ValueError(
+          f"its embeddings have {config.projection_dim} numbers and the head rates "
+          f"{WIDTH}"
+        )
+      # Pillow's own resizing, which the head was trained with, also where torchvision
+      # is.
+      processor = CLIPImageProcessorPil.from_pretrained(clip)
+      loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+        clip, config=config, dtype=torch.float32, output_loading_info=True
       )
-    # Pillow's own resizing, which the head was trained with, also where torchvision is.
-    processor = CLIPImageProcessorPil.from_pretrained(clip)
-    loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-      clip, config=config, dtype=torch.float32, output_loading_info=True
-    )
-    model, loading = loaded
-    if loading["missing_keys"]:
-      missing = sorted(loading["missing_keys"])
-      raise ValueError(f"its weights lack {', '.join(missing[:4])}")
-  except OSError as error:
-    raise FileNotFoundError(
-      f"--clip={clip} is neither a folder with a CLIP nor could it be fetched from the "
-      f"hub: {_first_line(error)}"
-    ) from error
-  except (ValueError, RuntimeError) as error:
-    raise ValueError(
-      f"--clip={clip} cannot be used: {_first_line(error)}. Give CLIP ViT-L/14, "
-      "openai/clip-vit-large-patch14."
-    ) from error
+      model, about = loaded
+      if missing := sorted(about["missing_keys"]):
+        raise ValueError(f"its weights lack {listed(missing, 4)}")
   finally:
     logging.set_verbosity(verbosity)
   model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,8 +157,3 @@ def _load_clip(clip: str) -> Any:
     return output.image_embeds.cpu().numpy()
 
   return embed
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0].rstrip(".")

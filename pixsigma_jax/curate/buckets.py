@@ -5,6 +5,7 @@ import pathlib
 
 from pixsigma_jax import disk
 from pixsigma_jax.data import buckets
+from pixsigma_jax.wording import listed
 
 # What every published PixArt has.
 _PATCH_SIZE, _DOWNSAMPLING = 2, 8
@@ -38,7 +39,7 @@ def run(path: str | os.PathLike[str], *, resolution: int, step: int | None) -> N
   if found.unusable:
     raise ValueError(
       f"{path}: {len(found.unusable)} of {len(table)} sizes cannot be used. "
-      f"{' '.join(found.unusable[:4])}"
+      f"{listed(found.unusable, 4, ' ')}"
     )
   if not path.exists():
     text = buckets.table_text(table)

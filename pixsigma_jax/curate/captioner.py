@@ -15,11 +15,13 @@ from typing import Any
 
 from PIL import Image
 
+from pixsigma_jax import errors
 from pixsigma_jax.curate import captions
+from pixsigma_jax.curate.loading import loading
 from pixsigma_jax.curate.score import decoded, identity
 from pixsigma_jax.data import ingest
 from pixsigma_jax.data.index import Index, open_index
-from pixsigma_jax.wording import install
+from pixsigma_jax.wording import install, listed
 
 _NUM_BEAMS = 3
 _REPETITION_PENALTY = 1.5
@@ -152,29 +154,21 @@ def _load(model: str) -> tuple[Any, Any]:
   """Processor and network of a model."""
   try:
     import torch
-  except ImportError:
+  except ImportError as error:
+    if not errors.of_absence(error, "torch"):
+      raise
     raise ValueError(f"A captioner needs torch: {install('curate')}.") from None
   from transformers import AutoModelForImageTextToText, AutoProcessor
 
-  try:
+  with loading(f"--captioner={model}", "a model that captions images"):
     processor = AutoProcessor.from_pretrained(model)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
       model, dtype="auto", output_loading_info=True
     )
-    network, loading = loaded
-  except OSError as error:
-    raise FileNotFoundError(
-      f"--captioner={model} is neither a folder with a model nor could it be fetched "
-      f"from the hub: {_first_line(error)}."
-    ) from error
-  except (ValueError, RuntimeError, ImportError) as error:
+    network, about = loaded
+  if missing := sorted(about["missing_keys"]):
     raise ValueError(
-      f"--captioner={model} is not a model that transformers can caption images with: "
-      f"{_first_line(error)}."
-    ) from error
-  if missing := sorted(loading["missing_keys"]):
-    raise ValueError(
-      f"--captioner={model}: its weights lack {', '.join(missing[:4])}. Fetch it again."
+      f"--captioner={model}: its weights lack {listed(missing, 4)}. Fetch it again."
     )
   if network.config.is_encoder_decoder or not getattr(processor, "chat_template", None):
     raise ValueError(
@@ -185,8 +179,3 @@ def _load(model: str) -> tuple[Any, Any]:
   processor.tokenizer.padding_side = "left"
   network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
   return processor, network
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0].rstrip(".")

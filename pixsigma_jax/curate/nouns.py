@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from pixsigma_jax import errors
+
 _SPACY = "spacy:"
 _NLTK_DATA = "punkt_tab averaged_perceptron_tagger_eng"
 
@@ -56,7 +58,9 @@ class _Spacy:
     self.name = f"{_SPACY}{model}"
     try:
       spacy = importlib.import_module("spacy")
-    except ImportError:
+    except ImportError as error:
+      if not errors.of_absence(error, "spacy"):
+        raise
       raise ValueError(
         f"The tagger {self.name} needs spaCy: pip install spacy, then "
         f"python -m spacy download {model}."
@@ -64,6 +68,8 @@ class _Spacy:
     try:
       self._pipeline: Callable[[str], Any] = spacy.load(model)
     except OSError as error:
+      if errors.of_system(error):
+        raise
       raise ValueError(
         f"spaCy has no pipeline {model}: python -m spacy download {model}, or give its "
         "folder."
@@ -88,7 +94,9 @@ class _Nltk:
   def __init__(self):
     try:
       nltk = importlib.import_module("nltk")
-    except ImportError:
+    except ImportError as error:
+      if not errors.of_absence(error, "nltk"):
+        raise
       raise ValueError(
         "The tagger nltk needs NLTK: pip install nltk, then "
         f"python -m nltk.downloader {_NLTK_DATA}."

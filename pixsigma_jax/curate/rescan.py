@@ -1,7 +1,8 @@
 """A second index of the same images: changes, and results that can be reused."""
 
+import collections
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
@@ -10,6 +11,22 @@ from pixsigma_jax.data import sources
 from pixsigma_jax.data.index import Index, open_index
 
 _NAMED = 5  # images of each kind of change
+
+
+# An id, and how many images before it have the same.
+_Key: TypeAlias = tuple[str, int]
+
+
+class _Keys:
+  """The keys of images, asked for in their order."""
+
+  def __init__(self):
+    self._seen: collections.Counter[str] = collections.Counter()
+
+  def next(self, id: str) -> _Key:
+    key = id, self._seen[id]
+    self._seen[id] += 1
+    return key
 
 
 class _Before(NamedTuple):
@@ -25,7 +42,7 @@ class _Before(NamedTuple):
 class Earlier(NamedTuple):
   """An earlier index by image."""
 
-  images: dict[str, _Before]
+  images: dict[_Key, _Before]
   has_captions: bool  # of `curate caption`, though a supplier may lack some parts
   suppliers: list[str]  # whose captions all of it has
   has_scores: bool
@@ -45,7 +62,8 @@ def earlier(directory: str, new: str) -> Earlier:
       f"--previous={directory} is the index that is to be written: give the new one a "
       "directory of its own."
     )
-  images: dict[str, _Before] = {}
+  images: dict[_Key, _Before] = {}
+  keys = _Keys()
   has_scores, has_captions = index.has("scores"), index.has("captions")
   for part in range(index.num_parts):
     columns = ["id", "sha256", "error", "captions"]
@@ -58,7 +76,9 @@ def earlier(directory: str, new: str) -> Earlier:
       every = own if merged is None else _pairs(merged[number])
       more = [caption for caption in every if caption[0] not in texts]
       score = None if scores is None else scores[number]
-      images[row["id"]] = _Before(row["sha256"], row["error"], own, more, score)
+      images[keys.next(row["id"])] = _Before(
+        row["sha256"], row["error"], own, more, score
+      )
   return Earlier(
     images,
     has_captions,
@@ -83,11 +103,12 @@ def changes(before: Earlier, index: Index) -> dict[str, Any]:
     "with_other_pixels": [],
     "with_other_captions": [],
   }
-  left = dict.fromkeys(before.images)
+  left, keys = dict.fromkeys(before.images), _Keys()
   for row in _rows(index):
     id = row["id"]
-    left.pop(id, None)
-    was = before.images.get(id)
+    key = keys.next(id)
+    left.pop(key, None)
+    was = before.images.get(key)
     if was is None:
       found["added"].append(id)
       continue
@@ -95,7 +116,7 @@ def changes(before: Earlier, index: Index) -> dict[str, Any]:
       found["with_other_pixels"].append(id)
     if was.captions != _pairs(row["captions"]):
       found["with_other_captions"].append(id)
-  found["removed"] = list(left)
+  found["removed"] = [id for id, _ in left]
   return {
     name: {"images": len(ids), "first": ids[:_NAMED]} for name, ids in found.items()
   }
@@ -115,11 +136,12 @@ def take_over(before: Earlier, index: Index) -> None:
   `score` for its scores; of its captions, those of the others are kept, and whoever
   supplied them is asked again by the same command.
   """
+  keys = _Keys()
   for part in range(index.num_parts):
     rows = index.read(part, "scan", columns=["id", "sha256", "error"]).to_pylist()
     known = [
       was if was is not None and _is_as_before(row, was) else None
-      for row, was in ((row, before.images.get(row["id"])) for row in rows)
+      for row, was in ((row, before.images.get(keys.next(row["id"]))) for row in rows)
     ]
     fine = all(
       was is not None or row["error"] is not None

@@ -209,7 +209,7 @@ class Candidate(NamedTuple):
   row: int
 
 
-Place: TypeAlias = tuple[int, int]  # part and row
+RowKey: TypeAlias = tuple[int, int]  # part and row
 # Key, image, and its perceptual hash in hex: Beam's integers are signed.
 Keyed: TypeAlias = tuple[str, tuple[Candidate, str]]
 
@@ -279,7 +279,7 @@ def _bands(phash: int, near_distance: int) -> Iterator[str]:
 
 def compare_group(
   near_distance: int, group: tuple[str, Iterable[tuple[Candidate, str]]]
-) -> list[tuple[Place, Candidate]]:
+) -> list[tuple[RowKey, Candidate]]:
   """Duplicates among images that share a key, each with the best that it is like."""
   key, members = group
   ordered = sorted((Candidate(*candidate), phash) for candidate, phash in members)
@@ -322,7 +322,7 @@ def _least(candidates: Iterable[Candidate]) -> Candidate:
   return min(Candidate(*candidate) for candidate in candidates)
 
 
-def _to_its_part(found: tuple[Place, Candidate]) -> tuple[int, tuple[int, str]]:
+def _to_its_part(found: tuple[RowKey, Candidate]) -> tuple[int, tuple[int, str]]:
   (part, row), best = found
   return part, (row, Candidate(*best).id)
 

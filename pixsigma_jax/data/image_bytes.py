@@ -1,11 +1,16 @@
 """Images as bytes: their size before decoding, and decoded as they are displayed."""
 
+import contextlib
 import io
+import struct
+import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pixsigma_jax import errors
 from pixsigma_jax.data import jpegs
 from pixsigma_jax.data.color_profiles import Fate, to_srgb
 from pixsigma_jax.wording import install
@@ -39,6 +44,13 @@ _UPRIGHT = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
+
+
+# What Pillow's decoders raise when they come across bytes that they did not expect.
+_OF_DECODERS = (
+  *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError),
+  *(ArithmeticError, AttributeError, RuntimeError, struct.error, zlib.error),
+)
 
 
 class Header(NamedTuple):
@@ -89,7 +101,7 @@ def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
 def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
   """`open_image`, and how the color profile was handled."""
   image, orientation = _opened(data)
-  try:
+  with _decoding():
     # HEIF would give a thumbnail, whatever the picture itself is like.
     if at_least is not None and image.format != _HEIF:
       image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
@@ -97,16 +109,26 @@ def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
     is_whole = image.format not in _JPEGS or jpegs.is_whole(data, image)
     if image.format == "PNG":
       _match_transparency(image, depth=data[_PNG_DEPTH])
-    image, profile = _rgb(image)
-    if orientation in _UPRIGHT:
-      image = image.transpose(_UPRIGHT[orientation])
-  except Exception as error:  # Pillow raises whatever its decoders come across
-    reason = "truncated" if "truncated" in str(error).lower() else "damaged"
-    raise ValueError(f"{reason}: {type(error).__name__}: {error}") from None
+  image, profile = _rgb(image)
+  if orientation in _UPRIGHT:
+    image = image.transpose(_UPRIGHT[orientation])
   if not is_whole:
     raise ValueError("truncated: part of the picture is missing")
   image.info = {}  # the profile holds no longer, and would be saved with the image
   return Decoded(image, profile)
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+  """Says of an image that Pillow cannot decode why, in a few words."""
+  try:
+    yield
+  except _OF_DECODERS as error:
+    said = str(error).lower()
+    reason = "truncated" if "truncated" in said else "damaged"
+    if "memory" in said:  # what it was to hold may still be sound
+      reason = "cannot be decoded"
+    raise ValueError(f"{reason}: {type(error).__name__}: {error}") from None
 
 
 def _opened(data: bytes) -> tuple[Image.Image, int]:
@@ -115,7 +137,7 @@ def _opened(data: bytes) -> tuple[Image.Image, int]:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     raise ValueError(f"too many pixels: more than {MOST_PIXELS}") from None
-  except Exception:  # as below
+  except _OF_DECODERS:
     image = _opened_heif(data)
   width, height = image.size
   if width * height > MOST_PIXELS:
@@ -138,7 +160,9 @@ def _opened_heif(data: bytes) -> Image.Image:
     raise ValueError("not an image")
   try:
     import pillow_heif
-  except ImportError:
+  except ImportError as error:
+    if not errors.of_absence(error, "pillow_heif"):
+      raise
     raise ValueError(
       f"HEIC, which needs pillow-heif: {install('heif')} and scan anew, or save it as "
       "JPEG"
@@ -148,7 +172,7 @@ def _opened_heif(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=(_HEIF,))
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     raise ValueError(f"too many pixels: more than {MOST_PIXELS}") from None
-  except Exception as error:  # as above
+  except _OF_DECODERS as error:
     raise ValueError(f"damaged: HEIC: {type(error).__name__}") from None
 
 
@@ -160,7 +184,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return 1
   try:
     found = image.getexif().get(_ORIENTATION, 1)
-  except Exception:  # as below; a picture without readable EXIF is shown as it is
+  except _OF_DECODERS:  # a picture without readable EXIF is shown as it is
     return 1
   return found if isinstance(found, int) else 1
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from pixsigma_jax import disk
+from pixsigma_jax import disk, errors
 from pixsigma_jax.data import sources
 from pixsigma_jax.data.sources import Unit
 from pixsigma_jax.wording import listed
@@ -238,7 +238,10 @@ class Index:
         *(part, self.directory, COMMANDS[step]),
         "all parts" if all_parts else "this part",
       )
-      for stale in range(self.num_parts) if all_parts else [part]:
+      others = {*range(self.num_parts)} - {part} if all_parts else ()
+      # Its own part last: as long as that is there, a scan that was killed in here
+      # finds that the others are to go.
+      for stale in (*others, part):
         self.remove(self._part(stale, step))
 
   def _settings(self, step: str) -> str:
@@ -260,6 +263,8 @@ class Index:
     try:
       return pq.ParquetFile(fs.open(name, "rb"), page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
+      if not errors.of_content(error):
+        raise
       raise ValueError(self._damaged(part, step)) from error
 
   def _read(self, part: int, step: str, columns: Sequence[str]) -> pa.Table:
@@ -267,6 +272,8 @@ class Index:
       try:
         table = file.read(columns=list(columns))
       except (pa.ArrowException, OSError, ValueError) as error:
+        if not errors.of_content(error):
+          raise
         raise ValueError(self._damaged(part, step)) from error
       rows = file.metadata.num_rows
     for name in [name for name in columns if name not in table.column_names]:

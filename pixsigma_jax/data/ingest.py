@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pixsigma_jax import command
+from pixsigma_jax import command, errors
 from pixsigma_jax.wording import install
 
 # Beam's own default, DirectRunner, may first fetch another, Prism, from the network.
@@ -46,7 +46,9 @@ def beam() -> Any:
     # It warns of each of Google's clouds that it finds no client for.
     logging.disable(logging.WARNING)
     import apache_beam
-  except ImportError:
+  except ImportError as error:
+    if not errors.of_absence(error, "apache_beam"):
+      raise
     raise ValueError(f"Curation needs Apache Beam: {install('curate')}.") from None
   finally:
     logging.disable(before)
@@ -216,7 +218,8 @@ class _Noted:
     try:
       data = pickle.dumps(error)
       pickle.loads(data)
-    except Exception:  # an exception is pickled by its `args`, which may not fit
+    # An exception is pickled by its `args`, which may not fit its constructor.
+    except (TypeError, AttributeError, pickle.PickleError):
       data = pickle.dumps(ValueError(f"{type(error).__name__}: {error}"))
     partial = self._folder / f"partial-{uuid.uuid4()}"
     partial.write_bytes(data)

@@ -20,7 +20,13 @@ from jaxtyping import Bool, Float, Int64
 
 from pixsigma_jax import metadata
 from pixsigma_jax.data import order
-from pixsigma_jax.data.records import Dataset, Features, Record, open_dataset
+from pixsigma_jax.data.records import (
+  DamageError,
+  Dataset,
+  Features,
+  Record,
+  open_dataset,
+)
 
 _BLOCK = 1 << 16  # examples; a share is a whole number of them
 # What the datasets of a mixture must have in common.
@@ -154,11 +160,11 @@ class Mixture:
       The records, their numbers, and which of them stand in for another.
 
     Raises:
-      ValueError: 20 records one after the other are damaged.
+      DamageError: 20 records one after the other are damaged.
     """
     try:
       return self.read(numbers), numbers, np.zeros(len(numbers), bool)
-    except ValueError:
+    except DamageError:
       read = [self._read_or_replace(number) for number in numbers.tolist()]
     found = np.array([number for _, number in read], np.int64)
     return [record for record, _ in read], found, found != numbers
@@ -167,7 +173,7 @@ class Mixture:
     for tried in range(_TRIES):
       try:
         return self.read([number])[0], number
-      except ValueError as error:
+      except DamageError as error:
         if tried == _TRIES - 1:
           raise
         logging.warning("%s The next one takes its place.", error)

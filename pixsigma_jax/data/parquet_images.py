@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pixsigma_jax import errors
+
 _BUFFER_BYTES = 2**20  # read at once of a column, whose row group may have gigabytes
 _of_thread = threading.local()
 
@@ -46,6 +48,8 @@ def cell(fs: Any, path: str, column: str, row: int, *, is_local: bool) -> Any:
     return column_at.value(row)
   except (pa.ArrowException, OSError) as error:
     _of_thread.column = None
+    if not errors.of_content(error):
+      raise
     raise ValueError(f"damaged Parquet: {type(error).__name__}") from error
 
 

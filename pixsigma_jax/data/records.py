@@ -22,6 +22,8 @@ import json
 import os
 import pathlib
 import re
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -49,7 +51,19 @@ OWN_FILES = re.compile(
   r"|contents\.parquet)"  # of `prepare`: what the records were made of
   r"(\.\w+\.partial)?"
 )
+# What NumPy raises for a damaged .npy or .npz: its own, its header's parser's, zlib's,
+# and zipfile's (RuntimeError, where a flipped bit names an encryption).
+DAMAGED_ARRAYS = (
+  *(ValueError, EOFError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError),
+  *(zipfile.BadZipFile, zlib.error),
+)
+# An error of the system, in ArrayRecord's words: "read() failed: Stale file handle; …".
+_OF_SYSTEM = re.compile(r"\b\w+\(\) failed: ")
 _REPAIR = "Copy it again or prepare the dataset again."
+
+
+class DamageError(ValueError):
+  """A record, or a whole shard, whose bytes are not what was written."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)  # arrays: no one bool
@@ -290,7 +304,8 @@ class Dataset:
 
     Raises:
       IndexError: there is no record of such a number.
-      ValueError: a record is damaged; the message names file and record.
+      DamageError: a record is damaged; the message names file and record.
+      OSError: a file is not there any more, or cannot be read.
     """
     by_shard: dict[int, list[tuple[int, int]]] = {}  # row, position in the shard
     for row, number in enumerate(np.asarray(numbers).tolist()):
@@ -325,7 +340,7 @@ class Dataset:
     try:
       with open(path, "rb") as file, np.load(file) as arrays:
         return dict(arrays)
-    except Exception as error:  # zipfile, zlib and NumPy each raise their own
+    except (FileNotFoundError, *DAMAGED_ARRAYS) as error:
       raise ValueError(f"{path} cannot be read: {error}. {_REPAIR}") from error
 
   @functools.cached_property
@@ -339,11 +354,12 @@ class Dataset:
     reader = _open_shard(self.directory, shard)
     try:
       return [decode(data, self.manifest) for data in reader.read(positions)]
-    except Exception as error:  # RuntimeError of Riegeli, or bytes that are no record
+    except (RuntimeError, ValueError, IndexError) as error:  # ArrayRecord's, `decode`'s
+      check_damage(self.directory / shard.file, error)
       if len(positions) > 1:  # the reader does not say which: read them one at a time
         return [self._read_shard(number, [position])[0] for position in positions]
       first = self._starts[number]
-      raise ValueError(
+      raise DamageError(
         f"Record {first + positions[0]} of {self.directory} is damaged (record "
         f"{positions[0]} of {shard.file}): {error}. {_REPAIR}"
       ) from error
@@ -353,17 +369,35 @@ class Dataset:
 @functools.lru_cache(maxsize=256)
 def _open_shard(directory: pathlib.Path, shard: Shard) -> Any:
   """A reader of a shard, shared by all threads; it has no state between reads."""
-  reader = array_record_module.ArrayRecordReader(
-    str(directory / shard.file),
-    options="readahead_buffer_size:0,max_parallelism:0",  # random access
-  )
-  # ArrayRecord opens an unreadable file as an empty one.
+  reader = open_shard(directory / shard.file)
   if not reader.ok() or reader.num_records() != shard.records:
-    raise ValueError(
+    raise DamageError(
       f"{directory / shard.file} is damaged: {reader.num_records()} records can be "
       f"found, the manifest lists {shard.records}. {_REPAIR}"
     )
   return reader
+
+
+def open_shard(path: pathlib.Path) -> Any:
+  """A reader of an ArrayRecord file, for random access.
+
+  Raises:
+    OSError: the file is not there, or may not be read.
+  """
+  path.open("rb").close()  # ArrayRecord opens an unreadable file as an empty one
+  return array_record_module.ArrayRecordReader(
+    str(path), options="readahead_buffer_size:0,max_parallelism:0"
+  )
+
+
+def check_damage(path: pathlib.Path, error: Exception) -> None:
+  """Tells an error of the file system from damage, which ArrayRecord does not.
+
+  Raises:
+    OSError: the file could not be read; it may be sound.
+  """
+  if _OF_SYSTEM.search(str(error)):
+    raise OSError(f"{path} could not be read: {error}.") from error
 
 
 def open_dataset(directory: str | os.PathLike[str]) -> Dataset:
@@ -447,7 +481,7 @@ def _read_null_caption(
   path = directory / NULL_CAPTION
   try:
     null_caption = np.load(path)
-  except (OSError, ValueError, EOFError) as error:
+  except (FileNotFoundError, *DAMAGED_ARRAYS) as error:
     raise ValueError(f"{path} cannot be read: {error}. {_REPAIR}") from error
   if crc32(null_caption) != manifest.null_caption_crc32:
     raise ValueError(

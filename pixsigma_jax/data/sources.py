@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pixsigma_jax import errors
 from pixsigma_jax.data import image_tables, parquet_images, tar_headers
 from pixsigma_jax.data.rows import (
   CAPTION_ENDINGS,
@@ -452,15 +453,14 @@ class _NamedImages:
     return bool(self._missed)
 
   def note(self, files: Iterable[_File]) -> None:
-    for file in files:
-      for path in file.tables:
-        table = _table(self._source, path, self._reading)
-        if path not in self._missed:
-          self._missed[path] = np.ones(len(table), bool)
-          for reason, count in table.refused.items():
-            self._refused[f"row of {posixpath.basename(path)}: {reason}"] += count
-        numbers = table.numbers(_relative_to_table(file.path, path))
-        self._missed[path][numbers] = False
+    for path, images in _by_table(files).items():
+      table = _table(self._source, path, self._reading)
+      if path not in self._missed:
+        self._missed[path] = np.ones(len(table), bool)
+        for reason, count in table.refused.items():
+          self._refused[f"row of {posixpath.basename(path)}: {reason}"] += count
+      for image in images:
+        self._missed[path][table.numbers(_relative_to_table(image, path))] = False
 
   def count(self, passed_over: PassedOver) -> None:
     """Counts refused rows and rows that name no image, in place of their tables."""
@@ -472,29 +472,40 @@ class _NamedImages:
         passed_over[what] += int(missed.sum())
 
 
+def _by_table(files: Iterable[_File]) -> dict[str, list[str]]:
+  """Tables, those of the folders above first, and the images that they may name."""
+  of_table: dict[str, list[str]] = {}
+  for file in files:
+    for path in file.tables:
+      of_table.setdefault(path, []).append(file.path)
+  return of_table
+
+
 def _relative_to_table(path: str, table: str) -> str:
   folder = posixpath.dirname(table)
   return path.removeprefix(f"{folder}/") if folder else path
 
 
+_TABLES: dict[tuple[int, str], tuple[Any, image_tables.ImageTable]] = {}
+
+
 def _table(source: str, path: str, reading: Reading) -> image_tables.ImageTable:
+  # Content changes the key. The place is that of the folder's depth: files come folder
+  # by folder, so that a table above is read once for all the folders below it.
+  place = path.count("/"), posixpath.basename(path)
   try:
     fs, full_path, _ = _located(source, path)
-    return _read_table(source, path, reading, fs.ukey(full_path))
+    key = source, path, reading, fs.ukey(full_path)
+    found, table = _TABLES.get(place, (None, None))
+    if found != key or table is None:
+      table = image_tables.ImageTable(fs, full_path, reading)
+      _TABLES[place] = key, table
+    return table
   except (OSError, ValueError) as problem:
     raise ValueError(
       f"{path} of {source} cannot be read: {_reason(problem)}: mend it, or give it "
       "another name, which leaves its captions out."
     ) from problem
-
-
-# Neighbours share their folder's; the key changes with the file's content.
-@functools.lru_cache(maxsize=4)
-def _read_table(
-  source: str, path: str, reading: Reading, key: Any
-) -> image_tables.ImageTable:
-  fs, full_path, _ = _located(source, path)
-  return image_tables.ImageTable(fs, full_path, reading)
 
 
 def _folder_entries(
@@ -520,12 +531,8 @@ def _folder_entries(
 def _captions_in_tables(
   source: str, files: Sequence[_File], reading: Reading
 ) -> dict[str, list[tuple[str, str]]]:
-  of_table: dict[str, list[str]] = {}
-  for file in files:
-    for path in file.tables:
-      of_table.setdefault(path, []).append(file.path)
   found: dict[str, list[tuple[str, str]]] = {}
-  for path, images in of_table.items():
+  for path, images in _by_table(files).items():
     table = _table(source, path, reading)
     names = {_relative_to_table(image, path): image for image in images}
     for name, captions in table.captions(names).items():
@@ -768,6 +775,8 @@ def _parquet_rows(source: str, table: str, reading: Reading) -> int:
       ]
       schema = metadata.schema.to_arrow_schema()
   except (pa.ArrowException, OSError, ValueError) as error:
+    if not errors.of_content(error):
+      raise
     raise ValueError(f"{table} is damaged, or not Parquet: {error}") from error
   count = metadata.num_rows
   if (
@@ -845,6 +854,8 @@ def _parquet_entries(
           except ValueError as problem:  # also of text that is not UTF-8
             yield Entry(name, unit.path, error=f"a bad row: {problem}")
   except (pa.ArrowException, OSError) as problem:
+    if not errors.of_content(problem):
+      raise
     name = f"{unit.path}@{row}"
     error = f"cannot be read from this row on: {type(problem).__name__}"
     yield Entry(name, unit.path, error=error)

@@ -241,30 +241,19 @@ def normalized(images: UInt8[Array, "b H W 3"]) -> Float32[Array, "b H W 3"]:
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _embed_images(
+@functools.partial(jax.jit, static_argnames=("which", "config", "dtype"))
+def _embed(
   params: dict[str, Any],
-  images: UInt8[Array, "b H W 3"],
+  inputs: UInt8[Array, "b H W 3"] | Int[Array, "b t"],
   *,
+  which: Literal["image", "text"],
   config: ClipConfig,
   dtype: DTypeLike,
 ) -> Float32[Array, "b e"]:
   with jax.default_matmul_precision("highest"):
-    network = ImageTower(config, Compute(dtype=dtype))
-    return network.apply({"params": params}, normalized(images))  # pyright: ignore[reportReturnType]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _embed_texts(
-  params: dict[str, Any],
-  ids: Int[Array, "b t"],
-  *,
-  config: ClipConfig,
-  dtype: DTypeLike,
-) -> Float32[Array, "b e"]:
-  with jax.default_matmul_precision("highest"):
-    network = TextTower(config, Compute(dtype=dtype))
-    return network.apply({"params": params}, ids)  # pyright: ignore[reportReturnType]
+    network = tower(which, config, Compute(dtype=dtype))
+    inputs = normalized(inputs) if which == "image" else inputs
+    return network.apply({"params": params}, inputs)  # pyright: ignore[reportReturnType]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -307,7 +296,7 @@ class Clip:
     """
     size = self.config.image_size
     stacked = np.stack([*pixels]) if len(pixels) else np.zeros((0, size, size, 3), "u1")
-    return self._in_batches("image", _embed_images, stacked)
+    return self._in_batches("image", stacked)
 
   def embed_texts(
     self, texts: Sequence[str], *, truncate: Truncation = "end"
@@ -322,7 +311,7 @@ class Clip:
     Raises:
       ValueError: the text tower was not loaded.
     """
-    return self._in_batches("text", _embed_texts, self._ids(texts, truncate))
+    return self._in_batches("text", self._ids(texts, truncate))
 
   def count(self, text: str) -> int:
     """Number of tokens of `text`, start and end tokens included."""
@@ -341,7 +330,9 @@ class Clip:
       row[: len(tokens)] = tokens[:length]
     return ids
 
-  def _in_batches(self, which: str, embed: Any, rows: np.ndarray) -> np.ndarray:
+  def _in_batches(
+    self, which: Literal["image", "text"], rows: np.ndarray
+  ) -> np.ndarray:
     if which not in self.params:
       raise ValueError(f"CLIP's {which} tower was not loaded.")
     axes = tuple(axis for axis in AXES if axis in self.mesh.shape)
@@ -354,6 +345,8 @@ class Clip:
       count = len(part)
       part = np.pad(part, [(0, batch - count)] + [(0, 0)] * (part.ndim - 1))
       part = jax.make_array_from_callback(part.shape, place, part.__getitem__)
-      embedded = embed(self.params[which], part, config=self.config, dtype=self.dtype)
+      embedded = _embed(
+        self.params[which], part, which=which, config=self.config, dtype=self.dtype
+      )
       out[start : start + batch] = np.asarray(jax.device_put(embedded, whole))[:count]
     return out

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pixsigma_jax import errors
 from pixsigma_jax.wording import install
 
 _MAPS = ("qkv", "query", "kv", "in", "out")
@@ -61,6 +62,8 @@ def _quantized(x: Float[Array, "..."], shared_axis: int) -> Any:
 def _qwix() -> Any:
   try:
     import qwix
-  except ImportError:
+  except ImportError as error:
+    if not errors.of_absence(error, "qwix"):
+      raise
     raise ValueError(f"int8 needs qwix: {install('int8')}.") from None
   return qwix

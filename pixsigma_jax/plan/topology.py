@@ -200,6 +200,8 @@ def devices(topology: Topology) -> Sequence[Any]:
         platform="tpu", topology_name=topology.name, **options
       ).devices
   except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith("INVALID_ARGUMENT"):  # a lock of libtpu's, say
+      raise
     raise _unknown(topology.name, str(error).splitlines()[0]) from error
   assert len(described) == topology.count
   return described

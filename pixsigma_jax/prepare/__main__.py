@@ -27,6 +27,7 @@ from pixsigma_jax.prepare import check, features, official, pictures, write
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.prepare.settings import Settings
 from pixsigma_jax.sample.frozen import locate
+from pixsigma_jax.wording import listed
 
 _PARTS = ("pictures", "features")
 
@@ -199,7 +200,7 @@ def _crop_rule() -> CropRule:
       "give it as --table=FILE.json."
     )
   if unusable := buckets.check(table, resolution).unusable:
-    raise ValueError(f"The table cannot be used. {' '.join(unusable[:4])}")
+    raise ValueError(f"The table cannot be used. {listed(unusable, 4, ' ')}")
   return CropRule(table, filter_at(resolution))
 
 

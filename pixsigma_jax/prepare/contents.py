@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixsigma_jax import disk, metadata
+from pixsigma_jax import disk, errors, metadata
+from pixsigma_jax.wording import listed
 
 CONTENTS = "contents.parquet"
 
@@ -87,6 +88,8 @@ def read(directory: pathlib.Path) -> Contents | None:
   except FileNotFoundError:
     return None
   except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    if not errors.of_content(error):
+      raise
     raise ValueError(
       f"{path} is damaged: {error}. Delete {directory}, or copy it again."
     ) from error
@@ -133,9 +136,8 @@ def _by_name(images: pa.Table) -> dict[tuple[str, int], list[Any]]:
 
 
 def _line(what: str, names: Sequence[tuple[str, int]]) -> str:
-  few = ", ".join(id for id, _ in names[:_NAMED])
-  more = ", …" if len(names) > _NAMED else ""
-  return f"{len(names)} image{'s' * (len(names) > 1)} {what} ({few}{more})"
+  few = listed([id for id, _ in names], _NAMED)
+  return f"{len(names)} image{'s' * (len(names) > 1)} {what} ({few})"
 
 
 # ---- what there was before ----

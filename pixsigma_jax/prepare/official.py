@@ -16,7 +16,6 @@ of PixArt-alpha/PixArt-sigma. Below DATA_ROOT/InternData/:
 import collections
 import dataclasses
 import pathlib
-import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,13 +24,14 @@ from jaxtyping import Float16, Float32
 
 from pixsigma_jax.convert import files
 from pixsigma_jax.data.crops import identity_hash
-from pixsigma_jax.data.records import Features, Record
+from pixsigma_jax.data.records import DAMAGED_ARRAYS, Features, Record
 from pixsigma_jax.data.writing import begin_dataset
 from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.models.vae import LOG_VARIANCE_RANGE
 from pixsigma_jax.prepare import compare, contents, write
 from pixsigma_jax.prepare.contents import Contents
 from pixsigma_jax.prepare.pictures import Refusal
+from pixsigma_jax.wording import listed
 
 # The reference leaves out what is higher; nothing hinders it to be as wide as it likes.
 LARGEST_RATIO = 4.5
@@ -154,7 +154,7 @@ def read_null_caption(path: str | pathlib.Path) -> Float32[np.ndarray, "t e"]:
     names = [name for name in _NULL_NAMES if name in weights] or list(weights)
     if len(names) != 1 and names[0] not in _NULL_NAMES:
       raise ValueError(
-        f"{path} holds {', '.join(sorted(names)[:4])}: which of them is the null "
+        f"{path} holds {listed(sorted(names), 4)}: which of them is the null "
         f"caption cannot be told. It should be called {_NULL_NAMES[0]}."
       )
     array = weights[names[0]]
@@ -312,18 +312,8 @@ def _feature(
   return by_name
 
 
-# What NumPy raises for one file or another that is not what it should be.
-_UNREADABLE = (
-  OSError,
-  ValueError,
-  EOFError,
-  KeyError,
-  AttributeError,
-  TypeError,
-  SyntaxError,
-  MemoryError,
-  zipfile.BadZipFile,
-)
+# A damaged header may also say a size that nobody has memory for, or no type at all.
+_UNREADABLE = (OSError, AttributeError, TypeError, MemoryError, *DAMAGED_ARRAYS)
 
 
 def _load(path: pathlib.Path) -> np.ndarray | str:

@@ -13,6 +13,7 @@ PNG loses nothing: what the autoencoder will see is what was cropped here, to th
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,7 +34,7 @@ from PIL import Image
 
 from pixsigma_jax import disk, metadata
 from pixsigma_jax.convert import files
-from pixsigma_jax.data import ingest, sources, wire
+from pixsigma_jax.data import ingest, records, sources, wire
 from pixsigma_jax.data.crops import CropRule
 from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import COMMANDS, Index, open_index
@@ -145,15 +146,15 @@ class Pictures:
     """Pictures of a shard by their positions in it.
 
     Raises:
-      ValueError: the shard is damaged.
+      ValueError: the shard is missing or damaged.
+      OSError: it cannot be read.
     """
     path = self._shard(shard)
     try:
-      reader = array_record_module.ArrayRecordReader(
-        str(path), options="readahead_buffer_size:0,max_parallelism:0"
-      )
+      reader = records.open_shard(path)
       return [_decoded(data) for data in reader.read(list(positions))]
-    except Exception as error:  # RuntimeError of Riegeli, or bytes that are no picture
+    except (FileNotFoundError, RuntimeError, ValueError, IndexError) as error:
+      records.check_damage(path, error)
       raise ValueError(
         f"{path} is missing or damaged: {error}. Delete {self._report(shard).name} "
         "beside it, and run the command again."
@@ -465,9 +466,10 @@ def write_shard(
 
   def write(partial: pathlib.Path) -> None:
     # PNG does not compress any further.
-    writer = array_record_module.ArrayRecordWriter(
-      str(partial), "group_size:1,uncompressed"
-    )
+    with _storing(pictures, number):
+      writer = array_record_module.ArrayRecordWriter(
+        str(partial), "group_size:1,uncompressed"
+      )
     try:
       for row in _rows(index, _steps(index), rows):
         made = previous.picture(row) or _picture(index.source, row, rule)
@@ -476,11 +478,13 @@ def write_shard(
           refusals.append(made)
           continue
         picture, size = made
-        writer.write(_encoded(picture))
+        with _storing(pictures, number):
+          writer.write(_encoded(picture))
         about["ids"].append(picture.id)
         about["sizes"].append(size)
     finally:
-      writer.close()
+      with _storing(pictures, number):
+        writer.close()
     if len(refusals) == len(rows) and all(r.reason == "is gone" for r in refusals):
       raise FileNotFoundError(
         f"None of the {len(rows)} images of shard {number} is there any more, the "
@@ -488,15 +492,21 @@ def write_shard(
         "made?"
       )
 
+  disk.write_whole(pictures._shard(number), write)
+  refused = [dataclasses.asdict(refusal) for refusal in refusals]
+  files.write_json(pictures._report(number), {**about, "refused": refused})
+
+
+@contextlib.contextmanager
+def _storing(pictures: Pictures, number: int) -> Iterator[None]:
+  """Names the shard of which ArrayRecord says that it cannot be written."""
   try:
-    disk.write_whole(pictures._shard(number), write)
-  except RuntimeError as error:  # ArrayRecord's
+    yield
+  except RuntimeError as error:
     raise OSError(
       f"Cannot write {pictures._shard(number)}: {error}. "
       f"{disk.way_out(pictures.directory, '--pictures')}, and run the command again."
     ) from error
-  refused = [dataclasses.asdict(refusal) for refusal in refusals]
-  files.write_json(pictures._report(number), {**about, "refused": refused})
 
 
 def _rows(index: Index, steps: Sequence[str], rows: np.ndarray) -> Iterator[dict]:

@@ -49,7 +49,7 @@ class LoopState:
   making: int
   origin: int
   first_example: int
-  saved: dict[checkpoint.Place, int]
+  saved: dict[checkpoint.Location, int]
   window: Window
   arithmetic: Arithmetic
   batch: dict[str, Any] | None = None
@@ -222,7 +222,7 @@ class Save(Action):
   def __init__(
     self,
     every: int,
-    place: checkpoint.Place,
+    place: checkpoint.Location,
     checkpoints: checkpoint.Checkpoints,
     position: Callable[[LoopState], Any],
     about: Callable[[], Metadata],
@@ -232,7 +232,7 @@ class Save(Action):
     super().__init__(every)
     self._total = total_steps
     self._under_way: int | None = None
-    self._place: checkpoint.Place = place
+    self._place: checkpoint.Location = place
     self._checkpoints, self._position, self._about = checkpoints, position, about
 
   def run(self, at: LoopState) -> None:

@@ -244,7 +244,7 @@ class Run:
       making=step,
       origin=step,
       first_example=first_example,
-      saved=dict.fromkeys(self._checkpoints.places_of(step), step),
+      saved=dict.fromkeys(self._checkpoints.locations_of(step), step),
       window=Window(self._batch_size),
       arithmetic=Arithmetic(self._model, self._program.model.compute.dtype),
     )

@@ -1,7 +1,8 @@
 """A run's directory: its lock, its identity, and the models that still count.
 
 WORKDIR/lock       held by the process that trains, and says which one that is
-WORKDIR/run.json   the run's identity, and where it went back: `metadata.History`
+WORKDIR/run.json   the run's identity, where it went back (`metadata.History`), and
+                   the directory's own path, by which a copy of it is found out
 WORKDIR/abandoned  models of steps that a run has gone back from
 """
 
@@ -137,6 +138,13 @@ def identify(workdir: pathlib.Path, remote: str = "") -> History:
     history = known(workdir, remote)
     if history is None:
       history = History.new()
+    if original := _original(workdir):
+      logging.warning(
+        "%s is a copy of %s, and both count as the run %s. Give them no "
+        "config.checkpoint.remote or .local in common: each would take the other's "
+        "checkpoints for its own.",
+        *(workdir, original, history.run),
+      )
     _write(workdir, history)
     history = dataclasses.asdict(history)
   return History.from_json(distributed.of_first(history))
@@ -169,8 +177,28 @@ def known(workdir: pathlib.Path, remote: str = "") -> History | None:
   return None
 
 
+def _original(workdir: pathlib.Path) -> str | None:
+  """The directory that this one was copied from, if that is still there."""
+  path = workdir / IDENTITY
+  if not path.exists():
+    return None
+  own = json.loads(path.read_text())
+  noted = own.get("workdir")  # not in what earlier versions wrote
+  if noted is None:
+    return None
+  other = pathlib.Path(noted) / IDENTITY
+  try:
+    is_copy = (
+      not other.samefile(path) and json.loads(other.read_text())["run"] == own["run"]
+    )
+  except (OSError, ValueError, KeyError, TypeError):  # it says nothing any more
+    return None
+  return noted if is_copy else None
+
+
 def _write(workdir: pathlib.Path, history: History) -> None:
-  text = json.dumps(dataclasses.asdict(history))
+  noted = _original(workdir) or str(workdir.resolve())
+  text = json.dumps({**dataclasses.asdict(history), "workdir": noted})
   path = workdir / IDENTITY
   if not path.exists() or path.read_text() != text:
     with checkpoint.saving(workdir):
@@ -212,6 +240,9 @@ def go_on_from(
       history = history.branch_after(step)
       branch, _ = history.branches[-1]
       aside = workdir / ABANDONED / f"{branch}_after_{step:08d}"
+      # First: a run that is killed in here finds the rest of the models again, but
+      # nothing would tell it of a branch whose models have all been moved.
+      _write(workdir, history)
       for path in later:
         target = aside / path.relative_to(workdir)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +256,6 @@ def go_on_from(
           ", ".join(str(path.relative_to(workdir)) for path in later),
           aside,
         )
-      _write(workdir, history)
     for path in sorted(workdir.glob(f"{_SAMPLE_SETS}/*/{_WHOLE}")):
       if path.parent.name.isdigit() and int(path.parent.name) > step:
         path.unlink()

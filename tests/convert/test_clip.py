@@ -15,7 +15,7 @@ from pixsigma_jax.convert.clip import (
   clip_names,
   load_clip,
 )
-from pixsigma_jax.models.clip import abstract_clip_params, preprocess
+from pixsigma_jax.models.clip import _embed, abstract_clip_params, preprocess
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -168,11 +168,9 @@ def test_a_named_end_token_is_where_a_text_is_embedded():
   params = clip_from_weights(
     weights, config, "text", mesh=sharding.single_device_mesh()
   )
-  from pixsigma_jax.models.clip import _embed_texts
-
   ids = np.array([[9, 300, 7, 500, 7, 0]], np.int32)
   theirs = model.get_text_features(input_ids=torch.from_numpy(ids)).pooler_output
-  ours = _embed_texts(params, ids, config=config, dtype=jnp.dtype("float32"))
+  ours = _embed(params, ids, which="text", config=config, dtype=jnp.dtype("float32"))
   np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
@@ -184,10 +182,10 @@ def test_gelu_is_exact_where_the_config_says_gelu(pictures):
   config = clip_config_from(fields)
   mesh = sharding.single_device_mesh()
   params = clip_from_weights(weights, config, "image", mesh=mesh)
-  from pixsigma_jax.models.clip import _embed_images
-
   pixels = np.stack([preprocess(picture, 28) for picture in pictures])
-  ours = _embed_images(params, pixels, config=config, dtype=jnp.dtype("float32"))
+  ours = _embed(
+    params, pixels, which="image", config=config, dtype=jnp.dtype("float32")
+  )
   theirs = model.get_image_features(
     pixel_values=processor()(pictures, return_tensors="pt")["pixel_values"]
   ).pooler_output

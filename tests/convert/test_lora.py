@@ -367,6 +367,45 @@ def test_alpha_is_never_guessed_without_a_warning(file, edit, tmp_path, caplog):
     np.testing.assert_array_equal(back[name], leaf * np.float32(scale))
 
 
+def kohya(folder, alpha, prefix="lora_transformer_"):
+  """A file as Kohya's trainer and OneTrainer write it, of the same adapter."""
+  weights = {}
+  for name, array in load_file(folder / "adapter_model.safetensors").items():
+    module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+    module = f"{prefix}{module.replace('.', '_')}"
+    part = {"A.weight": "down.weight", "B.weight": "up.weight"}[part]
+    weights[f"{module}.lora_{part}"] = array
+    weights[f"{module}.alpha"] = np.asarray(alpha, np.float32)
+  save_file(weights, folder / "kohya.safetensors")
+  return folder / "kohya.safetensors"
+
+
+@pytest.mark.parametrize("prefix", ["lora_transformer_", "lora_unet_"])
+def test_a_file_of_kohyas_means_what_its_alphas_say(prefix, tmp_path, caplog):
+  config, params = random_model()
+  spec = lora(("attention/", "mlp/"), alpha=6.0)
+  write_lora(tmp_path / "a", config, random_adapter(spec, params), spec)
+  want = tree.named_leaves(read_lora(tmp_path / "a", config))
+  path = kohya(tmp_path / "a", spec.alpha, prefix)
+  have = tree.named_leaves(read_lora(path, config))
+  assert set(have) == set(want)
+  for name, leaf in want.items():
+    np.testing.assert_allclose(have[name], leaf, rtol=1e-6, atol=0, err_msg=name)
+  assert "alpha" not in caplog.text
+  for alpha, shown in ((np.nan, "nan"), (-1, "-1.0"), ([1, 2], "1.0, 2.0")):
+    with pytest.raises(ValueError, match=f"its alpha is {shown}"):
+      read_lora(kohya(tmp_path / "a", alpha, prefix), config)
+
+
+def test_an_alpha_that_the_settings_contradict_is_refused(tmp_path):
+  name = "base_model.model.transformer_blocks.0.attn1.to_q.alpha"
+  folder, config = saved(
+    tmp_path, lambda w: w.update({name: np.asarray(3, np.float32)})
+  )
+  with pytest.raises(ValueError, match=r"its alpha is 3, and the settings say"):
+    read_lora(folder, config)
+
+
 def test_a_header_that_is_none_is_an_error(tmp_path):
   config, params = random_model()
   spec = lora(("qkv",))

@@ -100,6 +100,22 @@ def test_a_snapshot_comes_back_from_either_format_with_all_that_it_says(
   assert (snapshot.null_caption is None) == (form == "diffusers")
 
 
+def test_an_export_that_breaks_off_can_be_made_again(convert, tmp_path, monkeypatch):
+  write_snapshot(tmp_path / "run")
+  command = ("--from=orbax", "--to=diffusers", tmp_path / "run", tmp_path / "there")
+
+  def full(*_, **__):
+    raise OSError("No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr("pixsigma_jax.convert.files.write_json", full)
+    assert "No space left" in convert(*command).err
+  assert not (tmp_path / "there").exists()
+  assert convert(*command).code == 0
+  assert (tmp_path / "there" / "config.json").exists()
+  assert "exists already" in convert(*command).err
+
+
 @pytest.mark.parametrize("case", ["ms_kv2", "ms_qknorm", "ms_micro", "ms_plain"])
 def test_the_network_of_the_official_file_is_ours(convert, tmp_path, case):
   weights = write_official(tmp_path / "model.pth", case)
@@ -305,9 +321,12 @@ def broken_sources(folder):
     ),
     "unsaid factor": (
       (*pixart, official, "--num_heads=4"),
-      "show scaling_factor: give",
+      "show the scaling factor: give --scaling_factor",
     ),
-    "unsaid length": ((*peer, transformer), "show caption_length: give it"),
+    "unsaid length": (
+      (*peer, transformer),
+      "show caption_length: give --caption_length",
+    ),
     "folder as pth": ((*pixart, transformer, *heads), "takes a .pth file"),
     "same format": (("--from=orbax", "--to=orbax", official), "there is nothing to do"),
   }

@@ -153,7 +153,7 @@ def test_the_table_of_onetrainer_tells_nothing_of_the_model(dtype):
     left = " and ".join({"base_size", "pe_interpolation"} - given.keys())
     with pytest.raises(ValueError, match=r"OneTrainer writes .*: give") as error:
       from_pixart(weights, num_heads=4, **given)
-    assert f"give {left}" in str(error.value) or not given
+    assert f"give --{left}" in str(error.value) or not given
   for given in (
     {"base_size": 64, "pe_interpolation": 2.0},
     {"base_size": 32, "pe_interpolation": 1.0},
@@ -170,7 +170,7 @@ def test_a_table_that_is_not_the_models_is_left_out_where_asked():
     from_pixart(official(), **given)
   config, _ = from_pixart(official(), **given, stored_positions=False)
   assert (config.base_size, config.pe_interpolation) == (32, 1.0)
-  with pytest.raises(ValueError, match="show base_size: give it"):
+  with pytest.raises(ValueError, match="show base_size: give --base_size"):
     from_pixart(official(), num_heads=4, stored_positions=False)
   # What the table does not tell is no matter of the table.
   with pytest.raises(ValueError, match="caption_length=300") as error:
@@ -182,6 +182,23 @@ def exported(**fields):
   """A model, and diffusers' state dict and config.json of it."""
   config, params = random_model(**fields)
   return config, params, to_diffusers(config, params), diffusers_config(config)
+
+
+def test_the_official_repositorys_export_of_a_model_with_qk_norm_is_read():
+  config, params, weights, json = exported(qk_norm=True)
+  as_exported = {
+    name.replace("attn1.norm_q", "attn1.q_norm").replace("norm_k", "k_norm"): array
+    for name, array in weights.items()
+  }
+  assert set(as_exported) != set(weights)
+  have, restored = from_diffusers(
+    as_exported, config_json=json, caption_length=config.caption_length
+  )
+  assert have == config
+  assert_equal_trees(restored, params)
+  twice = {**as_exported, **weights}
+  with pytest.raises(ValueError, match=r"attn1\.[qk]_norm\.\w+ is not used"):
+    from_diffusers(twice, config_json=json, caption_length=config.caption_length)
 
 
 def test_the_null_caption_in_older_exports_of_diffusers_is_read():
@@ -232,12 +249,14 @@ def test_what_the_weights_do_not_show_is_asked_for(name):
   weights = official()
   del weights[name]
   asked = {POSITIONS: "base_size", NULL_CAPTION: "caption_length"}[name]
-  with pytest.raises(ValueError, match=f"Neither the weights .* show {asked}: give it"):
+  with pytest.raises(
+    ValueError, match=f"Neither the weights .* show {asked}: give --{asked}"
+  ):
     from_pixart(weights, num_heads=4)
 
 
 def test_heads_of_an_unnamed_size_are_asked_for():
-  with pytest.raises(ValueError, match="show num_heads: give it"):
+  with pytest.raises(ValueError, match="show num_heads: give --num_heads"):
     from_pixart(official())
 
 

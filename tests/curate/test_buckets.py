@@ -38,7 +38,7 @@ def test_sizes_that_cannot_be_used_are_an_error(tmp_path):
     ValueError, match=r"1 of 1 sizes cannot be used\. 1: 250x250: both"
   ):
     buckets.run(path, resolution=256, step=None)
-  with pytest.raises(ValueError, match="of 41 sizes cannot be used"):
+  with pytest.raises(ValueError, match=r"of 41 sizes cannot be used\..* and \d+ more"):
     buckets.run(tmp_path / "other.json", resolution=320, step=20)
   assert not (tmp_path / "other.json").exists()
 

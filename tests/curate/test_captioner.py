@@ -189,7 +189,7 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path):
 def test_a_model_that_does_not_write_is_refused(tmp_path):
   CLIPTextConfig().save_pretrained(tmp_path)
   tokenizer().save_pretrained(tmp_path)
-  with pytest.raises(ValueError, match="not a model that transformers can caption"):
+  with pytest.raises(ValueError, match="cannot be used as a model that captions"):
     captions(PLAIN, str(tmp_path))
 
 

@@ -199,3 +199,33 @@ def test_progress_is_told_by_the_image_and_profiles_are_counted(folder, caplog):
   assert "Scanned images: 6 of 6" in caplog.text
   assert report(index)["color_profiles"] == {"converted": 2, "ignored": 1}
   assert rows(index)["02"]["profile"] == "ignored"
+
+
+def test_images_of_one_id_are_told_apart(tmp_path):
+  images = world.make_folder(tmp_path / "images", [(40, 40 + i) for i in range(3)])
+  lines = [
+    {"path": f"{path.name}", "id": "twice" if i else "once", "caption": f"{i}"}
+    for i, path in enumerate(sorted(images.glob("*.png")))
+  ]
+  manifest = images / "list.jsonl"
+  manifest.write_text("\n".join(map(json.dumps, lines)))
+  first = scan(
+    *(str(tmp_path / "a"), str(manifest)), per_part=2, near_distance=0, beam_options=[]
+  )
+  nothing = {"images": 0, "first": []}
+  again = scan(
+    *(str(tmp_path / "b"), str(manifest)),
+    **{"per_part": 2, "near_distance": 0, "beam_options": []},
+    previous=first.directory,
+  )
+  assert set(map(str, report(again)["since_previous"].values())) == {str(nothing)}
+  lines[2]["caption"] = "another"
+  manifest.write_text("\n".join(map(json.dumps, lines)))
+  third = scan(
+    *(str(tmp_path / "c"), str(manifest)),
+    **{"per_part": 2, "near_distance": 0, "beam_options": []},
+    previous=first.directory,
+  )
+  changed = report(third)["since_previous"]
+  assert changed["with_other_captions"] == {"images": 1, "first": ["twice"]}
+  assert changed["with_other_pixels"] == changed["removed"] == nothing

@@ -71,6 +71,36 @@ def test_what_lies_beside_an_image_joins_its_row(images):
   ]
 
 
+def test_a_table_above_many_folders_is_read_once_for_all_of_them(images, monkeypatch):
+  read = []
+
+  class Counted(image_tables.ImageTable):
+    def __init__(self, fs, path, reading):
+      read.append(path)
+      super().__init__(fs, path, reading)
+
+  for number in range(8):
+    folder = images / "train" / f"sub{number}" / "deep" / "deeper"
+    write(folder / "1.png", picture(number))
+    write(folder / "2.png", picture(number + 50))
+    for parent in (folder, folder.parent, folder.parent.parent):
+      write_table(parent, [{"file_name": "1.png", "text": "x"}], "csv")
+  write_table(images, [{"file_name": "train/1.png", "text": "top"}], "csv")
+  write_table(images / "train", ROWS, "csv")
+  monkeypatch.setattr(image_tables, "ImageTable", Counted)
+  monkeypatch.setattr(sources, "_TABLES", {})
+  units = sources.list_units(str(images), per_unit=3)
+  assert sorted(read) == sorted(set(read))
+  assert len(read) == 26
+  read.clear()
+  for unit in units:
+    for _ in sources.entries(str(images), unit):
+      pass
+  again = [path for path in read if path.count("/train/sub") == 0]
+  assert again == []  # those two are still at hand, from the listing
+  assert len(read) <= 24 + 3 * len(units)  # a folder that two units share
+
+
 def test_rows_that_are_none_are_counted_once(images):
   lines = [
     '{"file_name": "1.png", "text": "good"}',

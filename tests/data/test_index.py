@@ -1,5 +1,6 @@
 """The index: parts are whole or absent, and all steps speak of the same images."""
 
+import contextlib
 import io
 import json
 import os
@@ -216,6 +217,37 @@ def test_steps_of_a_part_that_has_changed_are_to_be_done_again(index, caplog, co
   assert "`curate score` is to be run again, for this part" in caplog.text
   index.write("scores", 1, scores(*range(count)))
   assert len(index.read(1, "scan", "scores")) == count
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("removed", range(8))
+def test_a_kill_while_a_scan_changes_leaves_no_step_half_of_it(
+  tmp_path, monkeypatch, part, removed
+):
+  index = create_index(
+    str(tmp_path / "index"), str(tmp_path), [*UNITS, Unit("tar", "y.tar")]
+  )
+  index.write("scan", 2, rows(2))
+  filled(index)
+  for step, name in (("duplicates", "duplicate_of"), ("kept", "reason")):
+    other = {"kept": [True] * 2} if step == "kept" else {}
+    index.write(step, 2, pa.table({**other, name: pa.nulls(2)}))
+  (tmp_path / "index" / "scan" / f"{part:05d}.parquet").unlink()
+  done, remove = [], type(index).remove
+
+  def killed(self, path):
+    if len(done) == removed:
+      raise KeyboardInterrupt
+    done.append(path)
+    remove(self, path)
+
+  changed = rows(3, sha256=["other"] * 3)
+  with monkeypatch.context() as patch:
+    patch.setattr(type(index), "remove", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+      index.write("scan", part, changed)
+  index.write("scan", part, changed)  # the same command again
+  assert [index.missing(step) for step in ("duplicates", "kept")] == [[0, 1, 2]] * 2
 
 
 def test_an_index_of_an_earlier_version_is_read(index):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
@@ -444,6 +445,60 @@ def test_a_shard_of_something_else_is_named(directory):
   records._open_shard.cache_clear()
   with pytest.raises(ValueError, match=f"{shard.file} is damaged: 0 records"):
     dataset[2]
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_damaged(directory, monkeypatch):
+  dataset = open_dataset(directory)
+  shard = dataset.manifest.shards[0]
+  records._open_shard.cache_clear()
+
+  def denied(self, *_):  # permissions do not stop root
+    raise PermissionError(13, "Permission denied", str(self))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "open", denied)
+    with pytest.raises(PermissionError, match=shard.file):
+      dataset[0]
+
+  class Gone:
+    """ArrayRecord's reader where the file's server does not answer any more."""
+
+    def read(self, _):
+      raise RuntimeError("read() failed: Stale file handle; reading x; at byte 64")
+
+  monkeypatch.setattr(records, "_open_shard", lambda *_: Gone())
+  with pytest.raises(OSError, match=rf"{shard.file} could not be read: .*Stale file"):
+    dataset[0]
+
+
+def test_too_little_memory_is_no_damage(directory, monkeypatch):
+  def decode(*_):
+    raise MemoryError("Unable to allocate 3 GiB")
+
+  monkeypatch.setattr(records, "decode", decode)
+  with pytest.raises(MemoryError, match="3 GiB"):
+    open_dataset(directory)[0]
+  monkeypatch.setattr(records.np, "load", decode)
+  with pytest.raises(MemoryError, match="3 GiB"):
+    open_dataset(directory)
+
+
+def test_whatever_byte_of_the_null_caption_is_damaged_it_is_named(directory):
+  path = directory / "null_caption.npy"
+  data, named, sound = path.read_bytes(), 0, 0
+  for place in range(128):  # the header
+    for bit in (1, 4, 32):
+      changed = bytearray(data)
+      changed[place] ^= bit
+      path.write_bytes(changed)
+      try:
+        found = open_dataset(directory).null_caption
+      except ValueError as error:
+        named += "null_caption.npy" in str(error)
+      else:  # a space of no consequence
+        np.testing.assert_array_equal(found, np.load(io.BytesIO(data)))
+        sound += 1
+  assert named + sound == 3 * 128
 
 
 @pytest.mark.parametrize("name", ["index.npz", "null_caption.npy"])

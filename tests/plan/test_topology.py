@@ -62,6 +62,15 @@ def test_what_libtpu_alone_refuses_ends_the_same_way(libtpu):
     topology.devices(topology.parse("v5e:3x3"))
 
 
+def test_another_error_of_libtpu_is_not_called_an_unknown_topology(monkeypatch, libtpu):
+  def fail(*_, **__):
+    raise jax.errors.JaxRuntimeError("ABORTED: The TPU is already in use by process 1")
+
+  monkeypatch.setattr(topology.topologies, "get_topology_desc", fail)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="already in use"):
+    topology.devices(topology.parse("v5e:2x2"))
+
+
 def test_more_gpus_than_a_box_has_are_several_boxes():
   assert topology.parse("h200:8", slices=4).count == 32
   with pytest.raises(ValueError, match="Say h200:8, and how many boxes with --slices"):

@@ -1,9 +1,11 @@
 """A workdir is one run's at a time, and what in it still counts is that run's."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -202,6 +204,34 @@ def test_after_going_back_every_model_is_of_the_run_as_it_went_on(
   assert "Replacing" not in caplog.text
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_kill_while_models_are_set_aside_does_not_hide_that_the_run_went_back(
+  tmp_path, monkeypatch, moved
+):
+  for step in (2, 4, 6):
+    (tmp_path / "snapshots" / str(step)).mkdir(parents=True)
+  history = run_directory.identify(tmp_path)
+  done, rename = [], pathlib.Path.rename
+
+  def killed(self, target):
+    if self.parent.name == "snapshots":
+      if len(done) == moved:
+        raise KeyboardInterrupt
+      done.append(self)
+    return rename(self, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "rename", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+      run_directory.go_on_from(tmp_path, history, 2)
+  again = run_directory.identify(tmp_path)
+  again = run_directory.go_on_from(tmp_path, again, 2)
+  assert again.has_made(history, 2)
+  assert not again.has_made(history, 4)
+  assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["2"]
+  assert len(list((tmp_path / "abandoned").glob("*/snapshots/*"))) == 2
+
+
 def test_a_run_that_is_only_resumed_goes_back_from_nothing(data, done, tmp_path):
   workdir = tmp_path / "run"
   runs.train(runs.low(data, total_steps=4), workdir)
@@ -288,6 +318,25 @@ def test_a_new_machine_goes_on_as_the_run_that_the_bucket_holds(tmp_path):
   found = run_directory.identify(tmp_path / "new", str(tmp_path / "remote"))
   assert found == History(history.run, (("b", 2),))
   assert run_directory.identify(tmp_path / "new") == found  # it says so itself now
+
+
+def test_a_copy_of_a_workdir_is_told_that_it_counts_as_the_same_run(tmp_path, caplog):
+  history = run_directory.identify(tmp_path / "a")
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  (tmp_path / "link").symlink_to(tmp_path / "a")
+  for _ in range(2):
+    caplog.clear()
+    assert run_directory.identify(tmp_path / "a") == history
+    assert run_directory.identify(tmp_path / "link") == history
+    assert "is a copy of" not in caplog.text
+    assert run_directory.identify(tmp_path / "b") == history
+    assert f"b is a copy of {tmp_path}/a, and both count as the run" in caplog.text
+  caplog.clear()
+  (tmp_path / "link").unlink()
+  (tmp_path / "a").rename(tmp_path / "c")  # moved, not copied
+  run_directory.identify(tmp_path / "c")
+  run_directory.identify(tmp_path / "b")  # of what is no longer there
+  assert "is a copy of" not in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"run": "a", "branches": 3}'])

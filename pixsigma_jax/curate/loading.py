@@ -1,0 +1,51 @@
+"""Models of transformers, from a folder or the hub, and why one cannot be loaded."""
+
+import contextlib
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
+from pixsigma_jax import errors
+
+
+@contextlib.contextmanager
+def loading(model: str, what: str, advice: str = "") -> Iterator[None]:
+  """Names a model that transformers cannot load in the block, and says why.
+
+  Args:
+    model: the flag and its value, `--clip=openai/…`.
+    what: what it is to be, "a CLIP".
+    advice: a sentence for the end, where the model is of another kind.
+
+  Raises:
+    FileNotFoundError: it is neither a folder nor can it be fetched from the hub.
+    ValueError: it is something else, damaged, or needs a package that is missing.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None:  # a full disk, a file that may not be read
+      raise
+    raise FileNotFoundError(
+      f"{model} is neither a folder with {what} nor could it be fetched from the hub: "
+      f"{_first_line(error)}."
+    ) from error
+  except ImportError as error:
+    raise ValueError(
+      f"{model} needs a package that is not installed: {_first_line(error)}."
+    ) from error
+  except SafetensorError as error:
+    raise ValueError(
+      f"{model}: its weights are damaged ({_first_line(error)}). Fetch it again."
+    ) from error
+  except (ValueError, RuntimeError) as error:
+    if errors.of_memory(error):
+      raise
+    raise ValueError(
+      f"{model} cannot be used as {what}: {_first_line(error)}. {advice}".rstrip()
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0].rstrip(".")
