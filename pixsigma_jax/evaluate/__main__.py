@@ -9,6 +9,13 @@ does all four steps of a suite, which can be run, stopped and repeated alone:
   python -m pixsigma_jax.evaluate score SUITE --output=FOLDER [--images=NAME=DIR,…]
   python -m pixsigma_jax.evaluate report SUITE --output=FOLDER
 
+People and a multimodal model say which images they prefer:
+
+  python -m pixsigma_jax.evaluate study create --folder=FOLDER --study=NAME --raters=10
+  python -m pixsigma_jax.evaluate study serve --folder=FOLDER --study=NAME
+  python -m pixsigma_jax.evaluate study report --folder=FOLDER --study=NAME
+  python -m pixsigma_jax.evaluate judge --folder=FOLDER --judge=MODEL
+
 `evaluate COMMAND --help` lists a command's flags. The form without a command,
 `evaluate --checkpoints=A,B --task=digits --output=FILE.json`, works for one release
 more.

@@ -10,6 +10,8 @@ COMMANDS: dict[str, str] = {
   "sample": "steps",
   "score": "steps",
   "report": "steps",
+  "study": "study.command",
+  "judge": "judge.command",
 }
 
 
