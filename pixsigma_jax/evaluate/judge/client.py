@@ -113,12 +113,16 @@ class Client:
     self._attempts = attempts
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     try:
-      self._http = httpx.Client(headers=headers, timeout=timeout)
-      httpx.Request("POST", self.url)
-    except (httpx.InvalidURL, UnicodeEncodeError) as error:
+      parsed = httpx.URL(self.url)
+    except httpx.InvalidURL:
+      parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
       raise ValueError(
-        f"OPENAI_BASE_URL={base_url!r} or OPENAI_API_KEY cannot be used: {error}."
-      ) from error
+        f"OPENAI_BASE_URL={base_url!r} is no address: give one as https://HOST/v1."
+      )
+    if key is not None and not (key.isascii() and key.isprintable()):
+      raise ValueError("OPENAI_API_KEY has letters that no key has: copy it again.")
+    self._http = httpx.Client(headers=headers, timeout=timeout)
 
   def __enter__(self) -> "Client":
     return self

@@ -23,7 +23,7 @@ from pixsigma_jax.evaluate.options import Option, OptionFlags
 from pixsigma_jax.wording import install
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MOST_RATERS = 10_000
+_MOST_RATERS = 1000
 
 
 _COMMON = (

@@ -186,7 +186,8 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _number(estimate: Estimate) -> str:
-  return _with_interval(estimate, lambda value: f"{value:+.2f}")
+  # Adding 0 has -0.00 written as +0.00.
+  return _with_interval(estimate, lambda value: f"{round(value, 2) + 0:+.2f}")
 
 
 def _with_interval(estimate: Estimate, form: Any) -> str:

@@ -135,6 +135,7 @@ function nextOpen(from) {
 }
 
 async function go(n) {
+  if (n >= about.total) n = nextOpen(0); // finished only once all is
   number = n;
   history.replaceState(null, "", `#${n + 1}`);
   const finished = n >= about.total;
