@@ -5,6 +5,7 @@ import csv
 import json
 import pathlib
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -53,7 +54,7 @@ def free_port():
 
 
 @contextlib.contextmanager
-def served(folder, port, study=STUDY):
+def served(folder, port, study=STUDY, stderr=None):
   """The website in a process of its own, which ends by SIGKILL."""
   process = subprocess.Popen(
     [
@@ -62,6 +63,7 @@ def served(folder, port, study=STUDY):
     ],
     cwd=ROOT,
     stdout=subprocess.PIPE,
+    stderr=stderr,
     text=True,
   )
   try:
@@ -72,6 +74,8 @@ def served(folder, port, study=STUDY):
     process.kill()
     process.wait()
     process.stdout.close()
+    if stderr is not None:
+      process.stderr.close()
 
 
 def test_create_writes_a_link_for_each_rater_and_keeps_no_token(evaluate, folder):
@@ -143,6 +147,16 @@ def test_a_port_that_is_taken_is_named(evaluate, folder):
     done = evaluate("study", "serve", *flags)
   assert done.code == 1
   assert f"Cannot listen at 127.0.0.1:{port}: " in done.err
+
+
+def test_ctrl_c_ends_the_website_in_one_line(evaluate, folder):
+  create(evaluate, folder, "--raters=1")
+  port = free_port()
+  with served(folder, port, stderr=subprocess.PIPE) as process:
+    assert httpx.get(f"http://127.0.0.1:{port}/page.js").status_code == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == "Interrupted: by Ctrl-C.\n"
 
 
 def test_without_its_packages_a_study_says_what_to_install(
