@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from pixsigma_jax.convert.image_text import load_image_text
 from pixsigma_jax.curate import captions
 from pixsigma_jax.curate.score import decoded, identity
 from pixsigma_jax.data import ingest
 from pixsigma_jax.data.index import Index, open_index
-from pixsigma_jax.wording import install
 
 _NUM_BEAMS = 3
 _REPETITION_PENALTY = 1.5
@@ -121,7 +121,7 @@ def caption_images(
   """
   if not images:
     return []
-  processor, network = _load(model)
+  processor, network = load_image_text(model, "captioner")
   content = [{"type": "text", "text": instruction}]
   chats = [
     [{"role": "user", "content": [{"type": "image", "image": image}, *content]}]
@@ -145,48 +145,3 @@ def caption_images(
   answers = output[:, inputs["input_ids"].shape[1] :]
   texts = processor.batch_decode(answers, skip_special_tokens=True)
   return [" ".join(text.split()) for text in texts]
-
-
-@functools.lru_cache(maxsize=1)
-def _load(model: str) -> tuple[Any, Any]:
-  """Processor and network of a model."""
-  try:
-    import torch
-  except ImportError:
-    raise ValueError(f"A captioner needs torch: {install('curate')}.") from None
-  from transformers import AutoModelForImageTextToText, AutoProcessor
-
-  try:
-    processor = AutoProcessor.from_pretrained(model)
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-      model, dtype="auto", output_loading_info=True
-    )
-    network, loading = loaded
-  except OSError as error:
-    raise FileNotFoundError(
-      f"--captioner={model} is neither a folder with a model nor could it be fetched "
-      f"from the hub: {_first_line(error)}."
-    ) from error
-  except (ValueError, RuntimeError, ImportError) as error:
-    raise ValueError(
-      f"--captioner={model} is not a model that transformers can caption images with: "
-      f"{_first_line(error)}."
-    ) from error
-  if missing := sorted(loading["missing_keys"]):
-    raise ValueError(
-      f"--captioner={model}: its weights lack {', '.join(missing[:4])}. Fetch it again."
-    )
-  if network.config.is_encoder_decoder or not getattr(processor, "chat_template", None):
-    raise ValueError(
-      f"--captioner={model} is not a model to chat with: it needs a chat template "
-      "(chat_template.jinja) and a network that goes on with the text it is given, "
-      "as LLaVA does."
-    )
-  processor.tokenizer.padding_side = "left"
-  network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-  return processor, network
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0].rstrip(".")

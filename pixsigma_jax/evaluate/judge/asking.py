@@ -5,8 +5,9 @@ import hashlib
 import io
 import itertools
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -15,8 +16,23 @@ from pixsigma_jax.evaluate.folder import EvaluationFolder
 from pixsigma_jax.evaluate.items import file_hash
 from pixsigma_jax.evaluate.judge.budget import LimitReached
 from pixsigma_jax.evaluate.judge.cache import Cache, key_of
-from pixsigma_jax.evaluate.judge.client import Client, Reply
+from pixsigma_jax.evaluate.judge.client import Reply
 from pixsigma_jax.evaluate.study import png
+
+
+@runtime_checkable
+class Judge(Protocol):
+  """Whoever votes on two pictures.
+
+  Attributes:
+    identity: what a reply depends on besides prompt and pictures.
+    ended: set when nobody waits for answers any more.
+  """
+
+  identity: str
+  ended: threading.Event
+
+  def ask(self, prompt: str, first: bytes, second: bytes) -> Reply: ...
 
 
 class Question(NamedTuple):
@@ -53,7 +69,7 @@ def questions(
   folder: EvaluationFolder,
   models: Sequence[str],
   *,
-  judge: str,
+  identity: str,
   max_side: int,
   prompts: int | None = None,
 ) -> list[Question]:
@@ -63,7 +79,7 @@ def questions(
   asking or `prompts` does, are a sample that is the same each time.
 
   Args:
-    judge: name of the model that is asked.
+    identity: of the judge.
     prompts: how many of them; None for all.
 
   Raises:
@@ -81,7 +97,7 @@ def questions(
     hashes = {name: file_hash(path) for name, path in paths.items()}
     for pair in itertools.combinations(sorted(models), 2):
       for first, second in (pair, pair[::-1]):
-        key = key_of(judge, item.prompt, hashes[first], hashes[second], max_side)
+        key = key_of(identity, item.prompt, hashes[first], hashes[second], max_side)
         made.append(
           Question(
             item.id, item.prompt, first, second, (paths[first], paths[second]), key
@@ -92,16 +108,17 @@ def questions(
 
 def ask_all(
   asked: Sequence[Question],
-  client: Client,
+  judge: Judge,
   cache: Cache,
   *,
-  judge: str,
+  name: str,
   max_side: int,
   threads: int,
 ) -> Asked:
   """Replies to all questions, from the cache where it has them.
 
   Args:
+    name: of the judge, for the cache's readers.
     threads: questions on their way at once.
 
   Raises:
@@ -114,11 +131,11 @@ def ask_all(
   open_ = [question for key, question in by_key.items() if key not in replies]
 
   def answer(question: Question) -> Reply | None:
-    if client.ended.is_set():
+    if judge.ended.is_set():
       return None
     pictures = [png_of(path, max_side) for path in question.paths]
-    reply = client.ask(question.prompt, pictures[0], pictures[1])
-    cache.put(question.key, judge, reply)
+    reply = judge.ask(question.prompt, pictures[0], pictures[1])
+    cache.put(question.key, name, reply)
     return reply
 
   with concurrent.futures.ThreadPoolExecutor(threads, "judge") as pool:
@@ -129,7 +146,7 @@ def ask_all(
         try:
           reply = future.result()
         except LimitReached as limit:
-          client.ended.set()
+          judge.ended.set()
           stopped = stopped or str(limit)
         else:
           if reply is not None:
@@ -140,7 +157,7 @@ def ask_all(
         "same command goes on from there."
       ) from None
     finally:
-      client.ended.set()  # what has not begun does not begin; what is paid for is kept
+      judge.ended.set()  # what has not begun does not begin; what is paid for is kept
   return Asked(replies, from_cache, stopped)
 
 

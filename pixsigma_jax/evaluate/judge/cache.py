@@ -10,7 +10,7 @@ import sqlalchemy.event
 import sqlalchemy.exc
 from sqlalchemy.dialects import sqlite
 
-from pixsigma_jax.evaluate.judge.client import INSTRUCTIONS, SCHEMA, Reply
+from pixsigma_jax.evaluate.judge.client import Reply
 from pixsigma_jax.evaluate.study.answers import make_durable
 
 _tables = sa.MetaData()
@@ -68,12 +68,13 @@ class Cache:
       connection.execute(sqlite.insert(_replies).on_conflict_do_nothing(), row)
 
 
-def key_of(model: str, prompt: str, first: str, second: str, max_side: int) -> str:
+def key_of(identity: str, prompt: str, first: str, second: str, max_side: int) -> str:
   """Hash of a question.
 
   Args:
+    identity: the judge's.
     first, second: SHA-256 of the pictures' files, in the order that they are shown.
     max_side: pixels that they are reduced to.
   """
-  asked = [model, INSTRUCTIONS, SCHEMA, prompt, first, second, max_side]
-  return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+  question = [identity, prompt, first, second, max_side]
+  return hashlib.sha256(json.dumps(question).encode()).hexdigest()

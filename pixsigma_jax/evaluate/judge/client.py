@@ -94,6 +94,7 @@ class Client:
     timeout: seconds without a byte, after which an attempt has failed.
 
   Attributes:
+    identity: what a reply depends on besides prompt and pictures.
     ended: to be set when nobody waits for answers any more: nothing is tried again.
   """
 
@@ -107,6 +108,7 @@ class Client:
     attempts: int = 6,
     timeout: float = 120.0,
   ):
+    self.identity = json.dumps([model, INSTRUCTIONS, SCHEMA])
     self.ended = threading.Event()
     self.url = f"{base_url.rstrip('/')}/chat/completions"
     self._model, self._budget = model, budget

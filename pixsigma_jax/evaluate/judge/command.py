@@ -1,4 +1,4 @@
-r"""The command `judge`.
+r"""The command `judge`, behind an endpoint or on this machine.
 
   OPENAI_BASE_URL=… OPENAI_API_KEY=… python -m pixsigma_jax.evaluate judge \
     --folder=FOLDER --judge=MODEL --max_requests=1000
@@ -6,7 +6,9 @@ r"""The command `judge`.
 It needs the extra `eval`.
 """
 
+import contextlib
 import os
+import pathlib
 import re
 from collections.abc import Sequence
 
@@ -24,6 +26,9 @@ _BASE_URL = "https://api.openai.com/v1"
 _OPTIONS = (
   Option("folder", None, "What `evaluate sample` filled: its --output. Required."),
   Option("judge", None, "Model to ask, as OPENAI_BASE_URL knows it. Required."),
+  Option(
+    "local", False, "The judge is a folder of transformers or a hub id, run here.", bool
+  ),
   Option("models", [], "Two to eight, separated by commas; by default all.", list),
   Option("prompts", None, "How many of the suite's; by default all.", int),
   Option("max_side", 1024, "Pixels that larger pictures are reduced to.", int),
@@ -68,6 +73,7 @@ def define(name: str, arguments: Sequence[str]) -> Command:
 def _judge(
   folder: str,
   judge: str,
+  local: bool,
   models: Sequence[str],
   prompts: int | None,
   max_side: int,
@@ -95,28 +101,39 @@ def _judge(
     raise ValueError(
       f"--subject={subject} is not compared: choose one of {', '.join(chosen)}."
     )
-  budget = Budget(max_requests, max_cost, _prices(prices))
-  output = evaluation.path / "judges" / re.sub(r"[^A-Za-z0-9._-]+", "_", judge)
-  disk.check_writable(output)
-  asked = asking.questions(
-    evaluation, chosen, judge=judge, max_side=max_side, prompts=prompts
-  )
-  base_url = os.environ.get("OPENAI_BASE_URL") or _BASE_URL
-  with (
-    cache.Cache(evaluation.path / "judges.db") as replies,
-    client.Client(
-      base_url,
-      os.environ.get("OPENAI_API_KEY") or None,
-      judge,
-      budget,
-      attempts=attempts,
-      timeout=timeout,
-    ) as endpoint,
-  ):
-    found = asking.ask_all(
-      asked, endpoint, replies, judge=judge, max_side=max_side, threads=threads
+  if local and (max_requests is not None or max_cost is not None or prices):
+    raise ValueError(
+      "--local pays for nothing: leave out --max_requests, --max_cost and --prices."
     )
-  content, markdown = report.of_judge(judge, chosen, asked, found, budget)
+  budget = Budget(max_requests, max_cost, _prices(prices))
+  name = pathlib.Path(judge).name if local else judge
+  output = evaluation.path / "judges" / re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+  disk.check_writable(output)
+  with contextlib.ExitStack() as stack:
+    voter: asking.Judge
+    if local:
+      from pixsigma_jax.evaluate.judge.local import LocalJudge
+
+      voter, threads = LocalJudge(judge), 1
+    else:
+      voter = stack.enter_context(
+        client.Client(
+          os.environ.get("OPENAI_BASE_URL") or _BASE_URL,
+          os.environ.get("OPENAI_API_KEY") or None,
+          judge,
+          budget,
+          attempts=attempts,
+          timeout=timeout,
+        )
+      )
+    asked = asking.questions(
+      evaluation, chosen, identity=voter.identity, max_side=max_side, prompts=prompts
+    )
+    replies = stack.enter_context(cache.Cache(evaluation.path / "judges.db"))
+    found = asking.ask_all(
+      asked, voter, replies, name=name, max_side=max_side, threads=threads
+    )
+  content, markdown = report.of_judge(name, chosen, asked, found, budget)
   if found.stopped:
     missing = content["questions"]["not asked"]
     logging.warning("%d questions were not asked: %s", missing, found.stopped)

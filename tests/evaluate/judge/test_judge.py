@@ -376,14 +376,17 @@ def test_no_pair_is_paid_for_twice_and_what_has_changed_is_asked_again(
 def test_equal_pictures_for_a_prompt_are_asked_once(folder, endpoint):
   path = folder / "models" / "gamma" / "images" / "p0.png"
   path.write_bytes((folder / "models" / "beta" / "images" / "p0.png").read_bytes())
-  questions = asking.questions(
-    world.folder.open_folder(folder), world.MODELS, judge="j", max_side=64
-  )
   with (
     Cache(folder / "judges.db") as cache,
     Client(endpoint.url, None, "j", Budget()) as asked,
   ):
-    found = asking.ask_all(questions, asked, cache, judge="j", max_side=64, threads=3)
+    questions = asking.questions(
+      world.folder.open_folder(folder),
+      world.MODELS,
+      identity=asked.identity,
+      max_side=64,
+    )
+    found = asking.ask_all(questions, asked, cache, name="j", max_side=64, threads=3)
   # alpha-beta and alpha-gamma are one; beta-gamma is one in both orders.
   assert len(endpoint.requests) == len(found.replies) == 18 - 2 - 1
 
