@@ -30,6 +30,15 @@ def test_an_order_is_a_matter_of_study_rater_and_prompt_alone():
   assert one.tasks(3) != study(repeats=5, secret="5b" * 32).tasks(3)
 
 
+def test_raters_see_the_pictures_of_a_prompt_in_different_orders():
+  orders = {
+    task.models
+    for rater in range(12)
+    for task in study(prompts=1, per_rater=1).tasks(rater)
+  }
+  assert len(orders) > 2
+
+
 def test_every_order_of_the_models_is_equally_likely():
   seen = collections.Counter(
     task.models for rater in range(12) for task in study().tasks(rater)

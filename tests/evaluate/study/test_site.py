@@ -365,6 +365,14 @@ def test_on_postgresql_a_study_is_the_same(folder, postgresql):
     assert content["answers"] == 1
 
 
+def test_sqlite_waits_for_the_disk_before_it_acknowledges(database):
+  with database._engine.connect() as connection:
+    mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+    level = connection.exec_driver_sql("PRAGMA synchronous").scalar()
+  assert mode == "wal"
+  assert level == 2  # FULL: a commit is synced, not only a checkpoint
+
+
 @pytest.mark.parametrize(
   ("url", "kind", "message"),
   [
