@@ -41,10 +41,13 @@ def create(folder, database, name="s", raters=("ann", "bob"), **options):
 @pytest.fixture
 def world_of(folder, database):
   """A study of two raters that is served: their tokens, and a client."""
+  other = create(folder, database, "other", raters=["ann"])["ann"]
   tokens = create(folder, database, repeats=1)
   site = Site.open(folder.path, database, "s")
   with TestClient(site.app()) as client:
-    yield types.SimpleNamespace(site=site, client=client, **tokens)
+    yield types.SimpleNamespace(
+      site=site, client=client, of_another_study=other, **tokens
+    )
 
 
 def answer(ranks=((1, 2, 3), (1, 1, 2)), nonce="n0nce-12345", note="", **changes):
@@ -146,9 +149,8 @@ def test_an_answer_sent_twice_is_stored_once_and_a_changed_one_counts(
   assert got["ranks"]["quality"] == [3, 2, 1]
 
 
-def test_a_token_of_another_study_is_refused(world_of, folder, database):
-  other = create(folder, database, "other", raters=["ann"])["ann"]
-  client = world_of.client
+def test_a_token_of_another_study_is_refused(world_of, database):
+  client, other = world_of.client, world_of.of_another_study
   for token in (other, "made-up", world_of.ann[:-1]):
     for path in ("", "/tasks", "/tasks/0"):
       got = client.get(f"/r/{token}{path}")
@@ -294,6 +296,10 @@ def test_raters_who_judge_otherwise_the_second_time_are_seen(world_of, database)
   assert (ann["same_twice"], ann["compared_twice"]) == (6, 6)
   assert (bob["same_twice"], bob["compared_twice"]) == (4, 6)
   assert content["consistency"] == pytest.approx(10 / 12)
+  # Nor does the second time count.
+  pairs = content["criteria"]["quality"]["pairs"]
+  assert {(p["wins"], p["losses"]) for p in pairs} == {(10, 0)}
+  assert content["criteria"]["quality"]["comparisons"] == 30
 
 
 def test_a_study_without_an_answer_has_no_report(world_of, database):
