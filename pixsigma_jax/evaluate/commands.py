@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
   "report": "steps",
   "study": "study.command",
   "judge": "judge.command",
+  "make-set": "make_set",
 }
 
 
