@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pixsigma_jax import errors
 from pixsigma_jax.convert import files, t5
-from pixsigma_jax.curate.loading import loading
+from pixsigma_jax.convert.loading import loading
 from pixsigma_jax.data import image_bytes, ingest, parquet_images, sources
 from pixsigma_jax.data import index as indexes
 from pixsigma_jax.prepare import contents

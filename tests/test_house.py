@@ -208,7 +208,7 @@ def test_what_the_package_imports_is_a_declared_dependency():
   extras = pyproject()["project"]["optional-dependencies"]
   rooms = [
     pin
-    for room in ("convert", "curate", "demo", "heif", "int8", "wandb")
+    for room in ("convert", "curate", "demo", "eval", "heif", "int8", "wandb")
     for pin in extras[room]
   ]
   lines = requirement_lines() + rooms

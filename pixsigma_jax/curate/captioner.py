@@ -15,13 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from pixsigma_jax import errors
+from pixsigma_jax.convert.image_text import load_image_text
 from pixsigma_jax.curate import captions
-from pixsigma_jax.curate.loading import loading
 from pixsigma_jax.curate.score import decoded, identity
 from pixsigma_jax.data import ingest
 from pixsigma_jax.data.index import Index, open_index
-from pixsigma_jax.wording import install, listed
 
 _NUM_BEAMS = 3
 _REPETITION_PENALTY = 1.5
@@ -123,7 +121,7 @@ def caption_images(
   """
   if not images:
     return []
-  processor, network = _load(model)
+  processor, network = load_image_text(model, "captioner")
   content = [{"type": "text", "text": instruction}]
   chats = [
     [{"role": "user", "content": [{"type": "image", "image": image}, *content]}]
@@ -147,35 +145,3 @@ def caption_images(
   answers = output[:, inputs["input_ids"].shape[1] :]
   texts = processor.batch_decode(answers, skip_special_tokens=True)
   return [" ".join(text.split()) for text in texts]
-
-
-@functools.lru_cache(maxsize=1)
-def _load(model: str) -> tuple[Any, Any]:
-  """Processor and network of a model."""
-  try:
-    import torch
-  except ImportError as error:
-    if not errors.of_absence(error, "torch"):
-      raise
-    raise ValueError(f"A captioner needs torch: {install('curate')}.") from None
-  from transformers import AutoModelForImageTextToText, AutoProcessor
-
-  with loading(f"--captioner={model}", "a model that captions images"):
-    processor = AutoProcessor.from_pretrained(model)
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-      model, dtype="auto", output_loading_info=True
-    )
-    network, about = loaded
-  if missing := sorted(about["missing_keys"]):
-    raise ValueError(
-      f"--captioner={model}: its weights lack {listed(missing, 4)}. Fetch it again."
-    )
-  if network.config.is_encoder_decoder or not getattr(processor, "chat_template", None):
-    raise ValueError(
-      f"--captioner={model} is not a model to chat with: it needs a chat template "
-      "(chat_template.jinja) and a network that goes on with the text it is given, "
-      "as LLaVA does."
-    )
-  processor.tokenizer.padding_side = "left"
-  network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-  return processor, network

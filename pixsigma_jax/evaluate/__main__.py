@@ -1,112 +1,62 @@
-r"""Measures how well checkpoints follow their prompts, side by side.
+r"""Evaluates models: their images for a suite's prompts, scored and side by side.
 
-  python -m pixsigma_jax.evaluate --checkpoints=DIR,DIR --task=digits --per_task=100 \
-    --output=FILE.json
+  python -m pixsigma_jax.evaluate SUITE --output=FOLDER --checkpoints=[NAME=]DIR,…
+
+does all four steps of a suite, which can be run, stopped and repeated alone:
+
+  python -m pixsigma_jax.evaluate prompts SUITE --output=FOLDER
+  python -m pixsigma_jax.evaluate sample SUITE --output=FOLDER --checkpoints=…
+  python -m pixsigma_jax.evaluate score SUITE --output=FOLDER [--images=NAME=DIR,…]
+  python -m pixsigma_jax.evaluate report SUITE --output=FOLDER
+
+People and a multimodal model say which images they prefer:
+
+  python -m pixsigma_jax.evaluate study create --folder=FOLDER --study=NAME --raters=10
+  python -m pixsigma_jax.evaluate study serve --folder=FOLDER --study=NAME
+  python -m pixsigma_jax.evaluate study report --folder=FOLDER --study=NAME
+  python -m pixsigma_jax.evaluate judge --folder=FOLDER --judge=MODEL
+
+`evaluate COMMAND --help` lists a command's flags. The form without a command,
+`evaluate --checkpoints=A,B --task=digits --output=FILE.json`, works for one release
+more.
 """
 
-import json
-import pathlib
+import sys
 from collections.abc import Sequence
 
-from absl import flags, logging
-
-import pixsigma_jax
-from pixsigma_jax import checkpoint, command, disk
-from pixsigma_jax.evaluate import accuracy
-from pixsigma_jax.evaluate.digits import evaluation_prompts
-from pixsigma_jax.sample.pipeline import Pipeline
-from pixsigma_jax.sample.program import compute_here
-from pixsigma_jax.sample.setting_flags import SettingFlags
-from pixsigma_jax.sample.settings import Settings
-
-_CHECKPOINTS = flags.DEFINE_list(
-  "checkpoints", None, "Workdirs or snapshots, separated by commas.", required=True
-)
-_TASK = flags.DEFINE_enum("task", None, ["digits"], "What to measure.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=True)
-_PER_TASK = flags.DEFINE_integer(
-  "per_task", 100, "Prompts of each task, of seen and of unseen scenes each."
-)
-_SETTINGS = SettingFlags(
-  "num_inference_steps", "guidance_scale", num_inference_steps=14
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the prompts, and of the first picture.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn at once.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the network."
-)
+from pixsigma_jax import command
+from pixsigma_jax.evaluate import commands
+from pixsigma_jax.evaluate.suites import SUITES
 
 
-def main(_: list[str]) -> None:
-  """Entry point; flags are parsed."""
-  if _PER_TASK.value < 1:
-    raise ValueError(f"--per_task={_PER_TASK.value} must be at least 1.")
-  # All of them are looked for before hours are spent on the first.
-  paths = [checkpoint.find_snapshot(path) for path in _CHECKPOINTS.value]
-  names = _names(paths)
-  output = pathlib.Path(_OUTPUT.value)
-  if output.is_dir():
-    raise IsADirectoryError(f"--output={output} is a directory: give a file.")
-  disk.check_writable(output.parent)
-  asked = Settings.of(_SETTINGS.values() | {"seed": _SEED.value})
-  asked.of_prompts(1)
+def _define(arguments: Sequence[str]) -> tuple[commands.Command, tuple[str, ...]]:
+  """The command that the first argument names, and the names of all words."""
+  first = arguments[0] if arguments else ""
+  if first in commands.COMMANDS:
+    defined = commands.define(first, arguments[1:])
+    return defined, ("COMMAND", *defined.words)
+  if first in SUITES:
+    from pixsigma_jax.evaluate import steps
 
-  prompts = evaluation_prompts(_SEED.value, _PER_TASK.value)
-  results, counts_by_name = [], {}
+    return steps.define_all(first), ("SUITE",)
+  if first and not first.startswith("-"):
+    raise ValueError(
+      f"There is no command or suite {first!r}: commands are "
+      f"{', '.join(commands.COMMANDS)}, suites {', '.join(SUITES)}."
+    )
+  from pixsigma_jax.evaluate import one_task
+
+  return one_task.define(), ()
+
+
+def main() -> None:
+  """Entry point: flags are defined for the command asked for, and then parsed."""
   try:
-    for name, path in zip(names, paths, strict=True):
-      logging.info("Drawing %d prompts with %s.", len(prompts), name)
-      pipeline = Pipeline.from_checkpoint(
-        path,
-        compute=compute_here(_DTYPE.value),
-        batch_size=_BATCH_SIZE.value,
-      )
-      counts = accuracy.count_right(
-        pipeline,
-        prompts,
-        num_inference_steps=asked.num_inference_steps,
-        guidance_scale=asked.guidance_scale,
-        seed=_SEED.value,
-      )
-      counts_by_name[name] = counts
-      about = {"name": name, **pipeline.origin, "resolution": pipeline.resolution}
-      results.append({**about, "counts": counts, "accuracy": accuracy.totals(counts)})
-  except KeyboardInterrupt:
-    if results:
-      print(accuracy.table(counts_by_name))
-    raise command.Interrupted(
-      f"{len(results)} of {len(paths)} checkpoints are measured, and {output} is not "
-      "written. Give the same command again, or --checkpoints without those above."
-    ) from None
-  print(accuracy.table(counts_by_name))
-
-  settings = {
-    "task": _TASK.value,
-    "per_task": _PER_TASK.value,
-    "num_inference_steps": asked.num_inference_steps,
-    "guidance_scale": asked.guidance_scale,
-    "seed": _SEED.value,
-    "batch_size": _BATCH_SIZE.value,
-    "dtype": _DTYPE.value,
-    "pixsigma_jax": pixsigma_jax.__version__,
-  }
-  text = json.dumps({"settings": settings, "checkpoints": results}, indent=2) + "\n"
-  disk.write_whole(output, lambda part: part.write_text(text, encoding="utf-8"))
-  print(output)
-
-
-def _names(paths: Sequence[pathlib.Path]) -> list[str]:
-  """The runs' own names, made longer as far as it takes to tell them apart."""
-  steps = [(path.parents[1], path.name) for path in paths]  # WORKDIR/snapshots/STEP
-  for names in (
-    [workdir.name for workdir, _ in steps],
-    [f"{workdir.name}@{step}" for workdir, step in steps],
-    [f"{workdir}@{step}" for workdir, step in steps],
-  ):
-    if len(set(names)) == len(names):
-      return names
-  raise ValueError(f"--checkpoints names {paths[0]} or another snapshot twice.")
+    defined, words = _define(sys.argv[1:])
+  except ValueError as error:
+    sys.exit(f"Error: {error}")
+  command.run(lambda given: defined.run(given[1:]), words)
 
 
 if __name__ == "__main__":
-  command.run(main)
+  main()

@@ -73,18 +73,27 @@ def check_sides(form: str, height: int, width: int) -> None:
     )
 
 
-def save(path: pathlib.Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:
+def save(
+  path: pathlib.Path,
+  picture: Image.Image,
+  settings: Mapping[str, Any],
+  *,
+  of_many: bool = False,
+) -> None:
   """Writes a picture, whole or not at all, with what it takes to make it again.
 
   The name's ending is one of `FORMATS`. A PNG has text chunks, `prompt` and `seed`
   where `settings` has them, and `settings`, all of them as JSON; a WebP or JPEG has
   that JSON as its EXIF user comment.
 
+  Args:
+    of_many: as in `disk.write_whole`.
+
   Raises:
     FileExistsError: there is a file of that name.
     OSError: the file cannot be written.
   """
-  partial = disk.partial_path(path)
+  partial = disk.attempt_path(path) if of_many else disk.partial_path(path)
   try:
     _write(partial, path.suffix.removeprefix("."), picture, settings)
     disk.publish_new(partial, path)

@@ -1,0 +1,1 @@
+"""Preferences of a multimodal model behind an OpenAI-compatible endpoint."""

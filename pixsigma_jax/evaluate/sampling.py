@@ -1,0 +1,145 @@
+"""Images of a checkpoint for the items of a suite, resumed image by image."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from pixsigma_jax import checkpoint, command, disk, distributed, sharding
+from pixsigma_jax.evaluate.folder import EvaluationFolder, ModelFolder
+from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample.pipeline import Pipeline
+from pixsigma_jax.sample.program import compute_here
+from pixsigma_jax.sample.settings import Settings
+
+
+def find_checkpoints(words: Sequence[str]) -> dict[str, pathlib.Path]:
+  """Snapshots by model name, from [NAME=]DIR each.
+
+  A name that is not given is the run's own, with @STEP where two would be the same.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint; see `checkpoint.find_snapshot`.
+    ValueError: two models have one name.
+  """
+  given, paths = [], []
+  for word in words:
+    # A folder may have an equals sign in its own name.
+    name, equals, path = word.partition("=")
+    named = bool(equals) and not pathlib.Path(word).exists()
+    given.append(name if named else None)
+    paths.append(checkpoint.find_snapshot(path if named else word))
+  runs = [path.parents[1].name for path in paths]  # WORKDIR/snapshots/STEP
+  names = [name or run for name, run in zip(given, runs, strict=True)]
+  if len(set(names)) < len(names):
+    steps = [f"{run}@{path.name}" for run, path in zip(runs, paths, strict=True)]
+    names = [name or step for name, step in zip(given, steps, strict=True)]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(
+      f"--checkpoints has two models called {', '.join(twice)}: tell them apart with "
+      "NAME=DIR."
+    )
+  return dict(zip(names, paths, strict=True))
+
+
+def sample(
+  folder: EvaluationFolder,
+  name: str,
+  path: pathlib.Path,
+  *,
+  settings: Settings,
+  dtype: str,
+  batch_size: int | None,
+  frozen: str | None,
+) -> ModelFolder:
+  """Draws what is missing of a checkpoint's images; all processes of a job together.
+
+  Process i of n draws items i, i + n, and so on. An image is a function of its prompt,
+  seed, size and settings, so that none depends on what was there already.
+
+  Args:
+    name: of the model.
+    path: of its snapshot.
+    settings: of sampling; seeds and sizes are the items' own.
+    batch_size: images that a process draws together; None for one a device.
+    frozen: see `Pipeline.from_checkpoint`.
+
+  Raises:
+    FileExistsError: the name is taken by another checkpoint or other settings.
+    ValueError: the model cannot draw a prompt or a size.
+  """
+  snapshot = checkpoint.read_snapshot(path).with_fingerprint()
+  origin = {"kind": "checkpoint", **snapshot.origin}
+  del snapshot
+  about = {**settings.of_all(), "dtype": dtype}
+  if distributed.is_first():
+    found = origin.pop("path")
+    folder.begin_model(name, path=found, origin=origin, settings=about)
+  distributed.wait_for_all()
+  model = folder.model(name)
+  index, count = jax.process_index(), jax.process_count()
+  mine = {item.id for item in folder.items[index::count]}
+  missing = [(item, image) for item, image in model.missing() if item.id in mine]
+  if not missing:
+    logging.info("All images of %s are there.", name)
+    distributed.wait_for_all()
+    return model
+
+  devices = jax.local_devices()
+  size = len(devices) if batch_size is None else batch_size
+  pipeline = Pipeline.from_checkpoint(
+    path,
+    frozen=frozen,
+    compute=compute_here(dtype),
+    batch_size=size,
+    mesh=_mesh(devices, size),
+  )
+  _draw(pipeline, model, missing, settings)
+  distributed.wait_for_all()
+  return model
+
+
+def _draw(
+  pipeline: Pipeline,
+  model: ModelFolder,
+  missing: Sequence[Any],
+  settings: Settings,
+) -> None:
+  sizes = [item.size(pipeline.resolution) for item, _ in missing]
+  drawn = pipeline.stream(
+    [item.prompt for item, _ in missing],
+    **_shared(settings),
+    seed=[item.seed + image for item, image in missing],
+    height=[height for height, _ in sizes],
+    width=[width for _, width in sizes],
+  )
+  images = model.path / "images"
+  images.mkdir(parents=True, exist_ok=True)
+  disk.remove_abandoned(images)
+  total = len(missing)
+  done = 0
+  try:
+    for number, picture, about in command.progress(drawn, total, f"{model.name}"):
+      item, image = missing[number]
+      pictures.save(model.image_path(item, image), picture, about, of_many=True)
+      done += 1
+  except KeyboardInterrupt:
+    raise command.Interrupted(
+      f"{done} of {total} images of {model.name} are written to {images}. The same "
+      "command draws the others."
+    ) from None
+
+
+def _shared(settings: Settings) -> Mapping[str, Any]:
+  """Settings that all images share, as `Pipeline.stream` takes them."""
+  return settings.of_all()
+
+
+def _mesh(devices: Sequence[Any], batch_size: int) -> Mesh | None:
+  """This process's devices, if they can share a batch evenly."""
+  if len(devices) == 1 or batch_size % len(devices):
+    return None
+  return sharding.make_mesh(data=-1, fsdp=1, context=1, devices=devices)
