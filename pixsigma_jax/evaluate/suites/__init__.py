@@ -192,6 +192,7 @@ class Suite(Protocol):
 # Suite → module of this room that defines it, as its `SUITE`.
 _MODULES: dict[str, str] = {
   "digits": "digits",
+  "geneval": "geneval",
 }
 SUITES = tuple(_MODULES)
 
