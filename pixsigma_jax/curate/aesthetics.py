@@ -1,83 +1,20 @@
 """LAION's aesthetic score, with which the paper filters images (AES).
 
-Source: christophschuhmann/improved-aesthetic-predictor, the weights
-`sac+logos+ava1-l14-linearMSE.pth` and `simple_inference.py`. Five linear layers rate
-the embedding of CLIP ViT-L/14, about from 1 to 10.
+The head of `models/aesthetic_head.py` on the embeddings of CLIP ViT-L/14, which torch
+computes here.
 """
 
-import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Float32
 from PIL import Image
 
-from pixsigma_jax.convert import files
-from pixsigma_jax.wording import install, listed
-
-# Kernel [inputs, outputs] and bias of each layer, in their order.
-Head: TypeAlias = tuple[tuple[jax.Array, jax.Array], ...]
-
-WIDTH = 768  # of the embedding, as ViT-L/14 has it
-
-# Number of a linear layer in torch's Sequential → how many numbers it makes. Between
-# them are dropouts, which only training has, and no activations.
-_LAYERS = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
-
-
-def load_head(path: str | os.PathLike[str]) -> Head:
-  """The layers of a published head.
-
-  Args:
-    path: the .pth as published, or the same names in safetensors.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is not that head: says which tensor is missing, unknown or of
-      another shape.
-  """
-  weights = files.open_weights(path)
-  expected = {f"layers.{i}.{part}" for i in _LAYERS for part in ("weight", "bias")}
-  if missing := sorted(expected - set(weights)):
-    raise ValueError(
-      f"{path} is not LAION's aesthetic head: it lacks {listed(missing, 4)} and "
-      f"holds {listed(sorted(weights), 4)}."
-    )
-  if unknown := sorted(set(weights) - expected):
-    raise ValueError(
-      f"{path} is not LAION's aesthetic head: it also holds {listed(unknown, 4)}, "
-      "which nothing here would use."
-    )
-  layers, inputs = [], WIDTH
-  for number, outputs in _LAYERS.items():
-    weight = weights[f"layers.{number}.weight"].astype(np.float32)
-    bias = weights[f"layers.{number}.bias"].astype(np.float32)
-    if (weight.shape, bias.shape) != ((outputs, inputs), (outputs,)):
-      raise ValueError(
-        f"{path}: layers.{number} is {list(weight.shape)} with a bias of "
-        f"{list(bias.shape)}, not [{outputs}, {inputs}] with [{outputs}]: this head is "
-        "of another make."
-      )
-    layers.append((jnp.asarray(weight.T), jnp.asarray(bias)))
-    inputs = outputs
-  return tuple(layers)
-
-
-@jax.jit
-def scores(head: Head, embeddings: Float32[Array, "b e"]) -> Float32[Array, "b"]:
-  """Scores of images from their CLIP embeddings, of any length but zero.
-
-  In float32 wherever it runs: scores in bfloat16 would move images over a threshold.
-  """
-  norms = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
-  features = embeddings / jnp.where(norms == 0, 1, norms)  # as the source does
-  for kernel, bias in head:
-    features = jnp.matmul(features, kernel, precision=jax.lax.Precision.HIGHEST)
-    features = features + bias[None]
-  return features[:, 0]
+from pixsigma_jax.convert.aesthetic_head import load_head
+from pixsigma_jax.models.aesthetic_head import WIDTH, scores
+from pixsigma_jax.wording import install
 
 
 class Scorer:

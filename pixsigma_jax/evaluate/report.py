@@ -35,25 +35,32 @@ _COLUMNS = 4
 
 
 def write(
-  suite: Suite, folder: EvaluationFolder, *, resamples: int, seed: int
+  suite: Suite,
+  folder: EvaluationFolder,
+  *,
+  resamples: int = 1000,
+  distance_resamples: int = 20,
+  seed: int = 0,
 ) -> dict[str, Any]:
   """Writes the report of all models that are scored; returns what report.json has.
 
   Args:
-    resamples, seed: of bootstrap intervals.
+    resamples, distance_resamples, seed: of bootstrap intervals.
 
   Raises:
     ValueError: no model is scored, or matplotlib is not installed.
   """
   _check_plots()
-  if resamples < 0:
-    raise ValueError(f"--resamples={resamples} must be 0 or more.")
+  counts = {"resamples": resamples, "distance_resamples": distance_resamples}
+  for name, count in counts.items():
+    if count < 0:
+      raise ValueError(f"--{name}={count} must be 0 or more.")
   shown: list[ModelFolder] = []
   figures: dict[str, list[Figure]] = {}
   remarks: list[str] = []
   references: dict[str, pa.Table | None] = {}
   for model in folder.models():
-    run = _scored(folder, model, references, resamples, seed)
+    run = _scored(folder, model, references, {**counts, "seed": seed})
     try:
       figures[model.name] = list(suite.figures(run))
     except NotScoredError as error:
@@ -73,7 +80,7 @@ def write(
     "sources": folder.about["sources"],
     "prompts": len(folder.items),
     "images_per_item": folder.images_per_item,
-    "resamples": resamples,
+    **counts,
     "bootstrap_seed": seed,
     "pixsigma_jax": pixsigma_jax.__version__,
     "models": [
@@ -109,8 +116,7 @@ def _scored(
   folder: EvaluationFolder,
   model: ModelFolder,
   references: dict[str, pa.Table | None],
-  resamples: int,
-  seed: int,
+  bootstrap: Mapping[str, int],
 ) -> ScoredModel:
   """A model's scores, each read once, and those of the references once for all."""
   own: dict[str, pa.Table | None] = {}
@@ -129,8 +135,7 @@ def _scored(
     options=folder.about["options"],
     read=read,
     sizes="any" if model.about["settings"].get("any_size") else "as asked",
-    resamples=resamples,
-    seed=seed,
+    **bootstrap,
   )
 
 

@@ -46,6 +46,13 @@ _SCORE = (
 )
 _REPORT = (
   Option("resamples", 1000, "Resamples of a bootstrap interval; 0 for none.", int),
+  Option(
+    "distance_resamples",
+    20,
+    "The same of distances between sets, such as FID; each takes as long as the "
+    "distance itself.",
+    int,
+  ),
   Option("bootstrap_seed", 0, "Seed of bootstrap intervals.", int),
 )
 _JOB = (
@@ -232,7 +239,11 @@ def _score(
 def _report(of: Suite, folder: EvaluationFolder, values: Mapping[str, Any]) -> None:
   if distributed.is_first():
     report.write(
-      of, folder, resamples=values["resamples"], seed=values["bootstrap_seed"]
+      of,
+      folder,
+      resamples=values["resamples"],
+      distance_resamples=values["distance_resamples"],
+      seed=values["bootstrap_seed"],
     )
   distributed.wait_for_all()
 

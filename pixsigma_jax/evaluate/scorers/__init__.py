@@ -20,13 +20,12 @@ from pixsigma_jax.evaluate.options import Option
 
 @runtime_checkable
 class Scorer(Protocol):
-  """A loaded scorer.
+  """A loaded scorer."""
 
-  Attributes:
-    batch_size: images that it is given together; the last ones may be fewer.
-  """
-
-  batch_size: int
+  @property
+  def batch_size(self) -> int:
+    """Images that it is given together; the last ones may be fewer."""
+    ...
 
   def identity(self) -> dict[str, str]:
     """What decides its numbers: weights, their hash, resize, version."""
@@ -85,9 +84,18 @@ class ScorerType:
 
 # Scorer → module of this room that defines it, in its `SCORERS`.
 _MODULES: dict[str, str] = {
+  "aesthetic": "aesthetics",
+  "clip": "clip",
+  "clip-textatlas": "clip",
+  "cmmd": "clip",
   "detections": "detectors",
   "digits": "digits",
+  "fid": "inception",
+  "fid-clean": "inception",
+  "fid-patch": "inception",
+  "fid-textatlas": "inception",
   "ocr": "ocr",
+  "texture": "texture",
 }
 
 

@@ -21,11 +21,10 @@ import pyarrow as pa
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from pixsigma_jax.convert.clip import load_clip
 from pixsigma_jax.evaluate.geneval import CLASSES, COLORS, MOST_OF_A_CLASS
 from pixsigma_jax.evaluate.items import Item, file_hash, read_json_lines
 from pixsigma_jax.evaluate.options import Option
-from pixsigma_jax.evaluate.scorers import ScorerType, mask2former
+from pixsigma_jax.evaluate.scorers import ScorerType, clip, mask2former
 from pixsigma_jax.evaluate.scorers.mask2former import Found, Mask2Former
 from pixsigma_jax.models.clip import Clip
 from pixsigma_jax.wording import listed
@@ -261,8 +260,8 @@ def _is_number(x: Any) -> bool:
 def _load(options: Mapping[str, Any]) -> DetectionScorer | DetectionFiles:
   if options["detections"]:
     return DetectionFiles(options["detections"])
-  clip = load_clip(options["color_clip"])
-  return DetectionScorer(Mask2Former(options["detector"]), ColorClassifier(clip))
+  colors = ColorClassifier(clip.load(options["color_clip"], ("image", "text")))
+  return DetectionScorer(Mask2Former(options["detector"]), colors)
 
 
 SCORERS = {

@@ -9,7 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 
+from pixsigma_jax.evaluate.intervals import distance_interval, mean_interval
 from pixsigma_jax.evaluate.items import Item, ItemSet
 from pixsigma_jax.evaluate.options import Option
 
@@ -77,6 +79,7 @@ class ScoredModel:
       `table` and `references`. None where it has not scored them.
     sizes: whether the images have the sizes "as asked" for, or "any".
     resamples, seed: of bootstrap intervals, see `intervals`.
+    distance_resamples: of those of distances between sets, which take longer.
   """
 
   name: str
@@ -86,6 +89,7 @@ class ScoredModel:
   read: Callable[[str, bool], pa.Table | None]
   sizes: str = "as asked"
   resamples: int = 1000
+  distance_resamples: int = 20
   seed: int = 0
 
   def has(self, scorer: str) -> bool:
@@ -147,6 +151,68 @@ def column(table: pa.Table, name: str) -> np.ndarray:
   return chunked.to_numpy()
 
 
+def mean_figure(
+  run: ScoredModel,
+  name: str,
+  scorer: str,
+  values: Float[np.ndarray, " n"],
+  **fields: Any,
+) -> Figure:
+  """Mean of a score over images, with the interval over items.
+
+  Args:
+    values: one an image, in the table's order, as many for each item.
+    fields: further ones of `Figure`.
+  """
+  by_item = values.astype(np.float64).reshape(-1, run.images_per_item).mean(axis=1)
+  low, high = mean_interval(by_item, resamples=run.resamples, seed=run.seed)
+  return Figure(
+    name=name,
+    value=float(by_item.mean()),
+    low=low,
+    high=high,
+    **{"basis": run.basis(scorer), **fields},
+  )
+
+
+def distance_figure(
+  run: ScoredModel,
+  name: str,
+  scorer: str,
+  distance: Callable[[np.ndarray, np.ndarray], float],
+  *,
+  rows: int = 1,
+) -> Figure:
+  """Distance of a model's features to the references', with its interval.
+
+  The model's items are resampled; the references stay.
+
+  Args:
+    rows: feature vectors of each image, as of its patches.
+  """
+  tables = (run.table(scorer), run.references(scorer))
+  ours, theirs = (column(table, "features") for table in tables)
+  # Axes: item, vector of the item, number.
+  ours = ours.reshape(len(run.items), run.images_per_item * rows, -1)
+  theirs = theirs.reshape(len(theirs) * rows, -1)
+
+  def of(chosen: np.ndarray) -> float:
+    return distance(ours[chosen].reshape(-1, ours.shape[-1]), theirs)
+
+  value = of(np.arange(len(ours)))
+  low, high = distance_interval(
+    of, value, len(ours), resamples=run.distance_resamples, seed=run.seed
+  )
+  return Figure(
+    name=name,
+    value=value,
+    low=low,
+    high=high,
+    higher_is_better=False,
+    basis=run.basis(scorer, references=True),
+  )
+
+
 @runtime_checkable
 class Suite(Protocol):
   """A suite of the command `evaluate`.
@@ -191,6 +257,8 @@ class Suite(Protocol):
 
 # Suite → module of this room that defines it, as its `SUITE`.
 _MODULES: dict[str, str] = {
+  "paper": "paper",
+  "4k": "ultra",
   "digits": "digits",
   "geneval": "geneval",
 }
