@@ -1,11 +1,14 @@
 """Scores of images by a scorer, part by part, in Parquet."""
 
 import concurrent.futures
+import io
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import fsspec.core
 import jax
 import numpy as np
 import pyarrow as pa
@@ -15,12 +18,15 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from pixsigma_jax import command, disk
+from pixsigma_jax.data import parquet_images
 from pixsigma_jax.evaluate.folder import EvaluationFolder, ModelFolder
 from pixsigma_jax.evaluate.items import Item
 from pixsigma_jax.evaluate.scorers import MadeScores, Scorer
 
 ITEMS_PER_PART = 64  # work that a kill can undo
 _READERS = 4  # threads that decode images ahead of the scorer
+# Path of an image inside of a Parquet file: row 12 of column `image`.
+_IN_TABLE = re.compile(r"(.+\.parquet)#(\d+)")
 
 # An image to score: its item, its number there, its file.
 _Row = tuple[Item, int, pathlib.Path]
@@ -136,14 +142,30 @@ def part_path(directory: pathlib.Path, part: int) -> pathlib.Path:
 def read_image(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
   """An image's RGB pixels.
 
+  Args:
+    path: of a file; or TABLE.parquet#ROW for the column `image` of a table, with bytes
+      or the Hugging Face hub's {bytes, path}.
+
   Raises:
     ValueError: it cannot be read.
   """
   try:
-    with Image.open(path) as image:
+    with Image.open(_opened(path)) as image:
       return np.asarray(image.convert("RGB"))
   except (OSError, SyntaxError) as error:  # Pillow's words for a broken PNG
     raise ValueError(f"{path} cannot be read: {error}. Delete or mend it.") from error
+
+
+def _opened(path: pathlib.Path) -> pathlib.Path | io.BytesIO:
+  found = _IN_TABLE.fullmatch(str(path))
+  if found is None:
+    return path
+  fs, table = fsspec.core.url_to_fs(found[1])
+  try:
+    value = parquet_images.cell(fs, table, "image", int(found[2]), is_local=True)
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be read: {error}.") from error
+  return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
 
 def _parts(folder: EvaluationFolder, model: ModelFolder | None) -> list[list[_Row]]:
