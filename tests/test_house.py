@@ -122,12 +122,12 @@ def test_dependencies_stand_in_one_place_in_exact_versions():
   extras = settings["project"]["optional-dependencies"]
   rooms = [
     pin
-    for room in ("convert", "curate", "demo", "heif", "int8", "wandb")
+    for room in ("convert", "curate", "demo", "eval", "heif", "int8", "wandb")
     for pin in extras[room]
   ]
   pins = requirement_lines() + extras["dev"] + rooms
   exact = re.compile(r'[\w-]+(\[\w+\])?==[\w.]+(; python_version [<>=]+ "[\d.]+")?')
-  pins.remove("pixsigma-jax[convert,curate,demo,heif,int8,plan,wandb]")
+  pins.remove("pixsigma-jax[convert,curate,demo,eval,heif,int8,plan,wandb]")
   assert [pin for pin in pins if not exact.fullmatch(pin)] == []
 
 
@@ -183,7 +183,7 @@ def test_what_the_package_imports_is_a_declared_dependency():
   extras = pyproject()["project"]["optional-dependencies"]
   rooms = [
     pin
-    for room in ("convert", "curate", "demo", "heif", "int8", "wandb")
+    for room in ("convert", "curate", "demo", "eval", "heif", "int8", "wandb")
     for pin in extras[room]
   ]
   lines = requirement_lines() + rooms

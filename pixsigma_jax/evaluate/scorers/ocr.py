@@ -5,6 +5,7 @@ family of networks (PP-OCR) through ONNX Runtime, and its wheel carries the weig
 readers make different mistakes: their numbers are not to be compared.
 """
 
+import importlib
 import importlib.util
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -103,8 +104,7 @@ class PaddleOcr:
         "--ocr_engine=paddleocr needs PaddleOCR: pip install paddleocr paddlepaddle, "
         "or take --ocr_engine=rapidocr."
       )
-    import paddleocr  # pyright: ignore[reportMissingImports]
-
+    paddleocr: Any = importlib.import_module("paddleocr")
     self._version = metadata.version("paddleocr")
     if int(self._version.partition(".")[0]) < 3:
       raise ValueError(

@@ -2,17 +2,25 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pixsigma_jax.evaluate import scoring
 from pixsigma_jax.evaluate.geneval import PROMPTS, TASKS
 from pixsigma_jax.evaluate.items import Item
+from pixsigma_jax.evaluate.scorers import mask2former
+from pixsigma_jax.evaluate.scorers.detectors import DetectionScorer
 from pixsigma_jax.evaluate.suites import ScoredModel
 from pixsigma_jax.evaluate.suites.geneval import SUITE
+from pixsigma_jax.sample import pictures
 from tests import commands
+from tests.evaluate import networks
+from tests.evaluate.scorers.test_mask2former import write_mask2former
+from tests.evaluate.suites import whole
 
 
 def clause(name, count=1, **more):
@@ -335,6 +343,25 @@ def test_every_model_needs_its_detections(step, tmp_path):
   assert "There is no file of detections at no/such" in done.err
 
 
+def test_pictures_in_genevals_own_folders_go_to_their_prompts(evaluate, step, tmp_path):
+  own, output = tmp_path / "own", tmp_path / "evaluation"
+  for i in range(6):
+    (own / f"{i:05d}" / "samples").mkdir(parents=True)
+    for j in range(2):
+      image = Image.new("RGB", (32, 24), (i, j, 0))
+      image.save(own / f"{i:05d}" / "samples" / f"{j:04d}.png")
+  path = write_lines(tmp_path / "a.jsonl", detection_lines(2))
+  done = evaluate(
+    *("score", "geneval", f"--output={output}", "--any_size"),
+    *(f"--images=own={own}", f"--detections=own={path}"),
+  )
+  assert done.code == 0, done.err
+  for i in range(6):
+    for j in range(2):
+      with Image.open(output / "models/own/images" / f"0000{i}_{j}.png") as image:
+        assert image.getpixel((0, 0)) == (i, j, 0)
+
+
 def test_colors_that_nobody_looked_at_are_missed_with_their_image(step, tmp_path):
   lines = detection_lines(2)
   for line in lines:
@@ -344,3 +371,53 @@ def test_colors_that_nobody_looked_at_are_missed_with_their_image(step, tmp_path
   done = step("report")
   assert done.code == 1
   assert "Image 0 of prompt 00003 (a): The prompt asks for a pink car" in done.err
+
+
+def test_from_a_checkpoint_to_a_report_killed_and_resumed(
+  evaluate, monkeypatch, metadata, tmp_path
+):
+  pytest.importorskip("torch")
+  monkeypatch.setattr(scoring, "ITEMS_PER_PART", 2)
+  monkeypatch.setattr(mask2former, "_SHORT", 64)
+  detector = write_mask2former(tmp_path / "mask2former")
+  clip = networks.write_clip(tmp_path / "clip")
+  run = whole.write_checkpoint(tmp_path)
+  sample = [
+    *(f"--checkpoints={run}", "--num_inference_steps=2", "--dtype=float32"),
+    "--batch_size=4",
+  ]
+  score = [f"--detector={detector}", f"--color_clip={clip}"]
+  output = tmp_path / "evaluation"
+
+  def run_to(code, name, *words, output=output):
+    done = evaluate(name, "geneval", *words, f"--output={output}")
+    assert done.code == code, done.err
+
+  run_to(0, "prompts", f"--metadata={metadata}", "--images_per_prompt=2")
+  whole.interrupt(monkeypatch, pictures, "save", after=5)
+  run_to(130, "sample", *sample)
+  begun = whole.images(output, "untrained")
+  assert len(begun) == 5
+  run_to(0, "sample", *sample)
+  images = whole.images(output, "untrained")
+  assert len(set(images.values())) == 12  # a seed of its own for each
+  assert begun.items() < images.items()
+
+  other = shutil.copytree(output, tmp_path / "uninterrupted")
+  whole.interrupt(monkeypatch, DetectionScorer, "__call__", after=6)
+  run_to(130, "score", *score)
+  [part] = output.rglob("detections/*.parquet")
+  before = part.stat().st_mtime_ns
+  run_to(0, "score", *score)
+  assert part.stat().st_mtime_ns == before
+  run_to(0, "score", *score, output=other)
+  [ours, theirs] = (
+    whole.scores(path, "untrained", "detections")["detections"]
+    for path in (output, other)
+  )
+  assert ours.equals(theirs)
+  assert any(ours["detections"].to_pylist())  # the untrained detector sees things
+
+  run_to(0, "report", "--resamples=20")
+  [model] = json.loads((output / "report.json").read_text())["models"]
+  assert [figure["name"] for figure in model["figures"]] == ["overall", *TASKS]

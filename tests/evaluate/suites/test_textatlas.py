@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,6 @@ from pixsigma_jax.evaluate.scorers import features
 from pixsigma_jax.evaluate.scorers.ocr import OcrScorer
 from pixsigma_jax.evaluate.suites import ScoredModel
 from pixsigma_jax.evaluate.suites.textatlas import SUBSETS, SUITE
-from pixsigma_jax.sample import pictures
 from tests import commands
 from tests.evaluate import networks
 from tests.evaluate.suites import whole
@@ -252,7 +252,6 @@ def test_from_a_checkpoint_to_a_report_killed_and_resumed(
   networks.write_clip(tmp_path / "clip")
   inception = networks.write_inception(tmp_path / "i.safetensors", "torchvision")
   run = whole.write_checkpoint(tmp_path)
-  prompts = [f"--data={data}"]
   sample = [
     *(f"--checkpoints={run}", "--num_inference_steps=2", "--dtype=float32"),
     "--batch_size=2",
@@ -261,44 +260,31 @@ def test_from_a_checkpoint_to_a_report_killed_and_resumed(
     *(f"--images=perfect={drawn}", "--any_size", f"--clip_textatlas={tmp_path}/clip"),
     f"--inception_torchvision={inception}",
   ]
-  report = ["--resamples=20", "--distance_resamples=2"]
+  output = tmp_path / "evaluation"
 
-  def evaluate(output, *words):
-    arguments = (f"--output={tmp_path / output}", *words)
+  def run_to(code, name, *words, output=output):
+    arguments = (name, "textatlas", *words, f"--output={output}")
     done = commands.run(capsys, monkeypatch, "evaluate", *arguments)
-    assert done.code in (0, 130), done.err
-    return done.code
+    assert done.code == code, done.err
 
-  def step(name, *arguments):
-    return evaluate("stopped", name, "textatlas", *arguments)
-
-  step("prompts", *prompts)
-  whole.interrupt(monkeypatch, pictures, "save", after=3)
-  assert step("sample", *sample) == 130
-  stopped = whole.images(tmp_path / "stopped", "untrained")
-  assert len(stopped) == 3
-  assert step("sample", *sample) == 0
+  run_to(0, "prompts", f"--data={data}")
+  run_to(0, "sample", *sample)
+  assert len(whole.images(output, "untrained")) == 6
+  other = shutil.copytree(output, tmp_path / "uninterrupted")
   whole.interrupt(monkeypatch, OcrScorer, "__call__", after=1)
-  assert step("score", *score) == 130
-  [part] = (tmp_path / "stopped").rglob("ocr/*.parquet")
+  run_to(130, "score", *score)
+  [part] = output.rglob("ocr/*.parquet")
   before = part.stat().st_mtime_ns
-  assert step("score", *score) == 0
+  run_to(0, "score", *score)
   assert part.stat().st_mtime_ns == before
-  assert step("report", *report) == 0
-
-  assert evaluate("whole", "textatlas", *prompts, *sample, *score, *report) == 0
-  images = whole.images(tmp_path / "whole", "untrained")
-  assert images == whole.images(tmp_path / "stopped", "untrained")
-  assert len(images) == 6
+  run_to(0, "score", *score, output=other)
   scorers = ("ocr", "fid-textatlas", "clip-textatlas")
   for model in ("untrained", "perfect"):
-    ours, theirs = (
-      whole.scores(tmp_path / output, model, *scorers)
-      for output in ("whole", "stopped")
-    )
+    ours, theirs = (whole.scores(path, model, *scorers) for path in (output, other))
     assert all(ours[scorer].equals(theirs[scorer]) for scorer in scorers)
 
-  content = json.loads((tmp_path / "whole" / "report.json").read_text())
+  run_to(0, "report", "--resamples=20", "--distance_resamples=2")
+  content = json.loads((output / "report.json").read_text())
   values = {
     model["name"]: {f["name"]: f["value"] for f in model["figures"]}
     for model in content["models"]
