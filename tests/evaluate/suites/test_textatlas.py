@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pixsigma_jax.evaluate import scoring
 from pixsigma_jax.evaluate.items import Item
-from pixsigma_jax.evaluate.scorers import features
+from pixsigma_jax.evaluate.scorers import features, inception
 from pixsigma_jax.evaluate.scorers.ocr import OcrScorer
 from pixsigma_jax.evaluate.suites import ScoredModel
 from pixsigma_jax.evaluate.suites.textatlas import SUBSETS, SUITE
@@ -245,12 +244,14 @@ def test_from_a_checkpoint_to_a_report_killed_and_resumed(
 ):
   pytest.importorskip("rapidocr")
   monkeypatch.setattr(scoring, "ITEMS_PER_PART", 2)
+  monkeypatch.setattr(inception, "_PER_DEVICE", 1)
+  subsets = ["styledtextsynth", "textvisionblend"]  # of a table, and of a list
   drawn = tmp_path / "drawn"
   drawn.mkdir()
-  for item in SUITE.items(options(data)).items:
+  for item in SUITE.items(options(data, subsets=subsets)).items:
     sign(item.data["text"]).save(drawn / f"{item.id}.png")
   networks.write_clip(tmp_path / "clip")
-  inception = networks.write_inception(tmp_path / "i.safetensors", "torchvision")
+  weights = networks.write_inception(tmp_path / "i.safetensors", "torchvision")
   run = whole.write_checkpoint(tmp_path)
   sample = [
     *(f"--checkpoints={run}", "--num_inference_steps=2", "--dtype=float32"),
@@ -258,38 +259,31 @@ def test_from_a_checkpoint_to_a_report_killed_and_resumed(
   ]
   score = [
     *(f"--images=perfect={drawn}", "--any_size", f"--clip_textatlas={tmp_path}/clip"),
-    f"--inception_torchvision={inception}",
+    f"--inception_torchvision={weights}",
   ]
   output = tmp_path / "evaluation"
 
-  def run_to(code, name, *words, output=output):
+  def run_to(code, name, *words):
     arguments = (name, "textatlas", *words, f"--output={output}")
     done = commands.run(capsys, monkeypatch, "evaluate", *arguments)
     assert done.code == code, done.err
 
-  run_to(0, "prompts", f"--data={data}")
+  run_to(0, "prompts", f"--data={data}", f"--subsets={','.join(subsets)}")
   run_to(0, "sample", *sample)
-  assert len(whole.images(output, "untrained")) == 6
-  other = shutil.copytree(output, tmp_path / "uninterrupted")
+  assert len(whole.images(output, "untrained")) == 4
   whole.interrupt(monkeypatch, OcrScorer, "__call__", after=1)
   run_to(130, "score", *score)
   [part] = output.rglob("ocr/*.parquet")
   before = part.stat().st_mtime_ns
   run_to(0, "score", *score)
   assert part.stat().st_mtime_ns == before
-  run_to(0, "score", *score, output=other)
-  scorers = ("ocr", "fid-textatlas", "clip-textatlas")
-  for model in ("untrained", "perfect"):
-    ours, theirs = (whole.scores(path, model, *scorers) for path in (output, other))
-    assert all(ours[scorer].equals(theirs[scorer]) for scorer in scorers)
-
   run_to(0, "report", "--resamples=20", "--distance_resamples=2")
   content = json.loads((output / "report.json").read_text())
   values = {
     model["name"]: {f["name"]: f["value"] for f in model["figures"]}
     for model in content["models"]
   }
-  for subset in SUBSETS:
+  for subset in subsets:
     perfect = {k.split("/")[1]: v for k, v in values["perfect"].items() if subset in k}
     assert list(perfect) == ["fid", "clip", "accuracy", "f1", "cer"]
     assert (perfect["accuracy"], perfect["f1"], perfect["cer"]) == (100, 100, 0)
