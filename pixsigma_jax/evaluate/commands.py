@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
   "sample": "steps",
   "score": "steps",
   "report": "steps",
+  "make-set": "make_set",
 }
 
 

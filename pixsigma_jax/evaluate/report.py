@@ -148,28 +148,26 @@ def differences(
     for figure in own:
       by_name.setdefault(figure.name, {})[model] = figure
   # Reason → the figures that it holds for: FID and KID have the same ones.
-  found: dict[str, list[str]] = {}
+  found: dict[str, dict[str, None]] = {}
   for name, models in by_name.items():
     for (a, ours), (b, theirs) in itertools.combinations(models.items(), 2):
-      keys = sorted({*ours.basis, *theirs.basis})
-      for key in keys:
+      for key in sorted({*ours.basis, *theirs.basis}):
         values = [figure.basis.get(key, "none") for figure in (ours, theirs)]
         if values[0] != values[1]:
           reason = f"{a} and {b}: {key} is {values[0]} and {values[1]}"
-          found.setdefault(reason, []).append(name)
+          found.setdefault(reason, {})[name] = None
+    figure = next(iter(models.values()))
     for number in published:
       if number.figure != name:
         continue
       reasons = [number.note] if number.note else []
-      figure = next(iter(models.values()))
       reasons += [
         f"{key} is {value} there and {figure.basis.get(key, 'none')} here"
         for key, value in number.basis.items()
         if figure.basis.get(key) != value
       ]
       for reason in reasons:
-        what = f"{number.model} of {number.source}: {reason}"
-        found.setdefault(what, []).append(name)
+        found.setdefault(f"ours and {number.source}: {reason}", {})[name] = None
   return [
     f"Not comparable in {', '.join(names)}, {reason}" for reason, names in found.items()
   ]

@@ -33,10 +33,10 @@ def find_checkpoints(words: Sequence[str]) -> dict[str, pathlib.Path]:
     given.append(name if named else None)
     paths.append(checkpoint.find_snapshot(path if named else word))
   runs = [path.parents[1].name for path in paths]  # WORKDIR/snapshots/STEP
-  own = runs
-  if len(set(runs)) < len(runs):
-    own = [f"{run}@{path.name}" for run, path in zip(runs, paths, strict=True)]
-  names = [name or other for name, other in zip(given, own, strict=True)]
+  names = [name or run for name, run in zip(given, runs, strict=True)]
+  if len(set(names)) < len(names):
+    steps = [f"{run}@{path.name}" for run, path in zip(runs, paths, strict=True)]
+    names = [name or step for name, step in zip(given, steps, strict=True)]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(
       f"--checkpoints has two models called {', '.join(twice)}: tell them apart with "

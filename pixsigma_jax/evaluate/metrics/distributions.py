@@ -172,6 +172,10 @@ def fid(a: Features | Statistics, b: Features | Statistics) -> float:
   Raises:
     ValueError: fewer than two images, or features of two widths.
   """
+  if not isinstance(a, Statistics) and not isinstance(b, Statistics):
+    x, y = _pair(a, b, least=2)
+    if len(x) + len(y) <= 2 * x.shape[1]:
+      return _fid_of_few(x, y)
   a, b = (x if isinstance(x, Statistics) else Statistics(x) for x in (a, b))
   if a.mean.shape != b.mean.shape:
     raise ValueError(
@@ -185,6 +189,17 @@ def fid(a: Features | Statistics, b: Features | Statistics) -> float:
   cross = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
   spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
   # Rounding may leave a set's distance to itself a little below zero.
+  return max(float(difference @ difference + spread), 0.0)
+
+
+def _fid_of_few(a: np.ndarray, b: np.ndarray) -> float:
+  """`fid` of fewer images than features, without their covariances."""
+  difference = a.mean(axis=0) - b.mean(axis=0)
+  a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
+  # With Σa = aᵀ·a and Σb = bᵀ·b, the singular values of a·bᵀ are the roots of Σa·Σb's
+  # eigenvalues, where those are not 0.
+  cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+  spread = np.sum(a * a) + np.sum(b * b) - 2 * cross
   return max(float(difference @ difference + spread), 0.0)
 
 

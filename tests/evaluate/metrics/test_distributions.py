@@ -40,6 +40,11 @@ def test_a_set_of_fewer_images_than_features_is_at_no_distance_from_itself(rando
   assert fid(a, a[::-1]) < 1e-6
 
 
+def test_fid_of_few_images_is_that_of_their_covariances(random):
+  a, b = random.normal(size=(20, 64)), 2 * random.normal(size=(31, 64)) + 1
+  assert fid(a, b) == pytest.approx(fid(Statistics(a), Statistics(b)), rel=1e-9)
+
+
 def test_fid_of_commuting_gaussians_is_the_closed_form():
   # Columns of a Hadamard matrix are uncorrelated to the bit, so covariances are
   # diagonal: Σ(√s1 - √s2)² + ‖Δμ‖².
