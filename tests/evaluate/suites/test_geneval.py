@@ -174,7 +174,7 @@ LINES_WITHOUT_SENSE = {
   "tag": ({"tag": "texture"}, r"its tag is 'texture', none of single_object, two_obj"),
   "prompt": ({"prompt": " "}, r"it has no text `prompt`"),
   "nothing": ({"include": []}, r"it has no list `include`"),
-  "class": ({"include": [clause("mouse")]}, r"no class of COCO's 80, by GenEval's nam"),
+  "class": ({"include": [clause("mouse")]}, r"no class of COCO's 80, by GenEval's n"),
   "count": ({"include": [clause("cat", 0)]}, r"no count of at least 1"),
   "color": ({"include": [clause("cat", color="mauve")]}, r"a color that is none of re"),
   "relation": (
