@@ -2,7 +2,7 @@
 
 The rules are those of djghosh13/geneval (Ghosh et al. 2023), `evaluate_images.py` and
 `summary_scores.py`. Which detector, and which classifier of colors, is no matter here:
-detections come from a file or from `evaluate/detectors.py`.
+detections come from a file or from `scorers/detectors.py`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +23,21 @@ PROMPTS: dict[Task, int] = {
   "position": 100,
   "color_attr": 100,
 }
+# COCO's classes in their order, by GenEval's names (its `object_names.txt`).
+CLASSES = (
+  *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck"),
+  *("boat", "traffic light", "fire hydrant", "stop sign", "parking meter", "bench"),
+  *("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra"),
+  *("giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis"),
+  *("snowboard", "sports ball", "kite", "baseball bat", "baseball glove"),
+  *("skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork"),
+  *("knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli"),
+  *("carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant"),
+  *("bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
+  *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink"),
+  *("refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier"),
+  "toothbrush",
+)
 COLORS = (
   *("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black"),
   "white",
@@ -31,7 +46,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 _CONFIDENCE = 0.3
 _CONFIDENCE_COUNTING = 0.9
-_MOST = 16  # detections of a class that are looked at
+MOST_OF_A_CLASS = 16  # detections that are looked at
 _TOLERANCE = 0.1  # of both sizes, by which an offset is shortened
 _DIRECTION = 0.5  # of the offset's length, from which it counts as a direction
 
@@ -127,7 +142,7 @@ def _surest(
     if detection.confidence > confidence:
       objects.setdefault(detection.name, []).append(detection)
   return {
-    name: sorted(found, key=lambda d: d.confidence, reverse=True)[:_MOST]
+    name: sorted(found, key=lambda d: d.confidence, reverse=True)[:MOST_OF_A_CLASS]
     for name, found in objects.items()
   }
 
@@ -145,7 +160,8 @@ def _detection(fields: Mapping[str, Any]) -> Detection:
       f"The box of a {detection.name} has {len(detection.box)} numbers, not left, top, "
       "right and bottom."
     )
-  return detection
+  left, top, right, bottom = map(float, detection.box)
+  return detection._replace(box=(left, top, right, bottom))
 
 
 def _wrong_color(found: Sequence[Detection], name: str, color: str) -> str | None:

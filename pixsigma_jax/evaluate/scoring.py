@@ -1,11 +1,14 @@
 """Scores of images by a scorer, part by part, in Parquet."""
 
 import concurrent.futures
+import io
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import fsspec.core
 import jax
 import numpy as np
 import pyarrow as pa
@@ -15,19 +18,25 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from pixsigma_jax import command, disk
+from pixsigma_jax.data import parquet_images
 from pixsigma_jax.evaluate.folder import EvaluationFolder, ModelFolder
 from pixsigma_jax.evaluate.items import Item
-from pixsigma_jax.evaluate.scorers import Scorer
+from pixsigma_jax.evaluate.scorers import MadeScores, Scorer
 
 ITEMS_PER_PART = 64  # work that a kill can undo
 _READERS = 4  # threads that decode images ahead of the scorer
+# Path of an image inside of a Parquet file: row 12 of column `image`.
+_IN_TABLE = re.compile(r"(.+\.parquet)#(\d+)")
 
 # An image to score: its item, its number there, its file.
 _Row = tuple[Item, int, pathlib.Path]
 
 
 def score(
-  folder: EvaluationFolder, model: ModelFolder | None, name: str, scorer: Scorer
+  folder: EvaluationFolder,
+  model: ModelFolder | None,
+  name: str,
+  scorer: Scorer | MadeScores,
 ) -> None:
   """Scores a model's images, or the references; parts that are there are skipped.
 
@@ -39,7 +48,8 @@ def score(
     name: of the scorer.
 
   Raises:
-    ValueError: images are missing, or one cannot be read.
+    ValueError: images are missing, or one cannot be read; or scores that were made
+      elsewhere are not those of the images.
   """
   directory = folder.score_path(model, name)
   metadata = _metadata(folder, model, scorer)
@@ -71,10 +81,15 @@ def score(
     [pa.field("id", pa.string()), pa.field("image", pa.int32()), *scorer.schema()],
     metadata=metadata,
   )
+  if isinstance(scorer, MadeScores):
+    made = _made(parts, whose, scorer)
+    tables = (_table(parts[part], schema, made[part]) for part in todo)
+  else:
+    tables = (_scored(parts[part], scorer, schema) for part in todo)
   done = 0
   try:
-    for part in command.progress(todo, len(todo), f"{name} of {whose}, parts"):
-      table = _scored(parts[part], scorer, schema)
+    progress = command.progress(todo, len(todo), f"{name} of {whose}, parts")
+    for part, table in zip(progress, tables, strict=True):
       disk.write_whole(
         part_path(directory, part), lambda partial, t=table: pq.write_table(t, partial)
       )
@@ -127,14 +142,30 @@ def part_path(directory: pathlib.Path, part: int) -> pathlib.Path:
 def read_image(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
   """An image's RGB pixels.
 
+  Args:
+    path: of a file; or TABLE.parquet#ROW for the column `image` of a table, with bytes
+      or the Hugging Face hub's {bytes, path}.
+
   Raises:
     ValueError: it cannot be read.
   """
   try:
-    with Image.open(path) as image:
+    with Image.open(_opened(path)) as image:
       return np.asarray(image.convert("RGB"))
   except (OSError, SyntaxError) as error:  # Pillow's words for a broken PNG
     raise ValueError(f"{path} cannot be read: {error}. Delete or mend it.") from error
+
+
+def _opened(path: pathlib.Path) -> pathlib.Path | io.BytesIO:
+  found = _IN_TABLE.fullmatch(str(path))
+  if found is None:
+    return path
+  fs, table = fsspec.core.url_to_fs(found[1])
+  try:
+    value = parquet_images.cell(fs, table, "image", int(found[2]), is_local=True)
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be read: {error}.") from error
+  return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
 
 def _parts(folder: EvaluationFolder, model: ModelFolder | None) -> list[list[_Row]]:
@@ -158,10 +189,36 @@ def _scored(rows: Sequence[_Row], scorer: Scorer, schema: pa.Schema) -> pa.Table
     scored = scorer(images, [item for item, _, _ in chunk])
     for name, values in scored.items():
       columns[name].append(_array(values, schema.field(name).type))
-  arrays = [pa.array([item.id for item, _, _ in rows], pa.string())]
-  arrays.append(pa.array([image for _, image, _ in rows], pa.int32()))
-  arrays += [pa.chunked_array(columns[field.name]) for field in scorer.schema()]
-  return pa.table(arrays, schema=schema)
+  return _table(rows, schema, {k: pa.chunked_array(v) for k, v in columns.items()})
+
+
+def _made(
+  parts: Sequence[Sequence[_Row]], whose: str, scores: MadeScores
+) -> list[dict[str, Any]]:
+  """The columns of each part, of scores that were made elsewhere."""
+  keys = [(item.id, image) for rows in parts for item, image, _ in rows]
+  columns, made, start = scores.of_model(whose, keys), [], 0
+  for rows in parts:
+    end = start + len(rows)
+    made.append(
+      {
+        field.name: _array(columns[field.name][start:end], field.type)
+        for field in scores.schema()
+      }
+    )
+    start = end
+  return made
+
+
+def _table(
+  rows: Sequence[_Row], schema: pa.Schema, columns: Mapping[str, Any]
+) -> pa.Table:
+  arrays = {
+    "id": pa.array([item.id for item, _, _ in rows], pa.string()),
+    "image": pa.array([image for _, image, _ in rows], pa.int32()),
+    **columns,
+  }
+  return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
@@ -195,7 +252,7 @@ def _owner(folder: EvaluationFolder, model: ModelFolder | None) -> bytes:
 
 
 def _metadata(
-  folder: EvaluationFolder, model: ModelFolder | None, scorer: Scorer
+  folder: EvaluationFolder, model: ModelFolder | None, scorer: Scorer | MadeScores
 ) -> dict[bytes, bytes]:
   return {
     b"identity": json.dumps(scorer.identity(), sort_keys=True).encode(),

@@ -12,7 +12,13 @@ from pixsigma_jax.evaluate.metrics.distributions import (
   kid,
 )
 from pixsigma_jax.evaluate.metrics.patches import patch_positions, patches
-from pixsigma_jax.evaluate.metrics.text import TextAccuracy, text_accuracy
+from pixsigma_jax.evaluate.metrics.text import (
+  TextAccuracy,
+  TextCounts,
+  sum_counts,
+  text_accuracy,
+  text_counts,
+)
 from pixsigma_jax.evaluate.metrics.texture import (
   compression_ratio,
   glcm_entropy,
@@ -24,6 +30,7 @@ from pixsigma_jax.evaluate.metrics.texture import (
 __all__ = [
   "Statistics",
   "TextAccuracy",
+  "TextCounts",
   "cmmd",
   "compression_ratio",
   "fid",
@@ -35,5 +42,7 @@ __all__ = [
   "patch_positions",
   "patches",
   "seam_score",
+  "sum_counts",
   "text_accuracy",
+  "text_counts",
 ]

@@ -31,6 +31,21 @@ class TextAccuracy(NamedTuple):
   images: int
 
 
+class TextCounts(NamedTuple):
+  """Counts of one image, of which a set's `TextAccuracy` is made.
+
+  Attributes:
+    found: words of the truth that were found.
+    truth, read: words of the truth, and words that were read.
+    cer: character error rate; None without a truth.
+  """
+
+  found: int
+  truth: int
+  read: int
+  cer: float | None
+
+
 def text_accuracy(pairs: Iterable[tuple[str, str]]) -> TextAccuracy:
   """Accuracy, precision, F1 and CER of (truth, read) texts, as TextAtlasEval has them.
 
@@ -43,14 +58,31 @@ def text_accuracy(pairs: Iterable[tuple[str, str]]) -> TextAccuracy:
   Raises:
     ValueError: there is no pair.
   """
+  return sum_counts(text_counts(truth, read) for truth, read in pairs)
+
+
+def text_counts(truth: str, read: str) -> TextCounts:
+  """Counts of one image; `text_accuracy` says how."""
+  wanted, have = truth.lower().split(), read.lower().split()
+  cer = None
+  if truth:
+    cer = Levenshtein.distance(truth, read) / max(len(truth), len(read))
+  return TextCounts(_found(wanted, have), len(wanted), len(have), cer)
+
+
+def sum_counts(counts: Iterable[TextCounts]) -> TextAccuracy:
+  """Accuracy of a set from its images' counts.
+
+  Raises:
+    ValueError: there is no image.
+  """
   found = truths = reads = images = 0
   rates = []
-  for truth, read in pairs:
-    wanted, have = truth.lower().split(), read.lower().split()
-    images, truths, reads = images + 1, truths + len(wanted), reads + len(have)
-    found += _found(wanted, have)
-    if truth:
-      rates.append(Levenshtein.distance(truth, read) / max(len(truth), len(read)))
+  for each in counts:
+    images, found = images + 1, found + each.found
+    truths, reads = truths + each.truth, reads + each.read
+    if each.cer is not None:
+      rates.append(each.cer)
   if not images:
     raise ValueError("Text accuracy needs at least one pair of (truth, read).")
   accuracy = 100 * found / truths if truths else 0.0

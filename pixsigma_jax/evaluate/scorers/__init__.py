@@ -45,6 +45,29 @@ class Scorer(Protocol):
     ...
 
 
+@runtime_checkable
+class MadeScores(Protocol):
+  """Scores that another program made, in place of a scorer: no image is read."""
+
+  def identity(self) -> dict[str, str]:
+    """Who made them, and their hash."""
+    ...
+
+  def schema(self) -> pa.Schema:
+    """Their columns, without `id` and `image`."""
+    ...
+
+  def of_model(
+    self, model: str, images: Sequence[tuple[str, int]]
+  ) -> Mapping[str, Sequence[Any]]:
+    """The columns of all of a model's images, given by item's id and number.
+
+    Raises:
+      ValueError: scores of an image are missing, or there are some of no image.
+    """
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ScorerType:
   """A scorer that is not loaded yet.
@@ -56,7 +79,7 @@ class ScorerType:
   """
 
   options: tuple[Option, ...]
-  load: Callable[[Mapping[str, Any]], Scorer]
+  load: Callable[[Mapping[str, Any]], Scorer | MadeScores]
 
 
 # Scorer → module of this room that defines it, in its `SCORERS`.
@@ -65,11 +88,13 @@ _MODULES: dict[str, str] = {
   "clip": "clip",
   "clip-textatlas": "clip",
   "cmmd": "clip",
+  "detections": "detectors",
   "digits": "digits",
   "fid": "inception",
   "fid-clean": "inception",
   "fid-patch": "inception",
   "fid-textatlas": "inception",
+  "ocr": "ocr",
   "texture": "texture",
 }
 

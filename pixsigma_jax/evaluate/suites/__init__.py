@@ -258,6 +258,8 @@ class Suite(Protocol):
 # Suite → module of this room that defines it, as its `SUITE`.
 _MODULES: dict[str, str] = {
   "paper": "paper",
+  "geneval": "geneval",
+  "textatlas": "textatlas",
   "4k": "ultra",
   "digits": "digits",
 }
