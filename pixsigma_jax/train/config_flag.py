@@ -1,5 +1,6 @@
 """Start of commands whose flag --config names a config file, and its overrides."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -7,7 +8,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -74,17 +75,23 @@ class _Parser(flags.ArgumentParser):
     """
     file, *arguments = argument.split(":", 1)
     get_config = _get_config(file)
+    if arguments and not inspect.signature(get_config).parameters:
+      raise ConfigFileError(f"{file}: it takes no argument, and got {arguments[0]!r}.")
+    with _named(argument):
+      given = get_config(*arguments)
+    if not isinstance(given, Mapping | ConfigDict):
+      raise ConfigFileError(
+        f"{argument}: get_config returned {type(given).__name__}: it must return a "
+        "dict or a ConfigDict of what differs from the defaults."
+      )
     try:
-      takes = len(inspect.signature(get_config).parameters)
-      if arguments and not takes:
-        raise ValueError(f"it takes no argument, and got {arguments[0]!r}.")
-      config: Any = config_dict(_mapping(get_config(*arguments)))
+      config: Any = config_dict(given)
       name = _on_command_line("config.optimizer.name")
       if name is not None and name != config.optimizer.name:
         # Now, so that there are flags for the fields of that optimizer.
         use_optimizer(config, name=name)
-    except Exception as error:  # whatever a file raises: it is the user's program
-      raise ConfigFileError(f"{argument}: {_innermost(error)}") from error
+    except ValueError as error:
+      raise ConfigFileError(f"{argument}: {error}") from error
     if problems := unknown_names(_overrides(), config.to_dict()):
       raise ConfigFileError(f"{argument}: {'; '.join(problems)}.")
     return config.lock()
@@ -105,22 +112,20 @@ def _get_config(file: str) -> Callable[..., Any]:
   assert spec is not None
   module = importlib.util.module_from_spec(spec)
   sys.modules[loader.name] = module  # where dataclasses look for it
-  try:
+  with _named(file):
     loader.exec_module(module)
-  except Exception as error:  # as above
-    raise ConfigFileError(f"{file}: {_innermost(error)}") from error
   if not callable(getattr(module, "get_config", None)):
     raise ConfigFileError(f"{file}: it has no function get_config.")
   return module.get_config
 
 
-def _mapping(given: Any) -> Mapping[str, Any] | ConfigDict:
-  if isinstance(given, Mapping | ConfigDict):
-    return given
-  raise ValueError(
-    f"get_config returned {type(given).__name__}: it must return a dict or a "
-    "ConfigDict of what differs from the defaults."
-  )
+@contextlib.contextmanager
+def _named(argument: str) -> Iterator[None]:
+  """Runs a user's program, so that whatever it raises names its file."""
+  try:
+    yield
+  except Exception as error:
+    raise ConfigFileError(f"{argument}: {_innermost(error)}") from error
 
 
 def _on_command_line(flag: str) -> str | None:

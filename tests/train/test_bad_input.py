@@ -20,8 +20,6 @@ from tests import commands
 from tests.train import runs
 
 pytestmark = [
-  # ml_collections loads config files in a way that Python is about to drop.
-  pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
   # A failed restore leaves Orbax's other reads unawaited; the collector complains.
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
