@@ -59,7 +59,7 @@ STAGES = {
   ("stage_4k.py", "uhd"): ("stage_2k.py", "compressed"),
   ("stage_4k.py", "uhd_full"): ("stage_2k.py", "full"),
 }
-SHARED = {"quickstart/base.py", "paper.py"}  # what stages are made of
+SHARED = {"quickstart/base.py"}  # what stages are made of
 PAPER = [stage for stage in STAGES if stage[0].startswith("stage_")]
 
 FSDP = {"data": 1, "fsdp": 8, "context": 1}
