@@ -32,7 +32,7 @@ from pixsigma_jax.plan.stage import SCALING_FACTOR, Stage, stage_on
 from pixsigma_jax.train.config_flag import run_with_config
 from pixsigma_jax.train.program import lower_step, make_program
 
-config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+config_flags.DEFINE_config_file("config", help_string="A config file; FILE:ARGUMENT.")
 _STEPS = flags.DEFINE_integer("steps", 10, "That are timed.", lower_bound=2)
 _MEASURED = flags.DEFINE_string("measured", str(calibration.MEASURED), "The file.")
 

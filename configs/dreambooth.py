@@ -17,7 +17,8 @@ Hardware: one accelerator of 24 GB or more, of which parameters, gradients, EMA 
 AdamW's two moments take 12.2 GB. Computed, not measured: no accelerator was at hand.
 """
 
-from configs import own_images, paper
+from configs import own_images
+from pixsigma_jax.train.config import use_optimizer
 
 
 def get_config():
@@ -30,7 +31,7 @@ def get_config():
     "runs/dreambooth/data/subject/512px,runs/dreambooth/data/class/512px"
   )
   config.data.weights = (1.0, 1.0)
-  paper.use_optimizer(config, name="adamw", b1=0.9, b2=0.999, eps=1e-10)
+  use_optimizer(config, name="adamw", eps=1e-10)
   config.optimizer.learning_rate = 5e-6
   config.optimizer.weight_decay = 0.03
   config.optimizer.clip_norm = 0.01

@@ -17,7 +17,8 @@ of samples, which are drawn every 250 steps. If other subjects begin to look lik
 images, take an earlier adapter.
 """
 
-from configs import own_images, paper
+from configs import own_images
+from pixsigma_jax.train.config import use_optimizer
 
 
 def get_config():
@@ -28,7 +29,7 @@ def get_config():
   config.batch_size = 4
   config.data.path = "runs/lora/data/512px"
   config.adapter.rank = 16
-  paper.use_optimizer(config, name="adamw", b1=0.9, b2=0.999, eps=1e-8)
+  use_optimizer(config, name="adamw")
   config.optimizer.learning_rate = 1e-4
   config.optimizer.weight_decay = 1e-2
   config.optimizer.clip_norm = 1.0

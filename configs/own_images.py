@@ -9,12 +9,12 @@ other published sizes set `base_size` to the resolution / 16, `pe_interpolation`
 resolution / 512, and the parent.
 """
 
-from configs import paper
+from pixsigma_jax.train.config import default_config
 
 
 def get_config():
   """PixArt-Σ 512 as released, with the paper's optimizer at a fine-tuning's length."""
-  config = paper.get_config()
+  config = default_config()
   config.stage = "own_images"
   config.total_steps = 2000
   config.batch_size = 32

@@ -17,12 +17,13 @@ published.
 """
 
 from configs import paper
+from pixsigma_jax.train.config import choose, default_config
 
 
 def get_config(attention: str = "compressed"):
   """The 512 model on a grid twice as fine, attending to a quarter of its tokens."""
-  compressed = {"compressed": True, "full": False}[attention]
-  config = paper.get_config()
+  compressed = choose(attention, {"compressed": True, "full": False})
+  config = default_config()
   config.stage = "stage_1k" if compressed else "stage_1k_full"
   config.total_steps = 5_000
   config.batch_size = 12 * 16 if compressed else 12 * 32

@@ -11,12 +11,12 @@ Expect, by the paper's table 2 (on images of its own): FID 16.56 and CLIP score 
 after 20,000 steps. No loss is published.
 """
 
-from configs import paper
+from pixsigma_jax.train.config import default_config
 
 
 def get_config():
   """Ten times the steps of the VAE's adaptation, and a longer average."""
-  config = paper.get_config()
+  config = default_config()
   config.stage = "stage_256_align"
   config.total_steps = 80_000
   config.batch_size = 64 * 16

@@ -13,12 +13,12 @@ not measured (docs/stages.md). The paper: 5 V100-days.
 Expect, by the paper: as good as before after about 2,000 steps. No loss is published.
 """
 
-from configs import paper
+from pixsigma_jax.train.config import default_config
 
 
 def get_config():
   """α-256 as released, become Σ: its VAE, its captions, its positions."""
-  config = paper.get_config()
+  config = default_config()
   config.stage = "stage_256_vae"
   config.total_steps = 8_000
   config.batch_size = 64 * 16

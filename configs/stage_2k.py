@@ -16,12 +16,13 @@ not drawn on the way: `python -m pixsigma_jax.sample` draws them from a snapshot
 """
 
 from configs import paper
+from pixsigma_jax.train.config import choose, default_config
 
 
 def get_config(attention: str = "compressed"):
   """The 1K model on a grid twice as fine."""
-  compressed = {"compressed": True, "full": False}[attention]
-  config = paper.get_config()
+  compressed = choose(attention, {"compressed": True, "full": False})
+  config = default_config()
   config.stage = "stage_2k" if compressed else "stage_2k_full"
   config.total_steps = 2_000
   config.batch_size = 4 * 8

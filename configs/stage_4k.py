@@ -25,6 +25,7 @@ not drawn on the way: `python -m pixsigma_jax.sample` draws them from a snapshot
 """
 
 from configs import paper
+from pixsigma_jax.train.config import choose, default_config
 
 # Argument → resolution, the scale of its positions, and whether it compresses.
 _KINDS = {
@@ -37,8 +38,8 @@ _KINDS = {
 
 def get_config(kind: str = "compressed"):
   """The 2K model on a grid twice as fine, or 1.4 times."""
-  resolution, pe_interpolation, compressed = _KINDS[kind]
-  config = paper.get_config()
+  resolution, pe_interpolation, compressed = choose(kind, _KINDS)
+  config = default_config()
   config.stage = "stage_4k" if kind == "compressed" else f"stage_4k_{kind}"
   config.total_steps = 1_000
   config.batch_size = 4 * 8

@@ -13,12 +13,12 @@ Expect, by the paper: good pictures after 100 steps; FID 9.75 and CLIP score 0.2
 1,000, 8.91 and 0.276 after 100,000 (table 2, on images of its own). No loss is published.
 """
 
-from configs import paper
+from pixsigma_jax.train.config import default_config
 
 
 def get_config():
   """The aligned model on a grid twice as fine."""
-  config = paper.get_config()
+  config = default_config()
   config.stage = "stage_512"
   config.total_steps = 10_000
   config.batch_size = 32 * 32

@@ -1,7 +1,6 @@
 """An image of every size goes its whole way, from `curate` to a trained model."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from pixsigma_jax.data.buckets import BUCKETS
@@ -11,9 +10,6 @@ from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
 from tests.test_own_images import ROOT
 from tests.train import runs
-
-# ml_collections loads config files in a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 # The smallest sizes that the published VAEs and transformers can take.
 SIZES = BUCKETS[256]

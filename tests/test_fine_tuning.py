@@ -7,7 +7,6 @@ import shlex
 import jax
 import numpy as np
 import peft
-import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from PIL import Image
@@ -46,9 +45,6 @@ SMALLER = {
   ],
   "sample": ["--num_inference_steps=2", "--dtype=float32"],
 }
-
-# ml_collections loads config files in a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def page_commands(part):

@@ -57,10 +57,6 @@ SMALLER = {
 }
 
 
-# ml_collections loads config files in a way that Python is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-
 def page_commands():
   """The commands of the page that are ours, in order."""
   text = (ROOT / "docs" / "own_images.md").read_text()

@@ -8,12 +8,19 @@ baseline of PixArt-Σ's figure 8c.
 """
 
 from configs.quickstart import high
+from pixsigma_jax.train.config import choose
+
+# Argument, the initialization of the transform → name of the stage.
+_STAGES = {
+  "average": "quickstart/compressed_average",
+  "random": "quickstart/compressed_random",
+}
 
 
 def get_config(initialization: str = "average"):
   """The high model, compressed 2×2 in layers 2 and 3 of 4."""
   config = high.get_config()
-  config.stage = f"quickstart/compressed_{initialization}"
+  config.stage = choose(initialization, _STAGES)
   config.total_steps = 100
   config.init.parent = "runs/quickstart/high"
   config.model.kv_compression.ratio = 4

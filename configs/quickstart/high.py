@@ -9,20 +9,27 @@ the stage itself leaves a snapshot to hold it against.
 """
 
 from configs.quickstart import base
+from pixsigma_jax.train.config import choose
+
+# Argument → transform, length, and scale of the positions.
+_POSITIONS = {
+  "interpolated": ("interpolate_pe", 2500, 2.0),
+  "extended": ("extend_pe", 200, 1.0),
+}
 
 
 def get_config(positions: str = "interpolated"):
   """The low model at 16×16, 16×32 and 32×16 pixels, 64 to 128 tokens."""
-  transform = {"interpolated": "interpolate_pe", "extended": "extend_pe"}[positions]
+  transform, total_steps, pe_interpolation = choose(positions, _POSITIONS)
   config = base.get_config()
   config.stage = f"quickstart/high_{positions}"
-  config.total_steps = {"interpolated": 2500, "extended": 200}[positions]
+  config.total_steps = total_steps
   config.batch_size = 16
   config.data.path = "runs/quickstart/data/16px"
   config.init.parent = "runs/quickstart/low"
   config.init.transforms = ({"name": transform, "base_size": 8},)
   config.model.base_size = 8
-  config.model.pe_interpolation = 2.0 if positions == "interpolated" else 1.0
+  config.model.pe_interpolation = pe_interpolation
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 20
   config.ema.values = (0.99,)

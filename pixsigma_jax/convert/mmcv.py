@@ -1,4 +1,4 @@
-"""Configs of the official repository, made into files of `configs/`.
+"""Configs of the official repository, made into config files of ours.
 
 Theirs are Python that mmcv runs: names at the top level are the fields, `_base_` names
 the files that they change, dicts are merged into the dicts of the base. Here nothing is
@@ -94,7 +94,7 @@ class Imported:
   """An imported config, and what happened to each field of its source.
 
   Attributes:
-    fields: ours by their dotted names, on `configs/paper.py`.
+    fields: ours by their dotted names; others have their defaults.
     notes: what to do or to know about it, a sentence each.
     elsewhere: fields that belong elsewhere → where.
     inert: fields that do nothing in the official code → why.
@@ -412,25 +412,27 @@ def _parent(load_from: str | None) -> str:
 
 
 def config_text(imported: Imported, source: str) -> str:
-  """A file for `train --config`: the stages' common base, and what differs from it."""
+  """A file for `train --config`: the defaults, and what the source says."""
+  exchanges = "optimizer" in imported.fields
+  names = "default_config, use_optimizer" if exchanges else "default_config"
   lines = [
     f'"""Imported from {source}, a config of PixArt\'s own code.',
     "",
     *(imported.report() or ["Every field was carried over."]),
     '"""',
     "",
-    "from configs import paper",
+    f"from pixsigma_jax.train.config import {names}",
     "",
     "",
     "def get_config():",
-    '  """The fields of the source, on the base of the paper\'s stages."""',
-    "  config = paper.get_config()",
+    '  """The fields of the source; all others are the defaults."""',
+    "  config = default_config()",
   ]
   for name, value in imported.fields.items():
     text = pprint.pformat(value, width=80, sort_dicts=False).replace("\n", "\n  ")
     if name == "optimizer":  # another than the base has, with fields of its own
       arguments = ", ".join(f"{field}={given!r}" for field, given in value.items())
-      lines.append(f"  paper.use_optimizer(config, {arguments})")
+      lines.append(f"  use_optimizer(config, {arguments})")
     else:
       lines.append(f"  config.{name} = {text}")
   return "\n".join([*lines, "  return config", ""])

@@ -25,7 +25,7 @@ from pixsigma_jax.train.config import model_config
 from pixsigma_jax.train.config_flag import run_with_config
 from pixsigma_jax.wording import install
 
-config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+config_flags.DEFINE_config_file("config", help_string="A config file; FILE:ARGUMENT.")
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Machines: v5e:8x8 (chips), h200:8 (GPUs of a box).", required=True
 )

@@ -17,7 +17,7 @@ from pixsigma_jax.plan import gpus
 from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.train import agreement
 from pixsigma_jax.train.batches import split_length
-from pixsigma_jax.train.config import call, model_config
+from pixsigma_jax.train.config import call, complete, model_config
 from pixsigma_jax.train.program import Program, abstract_batch, make_program
 
 # No number of a plan depends on it; the program wants one.
@@ -107,6 +107,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
       its batch or mesh do not fit the machines.
   """
   agreement.check_config(config)
+  config = complete(config)
   model = model_config(config["model"])
   batch_size, fields = config["batch_size"], dict(config["mesh"])
   slices = fields.pop("slices", None)

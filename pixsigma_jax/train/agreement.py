@@ -15,10 +15,9 @@ from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.train.config import (
-  SECTIONS,
   call,
-  check_fields,
   check_values,
+  complete,
   model_config,
 )
 from pixsigma_jax.train.ema import Ema
@@ -32,16 +31,14 @@ def check_config(config: Mapping[str, Any]) -> None:
 
   What needs data or devices to be judged, they judge later.
 
+  Args:
+    config: what differs from the defaults, or all of it.
+
   Raises:
-    ValueError: names what is missing, unknown or impossible.
+    ValueError: names what is unknown or impossible.
   """
-  check_fields("", config, SECTIONS[""])
   check_values(config)
-  for section, fields in SECTIONS.items():
-    have = config
-    for name in filter(None, section.split(".")):
-      have = have[name]
-    check_fields(section, have, fields)
+  config = complete(config)
   model_config(config["model"])
   call(Ema, "ema", config["ema"], batch_size=config["batch_size"])
   call(Guards, "guards", config["guards"])

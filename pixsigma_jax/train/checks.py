@@ -119,15 +119,14 @@ def each(check: Check) -> Check:
   return all_of
 
 
-def number_or_pair(check: Check) -> Check:
-  """A number, or a tuple of two."""
+def pair(check: Check) -> Check:
+  """A tuple of two, which another check takes."""
 
-  def either(value: Any) -> str | None:
-    if not isinstance(value, tuple | list):
-      return check(value)
-    return each(check)(value) if len(value) == 2 else "must be a number or a pair"
+  def both(value: Any) -> str | None:
+    wrong = each(check)(value)
+    return "must be a pair" if wrong is None and len(value) != 2 else wrong
 
-  return either
+  return both
 
 
 def factor_of_group(value: Any) -> str | None:

@@ -1,200 +1,151 @@
-"""Calls from a config's fields: each section stands for a call.
+"""Training configs: made complete by defaults, looked at, and turned into calls.
 
-A config spells out every field. A missing or an unknown one is an error before anything
-is built, so that no default hides in the code and no typo passes unseen.
+What a file of `configs/` or a user says is what differs from the defaults of
+`train/fields.py`. A name that is unknown is an error before anything is built, so that
+no typo passes unseen.
 """
 
+import dataclasses
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict, FieldReference
 
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import VARIANTS, PixArtConfig
-from pixsigma_jax.train.checks import (
-  Check,
-  complaints,
-  each,
-  factor_of_group,
-  named,
-  none_or,
-  number,
-  number_or_pair,
-  one_of,
-  span,
-  text,
-  truth,
-  whole,
-  zero_or,
-)
+from pixsigma_jax.train import fields
+from pixsigma_jax.train.checks import complaints
 from pixsigma_jax.wording import listed
 
-# Sections and fields of a training config, read by `train/loop.py`.
-FIELDS = (
-  "stage",
-  "seed",
-  "total_steps",
-  "batch_size",
-  "accumulation",
-  "model",
-  "compute",
-  "data",
-  "loss",
-  "optimizer",
-  "ema",
-  "adapter",
-  "init",
-  "mesh",
-  "checkpoint",
-  "guards",
-  "validation",
-  "log",
-  "frozen",
-)
-# Of sections that no call of their own checks, each after the one that it lies in;
-# docs/training.md says what the fields are.
-SECTIONS: dict[str, tuple[str, ...]] = {
-  "": FIELDS,
-  "init": ("parent", "transforms"),
-  "data": (
-    "path",
-    "weights",
-    "holdout",
-    "hashes",
-    "long_caption_ratio",
-    "num_threads",
-    "num_workers",
-    "damaged",
-  ),
-  "data.hashes": ("autoencoder", "text_encoder", "crop_rule"),
-  "checkpoint": (
-    "every",
-    "keep_last",
-    "keep_every",
-    "snapshot_every",
-    "local",
-    "local_every",
-    "remote",
-    "remote_every",
-  ),
-  "validation": ("every", "examples"),
-  "log": ("every", "sample_every", "prompts", "sample_set", "profile", "wandb"),
-  "log.sample_set": ("every", "count"),
-  "log.wandb": ("project", "entity"),
-}
+T = TypeVar("T")
 
 
-_DECAY = number(least=0, below=1)
-_POSITIVE = number(above=0)
-_PERIOD = whole(0)  # steps between two of something; 0 for never
-_AXIS = whole(-1)
-# Dotted name of a field → what its value must be, by itself. How fields go together is
-# checked where they meet: in `agreement`, and by what a section is the call of.
-CHECKS: dict[str, Check] = {
-  "stage": text,
-  # More would be drawn from as if they were less.
-  "seed": whole(0, below=2**32),
-  "total_steps": whole(1),
-  "batch_size": whole(1),
-  "accumulation": whole(1),
-  "model.variant": text,
-  "model.base_size": whole(1),
-  "model.pe_interpolation": _POSITIVE,
-  "model.mlp_ratio": _POSITIVE,
-  "model.in_channels": whole(1),
-  "model.learn_variance": truth,
-  "model.caption_width": whole(1),
-  "model.caption_length": whole(1),
-  "model.qk_norm": truth,
-  "model.size_conditions": truth,
-  "model.kv_compression.ratio": whole(1),
-  "model.kv_compression.layers": each(whole(0)),
-  "model.kv_compression.operator": text,
-  "model.kv_compression.norm": truth,
-  "compute.dtype": one_of("float32", "bfloat16", "float16"),
-  "compute.attention": text,
-  "compute.remat": text,
-  "compute.unroll": truth,
-  "data.path": text,
-  "data.weights": each(_POSITIVE),
-  "data.holdout": number(least=0, below=1),
-  "data.hashes.autoencoder": text,
-  "data.hashes.text_encoder": text,
-  "data.hashes.crop_rule": text,
-  "data.long_caption_ratio": number(least=0, most=1),
-  "data.num_threads": whole(0),
-  "data.num_workers": whole(0),
-  "data.damaged": one_of("stop", "replace"),
-  "loss.caption_dropout": number(least=0, most=1),
-  "loss.snr_switch": truth,
-  "loss.min_snr_gamma": none_or(_POSITIVE),
-  "loss.snr_shift": _POSITIVE,
-  "optimizer.name": text,
-  "optimizer.learning_rate": number(least=0),
-  "optimizer.scale_rule": text,
-  "optimizer.schedule": text,
-  "optimizer.warmup_steps": whole(0),
-  "optimizer.weight_decay": number(least=0),
-  "optimizer.clip_norm": number(above=0, infinite=True),
-  "optimizer.groups": each(factor_of_group),
-  # Of the optimizers, wherever one has them.
-  "optimizer.b1": _DECAY,
-  "optimizer.b2": _DECAY,
-  "optimizer.b3": _DECAY,
-  "optimizer.eps": number_or_pair(_POSITIVE),
-  "optimizer.clip_threshold": number(above=0, infinite=True),
-  "optimizer.momentum_dtype": text,
-  "optimizer.decay_rate": _POSITIVE,
-  "optimizer.min_size_to_factor": whole(1),
-  "optimizer.scale_by_parameter": truth,
-  "optimizer.beta": _DECAY,
-  "optimizer.nesterov": truth,
-  "optimizer.newton_schulz_steps": whole(1),
-  "optimizer.consistent_rms": none_or(_POSITIVE),
-  "optimizer.adam_b1": _DECAY,
-  "optimizer.adam_b2": _DECAY,
-  "ema.kind": text,
-  "ema.values": each(number(least=0)),
-  "ema.unit": text,
-  "ema.offload": truth,
-  "adapter.rank": whole(0),
-  "adapter.alpha": _POSITIVE,
-  "adapter.targets": each(text),
-  "adapter.dora": truth,
-  "init.parent": text,
-  "init.transforms": each(named),
-  "mesh.slices": whole(0),
-  "mesh.data": _AXIS,
-  "mesh.fsdp": _AXIS,
-  "mesh.context": _AXIS,
-  "checkpoint.every": _PERIOD,
-  "checkpoint.keep_last": whole(
-    1,
-    way_out="it is how many of the newest checkpoints stay: for all of them give a "
-    "number that is never reached, or keep_every=1",
-  ),
-  "checkpoint.keep_every": _PERIOD,
-  "checkpoint.snapshot_every": _PERIOD,
-  "checkpoint.local": text,
-  "checkpoint.local_every": _PERIOD,
-  "checkpoint.remote": text,
-  "checkpoint.remote_every": _PERIOD,
-  "guards.bad_step": text,
-  "guards.spike_factor": zero_or(number(above=1)),
-  "guards.max_bad_steps": whole(1),
-  "guards.hang_factor": zero_or(number(above=1)),
-  "validation.every": _PERIOD,
-  "validation.examples": whole(0),
-  "log.every": whole(1),
-  "log.sample_every": _PERIOD,
-  "log.prompts": each(text),
-  "log.sample_set.every": _PERIOD,
-  "log.sample_set.count": whole(0),
-  "log.profile": span,
-  "log.wandb.project": text,
-  "log.wandb.entity": text,
-  "frozen": text,
-}
+def default_config() -> ConfigDict:
+  """Every field with its default, for a config file to change.
+
+  A stage must at least say its `total_steps`, `batch_size` and `data.path`.
+  """
+  return config_dict({})
+
+
+def config_dict(given: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+  """A config with every field: what is given, and the defaults of all others.
+
+  Whole numbers that are given for real ones become real, and a field that may be None
+  takes any type, so that flags can set one where the file has the other.
+
+  Raises:
+    ValueError: unknown names, with the nearest known; or a section that is none.
+  """
+  plain = ConfigDict({**given}).to_dict()  # sections may be ConfigDicts, too
+  return ConfigDict(_filled("", plain, defaults_of(plain)))
+
+
+def complete(given: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+  """The same as a plain dict."""
+  return config_dict(given).to_dict()
+
+
+def defaults_of(given: Mapping[str, Any]) -> fields.Config:
+  """Defaults of a config: those of the optimizer are of the one that is named.
+
+  Raises:
+    ValueError: an unknown optimizer.
+  """
+  optimizer = given.get("optimizer", {})
+  name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
+  config = fields.Config()
+  if not isinstance(name, str):
+    return config
+  return dataclasses.replace(config, optimizer=fields.section_of(name))
+
+
+def _filled(section: str, given: Any, defaults: Any) -> dict[str, Any]:
+  if not isinstance(given, Mapping):
+    raise ValueError(
+      f"The config makes no sense: config.{section}={given!r} must be a section of "
+      "fields."
+    )
+  known = {field.name: field for field in dataclasses.fields(defaults)}
+  _refuse(section, _unknown(section, given, known), known)
+  filled: dict[str, Any] = {}
+  for name, field in known.items():
+    default = getattr(defaults, name)
+    if dataclasses.is_dataclass(default):
+      filled[name] = _filled(_within(section, name), given.get(name, {}), default)
+      continue
+    value = given.get(name, default)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and field.type in (float, float | None):
+      value = float(value)
+    if field.type == float | None:
+      value = FieldReference(value, field_type=object)
+    filled[name] = value
+  return filled
+
+
+def use_optimizer(config: Any, *, name: str, **own: Any) -> None:
+  """Puts another optimizer in a config; what every optimizer has stays as it is.
+
+  Args:
+    config: a ConfigDict with every field.
+    name: of the optimizer.
+    own: its own fields that differ from their defaults.
+
+  Raises:
+    ValueError: an unknown optimizer, or fields that are not its own.
+  """
+  shared = {field.name for field in dataclasses.fields(fields.Optimizer)}
+  kept = {n: value for n, value in config.optimizer.to_dict().items() if n in shared}
+  section = {**kept, "name": name, **own}
+  config.optimizer = config_dict({"optimizer": section})["optimizer"]
+
+
+def choose(argument: str, known: Mapping[str, T]) -> T:
+  """What an argument of a config file stands for.
+
+  Args:
+    known: argument → what it stands for.
+
+  Raises:
+    ValueError: an unknown argument; lists the known ones.
+  """
+  if argument not in known:
+    near = difflib.get_close_matches(argument, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    names = ", ".join(map(repr, known))
+    raise ValueError(f"Unknown argument {argument!r}{hint}; known are {names}.")
+  return known[argument]
+
+
+DEFAULT, FILE, COMMAND_LINE = "default", "file", "command line"
+
+
+def origins(
+  config: Mapping[str, Any], overrides: Iterable[str]
+) -> Iterator[tuple[str, Any, str]]:
+  """Yields each field's dotted name, its value, and where that came from.
+
+  What a file says and is the default as well counts as the default.
+
+  Args:
+    config: complete.
+    overrides: dotted names of what the command line changed: fields, what lies within
+      one, or sections.
+  """
+  overridden = [name.partition("[")[0] for name in overrides]
+  defaults = fields.fields(defaults_of(config))
+  defaults["optimizer.name"] = fields.fields(fields.Config())["optimizer.name"]
+  for name, field in defaults.items():
+    value = functools.reduce(operator.getitem, name.split("."), config)
+    if any(f"{name}.".startswith(f"{o}.") for o in overridden):
+      yield name, value, COMMAND_LINE
+    else:
+      yield name, value, DEFAULT if value == field.default else FILE
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -203,29 +154,85 @@ def check_values(config: Mapping[str, Any]) -> None:
   Raises:
     ValueError: names all fields whose values make no sense.
   """
-  if said := complaints(config, CHECKS):
+  if said := complaints(config, fields.checks(defaults_of(config))):
     raise ValueError(f"The config makes no sense: {'; '.join(said)}.")
 
 
-def check_fields(section: str, have: Mapping[str, Any], want: Any) -> None:
+def check_fields(section: str, have: Mapping[str, Any], want: Iterable[str]) -> None:
   """Compares the names in a section with those it must have.
 
   Raises:
     ValueError: names the missing fields, and the unknown with their nearest.
   """
-  dot = f"config.{section}." if section else "config."
   want = list(want)
-  problems = []
-  for name in have:
-    if name not in want:
-      near = difflib.get_close_matches(name, want, n=1)
-      hint = f" (did you mean {dot}{near[0]}?)" if near else ""
-      problems.append(f"unknown {dot}{name}{hint}")
-  problems += [f"missing {dot}{name}" for name in want if name not in have]
+  missing = [
+    f"missing config.{_within(section, name)}" for name in want if name not in have
+  ]
+  _refuse(section, [*_unknown(section, have, want), *missing], want)
+
+
+def _unknown(section: str, have: Iterable[str], known: Collection[str]) -> list[str]:
+  """A clause for each name that a section does not have."""
+  return [
+    f"unknown config.{_within(section, name)}{_hint(section, name, known)}"
+    for name in have
+    if name not in known
+  ]
+
+
+def _hint(section: str, name: str, known: Iterable[str]) -> str:
+  """The field that may be meant: of this section, or of that name in another."""
+  if near := difflib.get_close_matches(name, known, n=1):
+    return f" (did you mean config.{_within(section, near[0])}?)"
+  if section == "optimizer":
+    owners = [
+      optimizer
+      for optimizer, own in fields.OPTIMIZERS.items()
+      if name in {field.name for field in dataclasses.fields(own)}
+    ]
+    if owners:
+      return (
+        f" (a field of {' and '.join(owners)}: in a file use_optimizer, or a flag "
+        "--config.optimizer.name, exchanges an optimizer's fields too)"
+      )
+  elsewhere: dict[str, list[str]] = {}
+  for dotted in fields.fields(fields.Config()):
+    elsewhere.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+  for near in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
+    if len(elsewhere[near]) == 1:
+      return f" (did you mean config.{elsewhere[near][0]}?)"
+  return ""
+
+
+def unknown_names(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+  """A clause for each dotted name that a complete config does not have.
+
+  An index may follow the name of a field, as in `ema.values[0]`.
+  """
+  defaults = defaults_of(config)
+  known = {*fields.fields(defaults), *fields.sections(defaults)} - {""}
+  found = []
+  for dotted in names:
+    path = dotted.partition("[")[0].split(".")
+    for end, name in enumerate(path):
+      section = ".".join(path[:end])
+      if _within(section, name) not in known:
+        inner = section and f"{section}."
+        here = [k.removeprefix(inner) for k in known if k.startswith(inner)]
+        found += _unknown(section, [name], [k for k in here if "." not in k])
+        break
+  return found
+
+
+def _within(section: str, name: str) -> str:
+  return f"{section}.{name}" if section else name
+
+
+def _refuse(section: str, problems: list[str], known: Iterable[str]) -> None:
   if problems:
     raise ValueError(
       f"The config does not fit: {listed(problems, 20, '; ')}. "
-      f"Its fields here are {', '.join(want)}."
+      f"Its fields here are {', '.join(known)}."
     )
 
 

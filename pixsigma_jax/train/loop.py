@@ -20,7 +20,7 @@ from pixsigma_jax.metadata import Metadata, software
 from pixsigma_jax.sample import frozen
 from pixsigma_jax.train import actions, agreement, guards, run_directory, sheets
 from pixsigma_jax.train.batches import Batches
-from pixsigma_jax.train.config import call, model_config
+from pixsigma_jax.train.config import call, complete, model_config
 from pixsigma_jax.train.ema import save_snapshots
 from pixsigma_jax.train.goodput import Arithmetic, Goodput
 from pixsigma_jax.train.metrics import MetricWriter, Window, check_wandb
@@ -37,7 +37,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   """Trains a stage from where it is (nowhere, its parent, a checkpoint) to its end.
 
   Args:
-    config: what a file of `configs/` returns, as a plain dict.
+    config: what differs from the defaults, or all of it, as a plain dict.
     workdir: the run's directory; a run that is there already is continued.
 
   Raises:
@@ -52,6 +52,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
   """
   workdir = pathlib.Path(workdir)
   agreement.check_config(config)
+  config = complete(config)
   with run_directory.held(workdir, config["checkpoint"]["remote"]):
     if distributed.of_first(is_cleared(config, workdir)):
       logging.info(

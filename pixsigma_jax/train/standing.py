@@ -6,6 +6,7 @@ from typing import Any
 
 from pixsigma_jax import checkpoint
 from pixsigma_jax.train import agreement, run_directory
+from pixsigma_jax.train.config import complete
 
 DONE, OPEN = "done", "open"
 
@@ -20,10 +21,11 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   that they were made on. Of these, what this host has is told beside the rest.
 
   Raises:
-    ValueError: the config has values without sense or lacks fields, or the workdir is
-      another stage's.
+    ValueError: the config has values without sense or unknown fields, or the workdir
+      is another stage's.
   """
   agreement.check_config(config)
+  config = complete(config)
   workdir, total = pathlib.Path(workdir), config["total_steps"]
   _check_stage(config, workdir)
   saved, local = _steps(config, workdir)

@@ -12,9 +12,6 @@ from pixsigma_jax.plan.stage import stage_on
 from tests import commands
 from tests.plan.stages import config_of, stage
 
-# ml_collections reads config files so.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 SMALL = (
   "--config=configs/quickstart/low.py",
   "--config.model.variant=Nano/2",

@@ -15,9 +15,6 @@ from pixsigma_jax.train.config import model_config
 from tests import commands
 from tests.plan.stages import config_of
 
-# ml_collections reads config files so.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 SMALL = (
   "--config=configs/quickstart/low.py",
   "--config.model.variant=Nano/2",

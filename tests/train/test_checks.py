@@ -7,8 +7,9 @@ import pytest
 
 from configs import stage_4k
 from configs.quickstart import low
+from pixsigma_jax.train import fields
 from pixsigma_jax.train.agreement import check_config
-from pixsigma_jax.train.config import CHECKS
+from pixsigma_jax.train.config import defaults_of
 from pixsigma_jax.train.optimizer import OPTIMIZERS
 from tests.train import runs, weak_stage
 
@@ -51,11 +52,11 @@ def configs():
   """One with each optimizer."""
   stages = [weak_stage.get_config(), low.get_config(), stage_4k.get_config()]
   found = [runs.shrink(stage, "data", "parent").to_dict() for stage in stages]
-  for name, fields in OTHERS.items():
+  for name, own in OTHERS.items():
     config = copy.deepcopy(found[0])
     for field in ("b1", "b2", "eps"):
       del config["optimizer"][field]
-    config["optimizer"] |= {"name": name, **fields}
+    config["optimizer"] |= {"name": name, **own}
     found.append(config)
   assert {config["optimizer"]["name"] for config in found} == set(OPTIMIZERS)
   return found
@@ -83,8 +84,15 @@ def test_what_the_stages_have_makes_sense(config):
   check_config(config)
 
 
-def test_every_field_of_every_section_is_looked_at():
-  assert set(FIELDS) == set(CHECKS)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["optimizer"]["name"])
+def test_every_field_of_every_section_is_looked_at(config):
+  assert set(flat(config)) == set(fields.checks(defaults_of(config)))
+
+
+@pytest.mark.parametrize("value", [1e-8, (1e-8,), (1e-8, 0.0), (1e-8, 1e-8, 1e-8)])
+def test_what_came_adds_is_a_pair(value):
+  [came] = [config for config in CONFIGS if config["optimizer"]["name"] == "came"]
+  refuse(came, "optimizer.eps", value)
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -1,4 +1,6 @@
-"""A config names every field; a typo or a gap is found before anything is built."""
+"""Each section stands for a call; a typo or a gap is found before anything is built."""
+
+import dataclasses
 
 import pytest
 
@@ -6,7 +8,8 @@ from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.sharding import make_mesh_of_slices
-from pixsigma_jax.train.config import FIELDS, call, check_fields, model_config
+from pixsigma_jax.train import fields
+from pixsigma_jax.train.config import call, check_fields, model_config
 from pixsigma_jax.train.ema import Ema
 from pixsigma_jax.train.loss import make_loss
 from pixsigma_jax.train.optimizer import make_optimizer
@@ -44,8 +47,12 @@ GIVEN = {
 }
 
 
-def change(fields, **renamed):
-  return {renamed.get(name, name): value for name, value in fields.items()}
+def change(section, **renamed):
+  return {renamed.get(name, name): value for name, value in section.items()}
+
+
+# Names at the top level.
+FIELDS = [field.name for field in dataclasses.fields(fields.Config)]
 
 
 def test_a_config_with_exactly_its_fields_passes():
@@ -111,7 +118,7 @@ def test_a_model_is_its_variant_and_every_other_field():
 
 
 @pytest.mark.parametrize("name", MODEL)
-def test_no_field_of_the_model_has_a_default_in_a_config(name):
+def test_a_model_is_made_of_every_field_by_name(name):
   fields = {key: value for key, value in MODEL.items() if key != name}
   with pytest.raises(ValueError, match=rf"missing config\.model\.{name}\."):
     model_config(fields)
