@@ -177,7 +177,9 @@ def make_set(
   disk.write_whole(
     output / MANIFEST, lambda partial: partial.write_text(text, encoding="utf-8")
   )
-  logging.info("Chose %d of %d images of %s.", len(chosen), len(candidates), index)
+  logging.info(
+    "Chose %d of %d images of %s.", len(chosen), len(candidates), index.directory
+  )
 
 
 def _begin(output: pathlib.Path, about: Mapping[str, Any], found: list[Item]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from absl import logging
 from PIL import Image
 
 import pixsigma_jax
@@ -105,8 +104,6 @@ def write(
     folder.path / "contact_sheet.jpg",
     lambda partial: sheet.save(partial, format="JPEG", quality=90),
   )
-  for remark in remarks:
-    logging.warning("%s", remark)
   print(text)
   print(folder.path / "report.md")
   return content

@@ -27,6 +27,7 @@ ITEMS_PER_PART = 64  # work that a kill can undo
 _READERS = 4  # threads that decode images ahead of the scorer
 # Path of an image inside of a Parquet file: row 12 of column `image`.
 _IN_TABLE = re.compile(r"(.+\.parquet)#(\d+)")
+_PIXELS = 2**26  # decoded together: 200 MB, and as much ahead
 
 # An image to score: its item, its number there, its file.
 _Row = tuple[Item, int, pathlib.Path]
@@ -228,10 +229,17 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
   return pa.array(values, kind)
 
 
+def chunk_size(rows: Sequence[_Row], most: int) -> int:
+  """Number of images decoded together: fewer of large ones, to bound the memory."""
+  areas = [item.height * item.width for item, *_ in rows if item.height and item.width]
+  return max(1, min(most, _PIXELS // max(areas, default=1)))
+
+
 def _read_ahead(
   rows: Sequence[_Row], size: int
 ) -> Iterator[tuple[Sequence[_Row], list[UInt8[np.ndarray, "_ _ 3"]]]]:
   """Chunks of rows with their images, the next chunk being read meanwhile."""
+  size = chunk_size(rows, size)
   chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
 

@@ -179,3 +179,9 @@ def test_identical_grey_levels_are_not_identical_pictures(evaluation, tmp_path):
   sizes = {p.stat().st_size for p in (tmp_path / "theirs").iterdir()}
   assert len(sizes) == 1
   assert add(evaluation(), tmp_path / "theirs").missing() == []
+
+
+@pytest.mark.parametrize(("side", "together"), [(512, 64), (2048, 16), (8192, 1)])
+def test_fewer_large_images_are_decoded_together(side, together, tmp_path):
+  item = Item(id="a", prompt="a", height=side, width=side)
+  assert scoring.chunk_size([(item, 0, tmp_path)] * 99, 64) == together

@@ -118,7 +118,7 @@ def test_from_an_index_to_a_report_killed_and_resumed(
     "--distance_resamples=2",
   ]
   # prompts.jsonl, suite.json and model.json are files too.
-  for writes in (6, COUNT + 9):
+  for writes in (6, 23):
     context = kill_after(monkeypatch, writes)
     before = stamps(output)
     with pytest.raises(Killed):

@@ -37,7 +37,7 @@ def write(directory, rough, seeds=range(2)):
 def prompts(tmp_path):
   write(tmp_path / "real", 12)
   path = tmp_path / "prompts.jsonl"
-  lines = [{"prompt": f"waves {i}", "reference": f"real/{i:05d}.png"} for i in range(3)]
+  lines = [{"prompt": f"waves {i}", "reference": f"real/{i:05d}.png"} for i in range(2)]
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   return path
 
