@@ -86,10 +86,6 @@ def _measure(
   disk.check_writable(path_of_report.parent)
   asked = Settings.of(settings | {"seed": seed})
   asked.of_prompts(1)
-  logging.warning(
-    "`evaluate --task=digits` goes with the next release: use `evaluate digits "
-    "--output=FOLDER`, which can be resumed and draws a report."
-  )
 
   prompts = evaluation_prompts(seed, per_task)
   results, counts_by_name = [], {}

@@ -1,6 +1,6 @@
 """Report of an evaluation: models side by side, in JSON, Markdown and pictures.
 
-report.json report.md report.png contact_sheet.jpg
+report.json report.md report.png contact_sheet.jpg; without matplotlib no report.png.
 """
 
 import dataclasses
@@ -47,9 +47,8 @@ def write(
     resamples, distance_resamples, seed: of bootstrap intervals.
 
   Raises:
-    ValueError: no model is scored, or matplotlib is not installed.
+    ValueError: no model is scored.
   """
-  _check_plots()
   counts = {"resamples": resamples, "distance_resamples": distance_resamples}
   for name, count in counts.items():
     if count < 0:
@@ -72,6 +71,9 @@ def write(
       + (" ".join(remarks) or "Run `evaluate sample` and `evaluate score`.")
     )
   remarks += differences(figures, suite.published)
+  plots = _can_plot()
+  if not plots:
+    remarks.append(f"There is no report.png: matplotlib is missing: {install('eval')}.")
   content = {
     "suite": folder.about["suite"],
     "version": folder.about["version"],
@@ -96,9 +98,13 @@ def write(
   _write_text(folder.path / "report.json", json.dumps(content, indent=2) + "\n")
   text = markdown(folder.about["suite"], figures, suite.published, remarks)
   _write_text(folder.path / "report.md", text)
-  disk.write_whole(
-    folder.path / "report.png", lambda partial: plot(partial, figures, suite.published)
-  )
+  if plots:
+    disk.write_whole(
+      folder.path / "report.png",
+      lambda partial: plot(partial, figures, suite.published),
+    )
+  else:  # one of earlier scores would not be of this report
+    (folder.path / "report.png").unlink(missing_ok=True)
   sheet = contact_sheet(folder, shown)
   disk.write_whole(
     folder.path / "contact_sheet.jpg",
@@ -232,6 +238,16 @@ def _cell(figure: Figure) -> str:
   return f"{value} [{figure.low:.4g}, {figure.high:.4g}]"
 
 
+def _can_plot() -> bool:
+  try:
+    import matplotlib  # noqa: F401
+  except ModuleNotFoundError as error:
+    if error.name != "matplotlib":
+      raise
+    return False
+  return True
+
+
 def plot(
   path: pathlib.Path,
   figures: Mapping[str, Sequence[Figure]],
@@ -290,15 +306,6 @@ def contact_sheet(
 
   images, labels = zip(*cells(), strict=True)
   return pictures.grid(images, columns=len(models), labels=labels)
-
-
-def _check_plots() -> None:
-  try:
-    import matplotlib  # noqa: F401
-  except ImportError:
-    raise ValueError(
-      f"The report's plots need matplotlib: {install('eval')}."
-    ) from None
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The four steps of a suite, from checkpoints to a report, whole and interrupted."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -51,7 +52,9 @@ def renders(items, directory):
   return directory
 
 
-def test_from_checkpoints_and_a_folder_to_a_report(evaluate, runs, tmp_path):
+def test_from_checkpoints_and_a_folder_to_a_report(
+  evaluate, runs, tmp_path, monkeypatch
+):
   output = tmp_path / "evaluation"
   done = evaluate("prompts", "digits", f"--output={output}", f"--per_task={PER_TASK}")
   assert done.code == 0, done.err
@@ -80,3 +83,10 @@ def test_from_checkpoints_and_a_folder_to_a_report(evaluate, runs, tmp_path):
   for name in ("report.png", "contact_sheet.jpg"):
     with Image.open(output / name) as image:
       assert min(image.size) > 100
+
+  # Plots alone need matplotlib, and are not missed after hours of drawing.
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  done = evaluate("report", "digits", f"--output={output}", "--resamples=50")
+  assert done.code == 0, done.err
+  assert "There is no report.png: matplotlib is missing" in done.out
+  assert not (output / "report.png").exists()
