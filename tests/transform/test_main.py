@@ -242,7 +242,7 @@ def test_a_folder_of_others_is_left_alone_and_nothing_is_read_before(
   ("arguments", "message"),
   [
     (("swap",), "Unknown transform 'swap' (choose from interpolate_pe, "),
-    (("extend_pe",), "missing a required argument: 'base_size'"),
+    (("extend_pe",), "argument: 'base_size'. Its arguments are base_size."),
     (("extend_pe", "--base_size=8", "--ratio=4"), "'ratio'. Its arguments are base_"),
     (("add_kv_compression", "--ratio=4", "--layers=1-x"), "'1-x' is neither a number"),
     (("average", "--others=a,b", "--weights=1,x"), "--weights=1,x: could not convert"),
