@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import types
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -67,7 +68,7 @@ def finish(workdir, step):
   (set_of(workdir, step) / "captions.jsonl").write_text(text)
 
 
-def scores(workdir, step):
+def scores(workdir, step) -> Any:
   """Figures of a set by name; None where it is not scored."""
   path = set_of(workdir, step) / "scores.json"
   if not path.exists():
@@ -99,8 +100,10 @@ def test_sets_are_scored_once_when_they_are_whole(
   assert scores(workdir, 20) is None
 
   # Another way to the same number.
-  scorer = scorer_type("clip").load({"clip": str(clip)})
-  rows = sample_sets.read(set_of(workdir, 10)).rows
+  scorer: Any = scorer_type("clip").load({"clip": str(clip)})
+  whole = sample_sets.read(set_of(workdir, 10))
+  assert whole is not None
+  rows = whole.rows
   assert [item.prompt for item, _, _ in rows] == list(CAPTIONS)
   images = [np.asarray(Image.open(path)) for _, _, path in rows]
   cosines = scorer(images, [item for item, _, _ in rows])["cosine"]
@@ -209,7 +212,7 @@ def test_another_scorer_joins_and_another_identity_replaces(workdir, caplog):
 class ConstantCosine:
   """A scorer whose numbers are known; it can do something meanwhile."""
 
-  meanwhile: object = None
+  meanwhile: Any = None
   batch_size: int = 2
 
   def identity(self):
