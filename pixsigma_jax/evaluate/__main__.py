@@ -16,6 +16,10 @@ People and a multimodal model say which images they prefer:
   python -m pixsigma_jax.evaluate study report --folder=FOLDER --study=NAME
   python -m pixsigma_jax.evaluate judge --folder=FOLDER --judge=MODEL
 
+The sample sets of a run are scored while it trains, into its TensorBoard:
+
+  python -m pixsigma_jax.evaluate watch WORKDIR [--scorers=clip,texture] [--once]
+
 `evaluate COMMAND --help` lists a command's flags. The form without a command,
 `evaluate --checkpoints=A,B --task=digits --output=FILE.json`, works for one release
 more.

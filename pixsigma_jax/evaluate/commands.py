@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
   "study": "study.command",
   "judge": "judge.command",
   "make-set": "make_set",
+  "watch": "watch",
 }
 
 

@@ -62,7 +62,7 @@ def add_pictures(
       one is damaged or of another size.
   """
   model = folder.model(name)
-  paths = _pictures(directory)
+  paths = pictures_below(directory)
   matched, rule = _match(model, paths, directory)
   _check_equal(matched)
   if not any_size:
@@ -101,8 +101,12 @@ def _copy(source: pathlib.Path, partial: pathlib.Path) -> None:
       image.convert("RGB").save(partial, format="PNG", compress_level=1)
 
 
-def _pictures(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Pictures below a folder, in the order of their paths."""
+def pictures_below(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Pictures below a folder, in the order of their paths.
+
+  Raises:
+    ValueError: there is none.
+  """
   paths = [
     pathlib.Path(folder, name)
     for folder, _, names in os.walk(directory)

@@ -30,7 +30,7 @@ _IN_TABLE = re.compile(r"(.+\.parquet)#(\d+)")
 _PIXELS = 2**26  # decoded together: 200 MB, and as much ahead
 
 # An image to score: its item, its number there, its file.
-_Row = tuple[Item, int, pathlib.Path]
+Row = tuple[Item, int, pathlib.Path]
 
 
 def score(
@@ -65,7 +65,7 @@ def score(
   todo = []
   for part in range(jax.process_index(), len(parts), jax.process_count()):
     path = part_path(directory, part)
-    have = _stored(path)
+    have = stored_metadata(path)
     if have == metadata:
       continue
     if have is not None:
@@ -78,15 +78,12 @@ def score(
     return
   directory.mkdir(parents=True, exist_ok=True)
   disk.remove_abandoned(directory)
-  schema = pa.schema(
-    [pa.field("id", pa.string()), pa.field("image", pa.int32()), *scorer.schema()],
-    metadata=metadata,
-  )
+  schema = schema_of(scorer, metadata)
   if isinstance(scorer, MadeScores):
     made = _made(parts, whose, scorer)
     tables = (_table(parts[part], schema, made[part]) for part in todo)
   else:
-    tables = (_scored(parts[part], scorer, schema) for part in todo)
+    tables = (score_rows(parts[part], scorer, schema) for part in todo)
   done = 0
   try:
     progress = command.progress(todo, len(todo), f"{name} of {whose}, parts")
@@ -114,7 +111,7 @@ def read_scores(
   tables = []
   for part in range(len(_parts(folder, model))):
     path = part_path(directory, part)
-    have = _stored(path)
+    have = stored_metadata(path)
     if have is None or have.get(b"of") != _owner(folder, model):
       return None
     tables.append(pq.read_table(path))
@@ -169,7 +166,7 @@ def _opened(path: pathlib.Path) -> pathlib.Path | io.BytesIO:
   return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
 
-def _parts(folder: EvaluationFolder, model: ModelFolder | None) -> list[list[_Row]]:
+def _parts(folder: EvaluationFolder, model: ModelFolder | None) -> list[list[Row]]:
   """The rows of each part."""
   if model is None:
     rows = [
@@ -184,7 +181,23 @@ def _parts(folder: EvaluationFolder, model: ModelFolder | None) -> list[list[_Ro
   return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _scored(rows: Sequence[_Row], scorer: Scorer, schema: pa.Schema) -> pa.Table:
+def schema_of(
+  scorer: Scorer | MadeScores, metadata: Mapping[bytes, bytes]
+) -> pa.Schema:
+  """Columns of a scorer's rows: `id`, `image` and its own."""
+  own = scorer.schema()
+  return pa.schema(
+    [pa.field("id", pa.string()), pa.field("image", pa.int32()), *own],
+    metadata=dict(metadata),
+  )
+
+
+def score_rows(rows: Sequence[Row], scorer: Scorer, schema: pa.Schema) -> pa.Table:
+  """Scores of images, as `schema_of` has them; the next images are read meanwhile.
+
+  Raises:
+    ValueError: an image cannot be read.
+  """
   columns: dict[str, list[Any]] = {field.name: [] for field in scorer.schema()}
   for chunk, images in _read_ahead(rows, scorer.batch_size):
     scored = scorer(images, [item for item, _, _ in chunk])
@@ -194,7 +207,7 @@ def _scored(rows: Sequence[_Row], scorer: Scorer, schema: pa.Schema) -> pa.Table
 
 
 def _made(
-  parts: Sequence[Sequence[_Row]], whose: str, scores: MadeScores
+  parts: Sequence[Sequence[Row]], whose: str, scores: MadeScores
 ) -> list[dict[str, Any]]:
   """The columns of each part, of scores that were made elsewhere."""
   keys = [(item.id, image) for rows in parts for item, image, _ in rows]
@@ -212,7 +225,7 @@ def _made(
 
 
 def _table(
-  rows: Sequence[_Row], schema: pa.Schema, columns: Mapping[str, Any]
+  rows: Sequence[Row], schema: pa.Schema, columns: Mapping[str, Any]
 ) -> pa.Table:
   arrays = {
     "id": pa.array([item.id for item, _, _ in rows], pa.string()),
@@ -229,21 +242,21 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
   return pa.array(values, kind)
 
 
-def chunk_size(rows: Sequence[_Row], most: int) -> int:
+def chunk_size(rows: Sequence[Row], most: int) -> int:
   """Number of images decoded together: fewer of large ones, to bound the memory."""
   areas = [item.height * item.width for item, *_ in rows if item.height and item.width]
   return max(1, min(most, _PIXELS // max(areas, default=1)))
 
 
 def _read_ahead(
-  rows: Sequence[_Row], size: int
-) -> Iterator[tuple[Sequence[_Row], list[UInt8[np.ndarray, "_ _ 3"]]]]:
+  rows: Sequence[Row], size: int
+) -> Iterator[tuple[Sequence[Row], list[UInt8[np.ndarray, "_ _ 3"]]]]:
   """Chunks of rows with their images, the next chunk being read meanwhile."""
   size = chunk_size(rows, size)
   chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
 
-    def read(chunk: Sequence[_Row]) -> list[Any]:
+    def read(chunk: Sequence[Row]) -> list[Any]:
       return [pool.submit(read_image, path) for _, _, path in chunk]
 
     ahead = read(chunks[0]) if chunks else []
@@ -268,7 +281,7 @@ def _metadata(
   }
 
 
-def _stored(path: pathlib.Path) -> Mapping[bytes, bytes] | None:
+def stored_metadata(path: pathlib.Path) -> Mapping[bytes, bytes] | None:
   """Metadata of a part; None where there is none, or it is damaged."""
   if not path.is_file():
     return None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pixsigma_jax import disk
+from pixsigma_jax.tensorboard import Board, writing
 from pixsigma_jax.wording import install
 
 
@@ -49,7 +50,7 @@ class MetricWriter:
       self.path = pathlib.Path(workdir) / "metrics.jsonl"
     self._config = config
     self._file: Any = None
-    self._board: _Board | None = None
+    self._board: Board | None = None
     self._wandb: Any = None
     if self.path is not None and config and config["log"]["wandb"]["project"]:
       self._wandb = _open_wandb(self.path.parent, config)
@@ -63,7 +64,7 @@ class MetricWriter:
       return
     self.path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    with _writing(self.path):
+    with writing(self.path):
       if self.path.exists():
         kept = [line for line in _lines(self.path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -71,7 +72,7 @@ class MetricWriter:
       self._file = self.path.open("a")
     self.last = kept[-1] if kept else None
     if importlib.util.find_spec("tensorboardX"):
-      self._board = _Board(self.path.parent / "tensorboard", step + 1)
+      self._board = Board(self.path.parent / "tensorboard", step + 1)
       if self._config is not None:
         self._board.add_text("config", _as_text(self._config), step)
 
@@ -80,7 +81,7 @@ class MetricWriter:
     if self._file is None or self.path is None:
       return
     plain = {name: _plain(value) for name, value in values.items()}
-    with _writing(self.path):
+    with writing(self.path):
       self._file.write(json.dumps({"step": step, **plain}) + "\n")
       self._file.flush()
     scalars = dict(_scalars(plain))
@@ -111,64 +112,11 @@ class MetricWriter:
     board, self._board = self._board, None
     try:
       if file is not None and self.path is not None:
-        with _writing(self.path):
+        with writing(self.path):
           file.close()
     finally:
       if board is not None:
         board.close()
-
-
-class _Board:
-  """A file of events for TensorBoard.
-
-  Without tensorboardX's SummaryWriter, whose thread dies on a full disk without a word
-  and then blocks whoever writes.
-  """
-
-  def __init__(self, directory: pathlib.Path, first_step: int):
-    """Opens a file of events; earlier ones from `first_step` on are superseded."""
-    from tensorboardX import event_file_writer
-
-    protos: Any = importlib.import_module("tensorboardX.proto.event_pb2")
-    self._directory, self._event = directory, protos.Event
-    with _writing(directory):
-      directory.mkdir(parents=True, exist_ok=True)
-      # A name of its own, for two may be begun in one second.
-      suffix = f".{uuid.uuid4().hex[:8]}"
-      self._events = event_file_writer.EventsWriter(str(directory / "events"), suffix)
-    start = protos.SessionLog(status=protos.SessionLog.START)
-    self._add(first_step, session_log=start)
-
-  def add_scalars(self, scalars: Mapping[str, int | float], step: int) -> None:
-    from tensorboardX import summary
-
-    for name, value in scalars.items():
-      self._add(step, summary=summary.scalar(name, value))
-    self._flush()
-
-  def add_image(self, name: str, image: np.ndarray, step: int) -> None:
-    from tensorboardX import summary
-
-    self._add(step, summary=summary.image(name, image, dataformats="HWC"))
-    self._flush()
-
-  def add_text(self, name: str, text: str, step: int) -> None:
-    from tensorboardX import summary
-
-    self._add(step, summary=summary.text(name, text))
-    self._flush()
-
-  def close(self) -> None:
-    with _writing(self._directory):
-      self._events.close()
-
-  def _add(self, step: int, **content: Any) -> None:
-    with _writing(self._directory):
-      self._events.write_event(self._event(step=step, wall_time=time.time(), **content))
-
-  def _flush(self) -> None:
-    with _writing(self._directory):
-      self._events.flush()
 
 
 def check_wandb(section: Mapping[str, str]) -> None:
@@ -209,17 +157,6 @@ def _open_wandb(workdir: pathlib.Path, config: Mapping[str, Any]) -> Any:
   run.define_metric("step", hidden=True)
   run.define_metric("*", step_metric="step")
   return run
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns errors of writing into one that names the file."""
-  try:
-    yield
-  except OSError as error:
-    raise OSError(
-      error.errno, f"Could not write metrics: {error.strerror or error}", str(path)
-    ) from error
 
 
 def _scalars(plain: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:

@@ -72,10 +72,10 @@ def test_without_tensorboardx_the_lines_are_written_all_the_same(tmp_path, monke
   assert not (tmp_path / "tensorboard").exists()
 
 
-def events(workdir):
-  """Every event of TensorBoard's files, oldest first (TFRecord framing)."""
+def events(workdir, run="."):
+  """Every event of a run's files for TensorBoard, oldest first (TFRecord framing)."""
   event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-  for path in sorted((workdir / "tensorboard").iterdir()):
+  for path in sorted((workdir / "tensorboard" / run).iterdir()):
     data = path.read_bytes()
     while data:
       (length,) = struct.unpack("<Q", data[:8])

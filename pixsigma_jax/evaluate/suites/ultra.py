@@ -116,7 +116,7 @@ class Ultra:
       if run.has(name):
         found.append(distance_figure(run, name, name, fid, rows=rows))
     if run.has("texture"):
-      found += _texture(run)
+      found += texture_figures(run)
     if run.has("clip"):
       cosines = column(run.table("clip"), "cosine")
       found.append(mean_figure(run, "clip", "clip", cosines))
@@ -164,7 +164,8 @@ def _check_reference(path: pathlib.Path) -> None:
       )
 
 
-def _texture(run: ScoredModel) -> list[Figure]:
+def texture_figures(run: ScoredModel) -> list[Figure]:
+  """Figures of the scorer `texture`."""
   table = run.table("texture")
 
   def mean(name: str, key: str, **fields: Any) -> Figure:
