@@ -321,10 +321,10 @@ def hub_folder(
     if isinstance(error, OSError) and error.errno is not None:  # a full disk, say
       raise
     # The first sentence: advice that may follow is for callers of huggingface_hub.
-    reason = re.split(r"(?<=\.)\s", str(error).strip())[0] or type(error).__name__
+    reason = re.split(r"(?<=\.)\s|\n", str(error).strip())[0] or type(error).__name__
     raise FileNotFoundError(
-      f"{hub_id} is neither a folder nor could it be fetched from the hub: {reason} "
-      f"{advice}"
+      f"{hub_id} is neither a folder nor could it be fetched from the hub: "
+      f"{reason.rstrip('.')}. {advice}"
     ) from error
 
 

@@ -192,7 +192,7 @@ def test_inception_score_is_of_neighbouring_images():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda a: fid(a, a[:1]), "Statistics of 1 images: at least 2"),
+    (lambda a: fid(a, a[:1]), "Sets of 300 and 1 images: at least 2"),
     (lambda a: fid(a, a[:, :3]), "widths 24 and 3"),
     (lambda a: fid(a[0], a), r"shape \[24\]"),
     (lambda a: fid(np.where(a == a[3, 5], np.nan, a), a), "image 3 first"),

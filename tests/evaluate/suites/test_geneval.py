@@ -272,7 +272,7 @@ def test_detections_of_files_are_judged_by_model(step, tmp_path):
   }
   assert values["a"] == dict.fromkeys(["overall", *TASKS], 1.0)
   assert values["b"] == dict.fromkeys(["overall", *TASKS], 0.5)
-  assert any("PixArt-Σ" in remark for remark in report["remarks"])
+  assert any("leaderboard of GenEval" in remark for remark in report["remarks"])
   assert "0.53" in (tmp_path / "evaluation" / "report.md").read_text()
 
   # Other detections of a model take the place of those before.
