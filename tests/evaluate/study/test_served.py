@@ -56,6 +56,8 @@ def free_port():
 @contextlib.contextmanager
 def served(folder, port, study=STUDY, stderr=None):
   """The website in a process of its own, which ends by SIGKILL."""
+  # A suite in the background ignores Ctrl-C, and its children would inherit that.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = subprocess.Popen(
     [
       *(sys.executable, "-m", "pixsigma_jax.evaluate", "study", "serve"),
@@ -66,6 +68,7 @@ def served(folder, port, study=STUDY, stderr=None):
     stderr=stderr,
     text=True,
   )
+  signal.signal(signal.SIGINT, before)
   try:
     line = process.stdout.readline()
     assert line == (f"Serving {study} at http://127.0.0.1:{port}/   Ctrl-C ends it.\n")
