@@ -55,7 +55,8 @@ def pytest_runtest_protocol(item):
   # devices it compiles as users do.
   others = {"libtpu", "cuda_plugin"} & set(getattr(item, "fixturenames", ()))
   on_cpu = jax.config.values["jax_platforms"] == "cpu" and not others
-  with compilation.quick() if on_cpu else contextlib.nullcontext():
+  quick = on_cpu and item.get_closest_marker("optimized") is None
+  with compilation.quick() if quick else contextlib.nullcontext():
     return (yield)
 
 

@@ -67,7 +67,7 @@ def test_whatever_is_to_be_installed_is_an_extra_of_this_repository():
   assert asked
   assert asked <= EXTRAS
   own = re.compile(r'pip install -e "\.\[(\w+(?:,\w+)*)\]"')
-  others = re.compile(r"pip install (spacy|nltk)\b")
+  others = re.compile(r"pip install (-U )?(spacy|nltk|paddleocr)\b")
   for path in FILES:
     for text in texts(parsed(path)):
       for found in re.finditer("pip install", text):
@@ -88,7 +88,8 @@ def test_every_flag_that_a_message_names_exists():
     found
     for path in FILES
     for node in ast.walk(parsed(path))
-    if isinstance(node, ast.Call) and "DEFINE_" in ast.unparse(node.func)
+    if isinstance(node, ast.Call)
+    and re.search(r"DEFINE_|\bOption$", ast.unparse(node.func))
     for found in itertools.islice(texts(node), 1)  # its name comes first
   }
   defined |= set(SETTINGS)  # `sample.setting_flags` makes a flag of each

@@ -106,6 +106,7 @@ def test_norms_have_the_references_two_epsilons():
   np.testing.assert_allclose(learned, flat / np.sqrt(1e-6 + 1e-5), rtol=1e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["ms_kv2", "ms_qknorm"])
 def test_layers_lie_in_a_stack_or_apart(name):
   """Segments with compression and without; keys and values of captions as well."""
