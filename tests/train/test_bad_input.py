@@ -413,7 +413,7 @@ def test_a_full_disk_is_said_before_anything_is_compiled_or_written(
     patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
       checkpoint.SavingError,
-      match=r"takes [\d,]+ bytes, the disk has 1,000 free\. .*: \[2, 4, 6\]; ",
+      match=r"takes [\d,]+ bytes, the disk has 1,000 free\. .*: \[2, 4, 6\]\. ",
     ):
       runs.train(runs.low(data, total_steps=8), workdir)
   assert "Resuming" not in caplog.text
