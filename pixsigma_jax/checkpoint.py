@@ -276,7 +276,7 @@ def _take_local(
   owner = {"run": history.run, "workdir": str(workdir)}
   with saving(directory):
     directory.mkdir(parents=True, exist_ok=True)
-    disk.write_whole(path, lambda partial: partial.write_text(json.dumps(owner)))
+    disk.write_text(path, json.dumps(owner))
 
 
 def _owner(directory: pathlib.Path) -> dict[str, Any] | None:

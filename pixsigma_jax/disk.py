@@ -184,6 +184,11 @@ def write_whole(
     partial.unlink(missing_ok=True)
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text in UTF-8, whole or not at all."""
+  write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """A temporary folder to fill, which gets its name when the block has ended well.

@@ -611,4 +611,4 @@ def write_pickle(path: pathlib.Path, weights: Weights, note: Any) -> None:
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes JSON."""
   text = json.dumps(content, indent=2) + "\n"
-  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+  disk.write_text(path, text)

@@ -450,5 +450,5 @@ def convert_config(
     raise FileExistsError(f"{target} exists already and is left as it is.")
   imported = import_mmcv(read_mmcv(source), target.stem, gpus=gpus, images=images)
   text = config_text(imported, source.name)
-  disk.write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))
+  disk.write_text(target, text)
   return imported

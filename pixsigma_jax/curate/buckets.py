@@ -43,7 +43,7 @@ def run(path: str | os.PathLike[str], *, resolution: int, step: int | None) -> N
     )
   if not path.exists():
     text = buckets.table_text(table)
-    disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    disk.write_text(path, text)
     print(f"Wrote {path}.")
   for line in found.doubtful:
     print(f"Doubtful: {line}")

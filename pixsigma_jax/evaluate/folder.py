@@ -270,4 +270,4 @@ def _read_json(path: pathlib.Path, command: str) -> dict[str, Any]:
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+  disk.write_text(path, text)

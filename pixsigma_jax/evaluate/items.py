@@ -116,7 +116,7 @@ def write(path: pathlib.Path, items: Iterable[Item]) -> None:
     for item in items
   ]
   text = "".join(f"{line}\n" for line in lines)
-  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+  disk.write_text(path, text)
 
 
 def read(path: pathlib.Path) -> list[Item]:

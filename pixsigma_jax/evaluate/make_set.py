@@ -174,9 +174,7 @@ def make_set(
   _write_images(index, output, rule, found, chosen)
   about["prompts_sha256"] = items_.file_hash(output / PROMPTS)
   text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-  disk.write_whole(
-    output / MANIFEST, lambda partial: partial.write_text(text, encoding="utf-8")
-  )
+  disk.write_text(output / MANIFEST, text)
   logging.info(
     "Chose %d of %d images of %s.", len(chosen), len(candidates), index.directory
   )

@@ -127,7 +127,7 @@ def _measure(
     "pixsigma_jax": pixsigma_jax.__version__,
   }
   text = json.dumps({"settings": used, "checkpoints": results}, indent=2) + "\n"
-  disk.write_whole(path_of_report, lambda part: part.write_text(text, encoding="utf-8"))
+  disk.write_text(path_of_report, text)
   print(output)
 
 

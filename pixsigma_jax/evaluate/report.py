@@ -95,9 +95,9 @@ def write(
     "published": [dataclasses.asdict(number) for number in suite.published],
     "remarks": remarks,
   }
-  _write_text(folder.path / "report.json", json.dumps(content, indent=2) + "\n")
+  disk.write_text(folder.path / "report.json", json.dumps(content, indent=2) + "\n")
   text = markdown(folder.about["suite"], figures, suite.published, remarks)
-  _write_text(folder.path / "report.md", text)
+  disk.write_text(folder.path / "report.md", text)
   if plots:
     disk.write_whole(
       folder.path / "report.png",
@@ -306,7 +306,3 @@ def contact_sheet(
 
   images, labels = zip(*cells(), strict=True)
   return pictures.grid(images, columns=len(models), labels=labels)
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

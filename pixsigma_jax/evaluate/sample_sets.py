@@ -108,6 +108,4 @@ def write_scores(of: SampleSet, entries: Mapping[str, Any]) -> None:
   """Writes scores.json, whole."""
   content = {"step": of.step, "images": len(of.rows), "scorers": entries}
   text = json.dumps(content, indent=2) + "\n"
-  disk.write_whole(
-    of.path / _SCORES, lambda partial: partial.write_text(text, encoding="utf-8")
-  )
+  disk.write_text(of.path / _SCORES, text)

@@ -129,7 +129,7 @@ def keep(counted: Sequence[Counted], path: pathlib.Path = CYCLES) -> None:
     key=lambda s: (s.kind, s.dtype, s.kernel, -s.queries * s.keys, -s.queries),
   )
   text = "".join(json.dumps(dataclasses.asdict(step)) + "\n" for step in ordered)
-  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+  disk.write_text(path, text)
 
 
 def steps_of(counted: Iterable[Counted]) -> Steps:

@@ -68,7 +68,7 @@ def write_shards(
             shard.write(made)
           yield
         # Before the shard has its name: one that is there has its report.
-        _write_text(reports / _shard_report(number), _lines(refusals))
+        disk.write_text(reports / _shard_report(number), _lines(refusals))
 
   total = sum(sizes[number] for number in mine)
   with contextlib.closing(images()) as work:
@@ -93,8 +93,8 @@ def finish_with_report(unfinished: Unfinished, earlier: Iterable[Refusal]) -> bo
     lines = (reports / _shard_report(number)).read_text(encoding="utf-8").splitlines()
     refusals += [Refusal(**json.loads(line)) for line in lines]
   counts = count_reasons(refusals)
-  _write_text(reports / _REFUSED, _lines(refusals))
-  _write_text(
+  disk.write_text(reports / _REFUSED, _lines(refusals))
+  disk.write_text(
     reports / _REPORT, json.dumps(counts, indent=2, ensure_ascii=False) + "\n"
   )
   unfinished.finish()
@@ -120,7 +120,3 @@ def _shard_report(number: int) -> str:
 
 def _lines(refusals: Iterable[Refusal]) -> str:
   return "".join(json.dumps(dataclasses.asdict(refusal)) + "\n" for refusal in refusals)
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  disk.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -34,7 +34,7 @@ class Goodput:
     path = workdir / "started.json"
     if not path.exists():
       text = json.dumps({"time": time.time()})
-      disk.write_whole(path, lambda partial: partial.write_text(text))
+      disk.write_text(path, text)
     self._started = json.loads(path.read_text())["time"]
     self.go_on_from(last)
 

@@ -68,7 +68,7 @@ class MetricWriter:
       if self.path.exists():
         kept = [line for line in _lines(self.path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        disk.write_whole(self.path, lambda partial: partial.write_text(text))
+        disk.write_text(self.path, text)
       self._file = self.path.open("a")
     self.last = kept[-1] if kept else None
     if importlib.util.find_spec("tensorboardX"):
@@ -142,7 +142,7 @@ def _open_wandb(workdir: pathlib.Path, config: Mapping[str, Any]) -> Any:
   path = workdir / "wandb" / "run_id.txt"
   if not path.exists():
     text = uuid.uuid4().hex[:12]
-    disk.write_whole(path, lambda partial: partial.write_text(text))
+    disk.write_text(path, text)
   section = config["log"]["wandb"]
   run = importlib.import_module("wandb").init(
     project=section["project"],

@@ -203,7 +203,7 @@ def _write(workdir: pathlib.Path, history: History) -> None:
   if not path.exists() or path.read_text() != text:
     with checkpoint.saving(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-      disk.write_whole(path, lambda partial: partial.write_text(text))
+      disk.write_text(path, text)
 
 
 def models_after(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:

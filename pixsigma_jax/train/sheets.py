@@ -156,4 +156,4 @@ class SampleSet:
       )
     )
     text = "".join(line + "\n" for line in lines)
-    disk.write_whole(directory / _CAPTIONS, lambda partial: partial.write_text(text))
+    disk.write_text(directory / _CAPTIONS, text)

@@ -81,7 +81,7 @@ def write(
     "\n".join(markdown) + "\n",
   )
   for path, text in zip(paths, texts, strict=False):
-    disk.write_whole(path, lambda part, text=text: part.write_text(text, "utf-8"))
+    disk.write_text(path, text)
   figure = plot(reports, subject)
   disk.write_whole(paths[-1], lambda part: figure.savefig(part, format="png", dpi=150))
   return paths
