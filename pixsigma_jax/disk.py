@@ -211,6 +211,12 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+  """SHA-256 of a file, in hex."""
+  with pathlib.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path: pathlib.Path) -> None:
   """Returns when a file's content, or a folder's names, are on the disk."""
   descriptor = os.open(path, os.O_RDONLY)

@@ -4,7 +4,6 @@ The FID variant is published as `pt_inception-2015-12-05-6726825d.pth` (pytorch-
 torch-fidelity), torchvision's as `inception_v3_google-0cc3c7bd.pth`.
 """
 
-import hashlib
 import os
 import pathlib
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixsigma_jax import tree
+from pixsigma_jax import disk, tree
 from pixsigma_jax.convert.files import Weights, check_names, open_weights
 from pixsigma_jax.models.inception import (
   CLASSES,
@@ -99,5 +98,4 @@ def load_inception(
     params = inception_from_weights(open_weights(path), variant)
   except ValueError as error:
     raise ValueError(f"Could not load Inception-v3 of {path}: {error}") from error
-  with path.open("rb") as file:
-    return params, hashlib.file_digest(file, "sha256").hexdigest()
+  return params, disk.file_hash(path)

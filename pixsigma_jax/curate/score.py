@@ -11,6 +11,7 @@ import pyarrow as pa
 from absl import logging
 from PIL import Image
 
+from pixsigma_jax import disk
 from pixsigma_jax.data import ingest, sources
 from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import Index, open_index
@@ -123,4 +124,4 @@ def _sha256(head: str) -> str:
     raise FileNotFoundError(
       f"There is no aesthetic head at {head}: give --head the file of one."
     )
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+  return disk.file_hash(path)

@@ -176,8 +176,7 @@ def _check_equal(paths: Sequence[pathlib.Path]) -> None:
   for alike in by_size.values():
     seen: dict[str, pathlib.Path] = {}
     for path in alike if len(alike) > 1 else ():
-      with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+      digest = disk.file_hash(path)
       if digest in seen:
         raise ValueError(
           f"{seen[digest]} and {path} are the same picture: each prompt needs its own."

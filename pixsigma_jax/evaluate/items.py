@@ -176,9 +176,3 @@ def read_json_lines(path: str | pathlib.Path, what: str) -> list[dict[str, Any]]
   if not objects:
     raise ValueError(f"{path} is empty: the {what} needs at least one line.")
   return objects
-
-
-def file_hash(path: str | pathlib.Path) -> str:
-  """SHA-256 of a file, as `ItemSet.sources` has it."""
-  with pathlib.Path(path).open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -172,7 +172,7 @@ def make_set(
   disk.check_writable(output)
   _begin(output, about, found)
   _write_images(index, output, rule, found, chosen)
-  about["prompts_sha256"] = items_.file_hash(output / PROMPTS)
+  about["prompts_sha256"] = disk.file_hash(output / PROMPTS)
   text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
   disk.write_text(output / MANIFEST, text)
   logging.info(

@@ -196,9 +196,7 @@ def test_a_set_that_was_changed_is_refused(held_out):
   options = {"set": str(held_out)}
   item_set = suite("paper").items(options)
   assert len(item_set.items) == COUNT
-  assert item_set.sources["prompts.jsonl"] == items.file_hash(
-    held_out / "prompts.jsonl"
-  )
+  assert item_set.sources["prompts.jsonl"] == disk.file_hash(held_out / "prompts.jsonl")
   path = held_out / item_set.items[3].reference
   path.rename(tmp := path.with_suffix(".gone"))
   with pytest.raises(

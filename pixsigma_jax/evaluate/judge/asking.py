@@ -11,9 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
-from pixsigma_jax import command
+from pixsigma_jax import command, disk
 from pixsigma_jax.evaluate.folder import EvaluationFolder
-from pixsigma_jax.evaluate.items import file_hash
 from pixsigma_jax.evaluate.judge.budget import LimitReached
 from pixsigma_jax.evaluate.judge.cache import Cache, key_of
 from pixsigma_jax.evaluate.judge.client import Reply
@@ -94,7 +93,7 @@ def questions(
   made = []
   for item in command.progress(items[:prompts], prompts or count, "Prompts read"):
     paths = {name: folder.model(name).image_path(item) for name in models}
-    hashes = {name: file_hash(path) for name, path in paths.items()}
+    hashes = {name: disk.file_hash(path) for name, path in paths.items()}
     for pair in itertools.combinations(sorted(models), 2):
       for first, second in (pair, pair[::-1]):
         key = key_of(identity, item.prompt, hashes[first], hashes[second], max_side)

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from scipy import special
 
+from pixsigma_jax import disk
 from pixsigma_jax.convert.files import hub_folder
 from pixsigma_jax.convert.image_text import load_image_text
-from pixsigma_jax.evaluate.items import file_hash
 from pixsigma_jax.evaluate.judge.client import VERDICTS, Reply
 from pixsigma_jax.evaluate.study.design import CRITERIA
 
@@ -115,5 +115,5 @@ def _chat(
 def _hash_of(folder: pathlib.Path) -> str:
   """Hash of all files of a model."""
   files = sorted(path for path in folder.rglob("*") if path.is_file())
-  hashes = [[str(path.relative_to(folder)), file_hash(path)] for path in files]
+  hashes = [[str(path.relative_to(folder)), disk.file_hash(path)] for path in files]
   return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -1,8 +1,6 @@
 """LAION's aesthetic score of images, about from 1 to 10."""
 
 import dataclasses
-import hashlib
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image
 
+from pixsigma_jax import disk
 from pixsigma_jax.convert.aesthetic_head import load_head
 from pixsigma_jax.evaluate.items import Item
 from pixsigma_jax.evaluate.options import Option
@@ -74,8 +73,7 @@ def _load(options: Mapping[str, Any]) -> Aesthetic:
       f"{clip.config.projection} numbers and the head rates {aesthetic_head.WIDTH}: "
       "give CLIP ViT-L/14, openai/clip-vit-large-patch14."
     )
-  digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-  return Aesthetic(clip, head, digest)
+  return Aesthetic(clip, head, disk.file_hash(path))
 
 
 SCORERS = {"aesthetic": ScorerType(options=_OPTIONS, load=_load)}

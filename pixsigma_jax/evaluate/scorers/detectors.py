@@ -21,8 +21,9 @@ import pyarrow as pa
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from pixsigma_jax import disk
 from pixsigma_jax.evaluate.geneval import CLASSES, COLORS, MOST_OF_A_CLASS
-from pixsigma_jax.evaluate.items import Item, file_hash, read_json_lines
+from pixsigma_jax.evaluate.items import Item, read_json_lines
 from pixsigma_jax.evaluate.options import Option
 from pixsigma_jax.evaluate.scorers import ScorerType, clip, mask2former
 from pixsigma_jax.evaluate.scorers.mask2former import Found, Mask2Former
@@ -164,7 +165,7 @@ class DetectionFiles:
         )
       self._found[name] = read_detections(pathlib.Path(path))
       self._paths[name] = pathlib.Path(path)
-      self._hashes[name] = file_hash(path)[:16]
+      self._hashes[name] = disk.file_hash(path)[:16]
 
   def identity(self) -> dict[str, str]:
     files = ", ".join(f"{name} {self._hashes[name]}" for name in sorted(self._hashes))

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from pixsigma_jax import disk
 from pixsigma_jax.convert.files import hub_folder, read_json
 from pixsigma_jax.evaluate.geneval import CLASSES
-from pixsigma_jax.evaluate.items import file_hash
 from pixsigma_jax.wording import install, listed
 
 PUBLISHED = "facebook/mask2former-swin-small-coco-instance"
@@ -88,7 +88,7 @@ class Mask2Former:
     self._network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     self._identity = {
       "detector": f"Mask2Former, {network.config.backbone_config.model_type}",
-      "detector hash": ", ".join(file_hash(file)[:16] for file in files),
+      "detector hash": ", ".join(disk.file_hash(file)[:16] for file in files),
       "detector resize": f"bilinear to {_SHORT}, at most {_LONG}",
     }
 

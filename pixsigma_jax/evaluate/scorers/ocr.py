@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
 
-from pixsigma_jax.evaluate.items import Item, file_hash
+from pixsigma_jax import disk
+from pixsigma_jax.evaluate.items import Item
 from pixsigma_jax.evaluate.options import Option
 from pixsigma_jax.evaluate.scorers import ScorerType
 from pixsigma_jax.wording import install, listed
@@ -75,7 +76,7 @@ class RapidOcr:
     )
 
   def identity(self) -> dict[str, str]:
-    weights = [f"{p.name} {file_hash(p)[:16]}" for p in self._files.values()]
+    weights = [f"{p.name} {disk.file_hash(p)[:16]}" for p in self._files.values()]
     return {
       "engine": f"rapidocr {metadata.version('rapidocr')}",
       "runtime": f"onnxruntime {metadata.version('onnxruntime')}",

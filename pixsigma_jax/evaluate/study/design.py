@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from pixsigma_jax import disk
 from pixsigma_jax.command import progress
 from pixsigma_jax.evaluate.folder import EvaluationFolder
-from pixsigma_jax.evaluate.items import file_hash
 from pixsigma_jax.wording import listed
 
 FEWEST_MODELS, MOST_MODELS = 2, 8
@@ -222,4 +222,5 @@ def _picture(folder: EvaluationFolder, path: Any) -> Picture:
         raise ValueError(f"{path} is {picture.format}, not PNG: save it as PNG.")
   except OSError as error:
     raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
-  return Picture(str(path.relative_to(folder.path)), file_hash(path), height, width)
+  name = str(path.relative_to(folder.path))
+  return Picture(name, disk.file_hash(path), height, width)

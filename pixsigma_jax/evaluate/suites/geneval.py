@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from pixsigma_jax import disk
 from pixsigma_jax.evaluate import geneval, intervals
 from pixsigma_jax.evaluate.geneval import CLASSES, COLORS, PROMPTS, RELATIONS, TASKS
-from pixsigma_jax.evaluate.items import Item, ItemSet, file_hash, read_json_lines
+from pixsigma_jax.evaluate.items import Item, ItemSet, read_json_lines
 from pixsigma_jax.evaluate.options import Option
 from pixsigma_jax.evaluate.suites import Figure, Published, ScoredModel
 
@@ -93,7 +94,7 @@ class GenEval:
         for i, line in enumerate(lines)
       ),
       images_per_item=copies,
-      sources={str(path): file_hash(path)},
+      sources={str(path): disk.file_hash(path)},
     )
 
   def scorers(self, options: Mapping[str, Any]) -> tuple[str, ...]:

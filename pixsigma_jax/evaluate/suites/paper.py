@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pixsigma_jax import disk
 from pixsigma_jax.evaluate import items as items_
 from pixsigma_jax.evaluate.items import ItemSet
 from pixsigma_jax.evaluate.metrics import cmmd, fid, inception_score, kid
@@ -79,7 +80,7 @@ class Paper:
     directory = pathlib.Path(options["set"])
     manifest = read_manifest(directory)
     found = tuple(items_.read(directory / PROMPTS))
-    digest = items_.file_hash(directory / PROMPTS)
+    digest = disk.file_hash(directory / PROMPTS)
     if (len(found), digest) != (manifest["count"], manifest["prompts_sha256"]):
       raise ValueError(
         f"{directory / PROMPTS} was changed: it has {len(found)} prompts, and "
@@ -93,7 +94,7 @@ class Paper:
       )
     return ItemSet(
       found,
-      sources={PROMPTS: digest, MANIFEST: items_.file_hash(directory / MANIFEST)},
+      sources={PROMPTS: digest, MANIFEST: disk.file_hash(directory / MANIFEST)},
       references=str(directory.absolute()),
     )
 

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pixsigma_jax import disk
 from pixsigma_jax.data.parquet_images import holds_images
 from pixsigma_jax.evaluate import metrics
 from pixsigma_jax.evaluate.intervals import interval
-from pixsigma_jax.evaluate.items import Item, ItemSet, file_hash
+from pixsigma_jax.evaluate.items import Item, ItemSet
 from pixsigma_jax.evaluate.options import Option
 from pixsigma_jax.evaluate.suites import (
   Figure,
@@ -109,7 +110,7 @@ class TextAtlas:
     rows: list[dict[str, str]] = []
     for subset in (each for each in SUBSETS if each in subsets):
       for path, read in _files(root, subset):
-        sources[str(path.relative_to(root))] = file_hash(path)
+        sources[str(path.relative_to(root))] = disk.file_hash(path)
         rows += [{**row, "subset": subset} for row in read(root, path)]
     if not rows:
       raise ValueError(f"--subsets is empty: give some of {', '.join(SUBSETS)}.")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pixsigma_jax import disk
 from pixsigma_jax.evaluate import items as items_
 from pixsigma_jax.evaluate.intervals import interval
 from pixsigma_jax.evaluate.items import Item, ItemSet
@@ -100,7 +101,7 @@ class Ultra:
         _check_reference(root / item.reference)
     return ItemSet(
       tuple(found),
-      sources={path.name: items_.file_hash(path)},
+      sources={path.name: disk.file_hash(path)},
       references=str(root),
     )
 
