@@ -26,8 +26,13 @@ from pixsigma_jax.evaluate.options import Option, OptionFlags
 from pixsigma_jax.evaluate.sample_sets import SampleSet
 from pixsigma_jax.evaluate.scorers import MadeScores, Scorer, scorer_type
 from pixsigma_jax.evaluate.scoring import Row
-from pixsigma_jax.evaluate.suites import Figure, ScoredModel, suite
-from pixsigma_jax.evaluate.suites.paper import chosen_scorers
+from pixsigma_jax.evaluate.suites import (
+  Figure,
+  ScoredModel,
+  chosen_scorers,
+  scorers_option,
+  suite,
+)
 from pixsigma_jax.evaluate.suites.ultra import texture_figures
 from pixsigma_jax.tensorboard import Board
 
@@ -36,7 +41,7 @@ _SCORERS = ("clip", "texture", "aesthetic", *_DISTANCES)
 _RESAMPLES = 1000  # of a mean's interval
 
 _OPTIONS = (
-  Option("scorers", ["clip"], f"Scorers to run, of {', '.join(_SCORERS)}.", list),
+  scorers_option(["clip"], _SCORERS),
   Option(
     "references", None, f"Folder of images that {', '.join(_DISTANCES)} compare with."
   ),

@@ -213,6 +213,37 @@ def distance_figure(
   )
 
 
+def score_means(run: ScoredModel) -> list[Figure]:
+  """Mean CLIP score and aesthetic score, of those that the images have."""
+  return [
+    mean_figure(run, scorer, scorer, column(run.table(scorer), name))
+    for scorer, name in (("clip", "cosine"), ("aesthetic", "aesthetic"))
+    if run.has(scorer)
+  ]
+
+
+def scorers_option(default: Sequence[str], known: Sequence[str]) -> Option:
+  """The option `scorers` of a suite that has a choice of them."""
+  about = f"Scorers to run, of {', '.join(known)}."
+  return Option("scorers", list(default), about, list)
+
+
+def chosen_scorers(asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+  """The scorers of a flag, in the order in which they are known.
+
+  Raises:
+    ValueError: one is unknown, or there is none.
+  """
+  if unknown := [name for name in asked if name not in known]:
+    raise ValueError(
+      f"--scorers={','.join(asked)}: there is no {unknown[0]!r} here, only "
+      f"{', '.join(known)}."
+    )
+  if not asked:
+    raise ValueError(f"--scorers is empty: give some of {', '.join(known)}.")
+  return tuple(name for name in known if name in asked)
+
+
 @runtime_checkable
 class Suite(Protocol):
   """A suite of the command `evaluate`.

@@ -22,9 +22,11 @@ from pixsigma_jax.evaluate.suites import (
   NotScoredError,
   Published,
   ScoredModel,
+  chosen_scorers,
   column,
   distance_figure,
-  mean_figure,
+  score_means,
+  scorers_option,
 )
 
 _DEFAULT = ("fid", "cmmd", "clip")
@@ -63,14 +65,7 @@ class Paper:
   name = "paper"
   version = "1"
   options = (Option("set", None, "Folder of a set that `evaluate make-set` made."),)
-  score_options = (
-    Option(
-      "scorers",
-      list(_DEFAULT),
-      f"Scorers to run, of {', '.join(_SCORERS)}.",
-      list,
-    ),
-  )
+  score_options = (scorers_option(_DEFAULT, _SCORERS),)
   all_scorers = _SCORERS
   published = _published()
 
@@ -121,31 +116,10 @@ class Paper:
         found.append(
           Figure(name="inception-score", value=value, note=note, basis=run.basis("fid"))
         )
-    if run.has("clip"):
-      cosines = column(run.table("clip"), "cosine")
-      found.append(mean_figure(run, "clip", "clip", cosines))
-    if run.has("aesthetic"):
-      scores = column(run.table("aesthetic"), "aesthetic")
-      found.append(mean_figure(run, "aesthetic", "aesthetic", scores))
+    found += score_means(run)
     if not found:
       raise NotScoredError("no scorer has scored all its images yet.")
     return found
-
-
-def chosen_scorers(asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-  """The scorers of a flag, in the order in which they are known.
-
-  Raises:
-    ValueError: one is unknown, or there is none.
-  """
-  if unknown := [name for name in asked if name not in known]:
-    raise ValueError(
-      f"--scorers={','.join(asked)}: there is no {unknown[0]!r} here, only "
-      f"{', '.join(known)}."
-    )
-  if not asked:
-    raise ValueError(f"--scorers is empty: give some of {', '.join(known)}.")
-  return tuple(name for name in known if name in asked)
 
 
 def _kid(a: np.ndarray, b: np.ndarray) -> float:

@@ -28,11 +28,12 @@ from pixsigma_jax.evaluate.suites import (
   NotScoredError,
   Published,
   ScoredModel,
+  chosen_scorers,
   column,
   distance_figure,
   mean_figure,
+  scorers_option,
 )
-from pixsigma_jax.evaluate.suites.paper import chosen_scorers
 from pixsigma_jax.wording import listed
 
 SUBSETS = ("styledtextsynth", "textsceneshq", "textvisionblend")
@@ -74,14 +75,7 @@ class TextAtlas:
     Option("subsets", list(SUBSETS), f"Which of {', '.join(SUBSETS)}.", list),
     Option("first_seed", 0, "Seed of the first image; all later ones follow.", int),
   )
-  score_options = (
-    Option(
-      "scorers",
-      list(_SCORERS),
-      f"Scorers to run, of {', '.join(_SCORERS)}.",
-      list,
-    ),
-  )
+  score_options = (scorers_option(_SCORERS, _SCORERS),)
   all_scorers = _SCORERS
   published = tuple(
     Published(

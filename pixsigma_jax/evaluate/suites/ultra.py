@@ -23,11 +23,13 @@ from pixsigma_jax.evaluate.suites import (
   NotScoredError,
   Published,
   ScoredModel,
+  chosen_scorers,
   column,
   distance_figure,
   mean_figure,
+  score_means,
+  scorers_option,
 )
-from pixsigma_jax.evaluate.suites.paper import chosen_scorers
 
 _SCORERS = ("texture", "fid-patch", "fid", "clip", "aesthetic")
 _PATCHES = 20  # of an image, see `scorers.inception`
@@ -82,9 +84,7 @@ class Ultra:
     Option("width", 4096, "Width in pixels of prompts that say none.", int),
     Option("prompts_seed", 0, "Seed of the first prompt; the next has one more.", int),
   )
-  score_options = (
-    Option("scorers", ["texture"], f"Scorers to run, of {', '.join(_SCORERS)}.", list),
-  )
+  score_options = (scorers_option(["texture"], _SCORERS),)
   all_scorers = _SCORERS
   published = _published()
 
@@ -118,12 +118,7 @@ class Ultra:
         found.append(distance_figure(run, name, name, fid, rows=rows))
     if run.has("texture"):
       found += texture_figures(run)
-    if run.has("clip"):
-      cosines = column(run.table("clip"), "cosine")
-      found.append(mean_figure(run, "clip", "clip", cosines))
-    if run.has("aesthetic"):
-      scores = column(run.table("aesthetic"), "aesthetic")
-      found.append(mean_figure(run, "aesthetic", "aesthetic", scores))
+    found += score_means(run)
     if not found:
       raise NotScoredError("no scorer has scored all its images yet.")
     return found
