@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from pixsigma_jax import checkpoint
 from pixsigma_jax.evaluate import accuracy
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
@@ -25,12 +24,8 @@ def runs(tmp_path_factory, config):
   """Two runs of one architecture."""
   directory = tmp_path_factory.mktemp("runs")
   for step, name in enumerate(("low", "high"), 10):
-    checkpoint.save_snapshot(
-      directory / name,
-      step,
-      params=models.random_params(config, seed=step),
-      null_caption=models.null_caption(config),
-      metadata=models.metadata(config, stage=f"stage/{name}"),
+    models.save_snapshot(
+      directory / name, config, step, seed=step, stage=f"stage/{name}"
     )
   return directory
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixsigma_jax import checkpoint, disk
+from pixsigma_jax import disk
 from pixsigma_jax.data import buckets
 from pixsigma_jax.evaluate import folder, items, report, scoring
 from pixsigma_jax.evaluate.suites import Figure, Published, suite
@@ -92,13 +92,7 @@ def test_from_an_index_to_a_report_killed_and_resumed(
   evaluate, held_out, small_inception, tmp_path, monkeypatch
 ):
   config = models.nano(caption_length=9)
-  checkpoint.save_snapshot(
-    tmp_path / "run",
-    3,
-    params=models.random_params(config),
-    null_caption=models.null_caption(config),
-    metadata=models.metadata(config),
-  )
+  models.save_snapshot(tmp_path / "run", config, 3)
   clip = networks.write_clip(tmp_path / "clip")
   output = tmp_path / "evaluation"
   everything = [

@@ -6,7 +6,6 @@ import sys
 import pytest
 from PIL import Image
 
-from pixsigma_jax import checkpoint
 from pixsigma_jax.data import digits
 from pixsigma_jax.evaluate import folder
 from pixsigma_jax.sample import pictures
@@ -23,12 +22,8 @@ def runs(tmp_path_factory):
   config = models.nano(caption_length=12)
   directory = tmp_path_factory.mktemp("runs")
   for step, name in enumerate(("low", "high"), 10):
-    checkpoint.save_snapshot(
-      directory / name,
-      step,
-      params=models.random_params(config, seed=step),
-      null_caption=models.null_caption(config),
-      metadata=models.metadata(config, stage=f"stage/{name}"),
+    models.save_snapshot(
+      directory / name, config, step, seed=step, stage=f"stage/{name}"
     )
   return directory
 

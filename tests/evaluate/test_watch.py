@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pixsigma_jax import checkpoint
 from pixsigma_jax.evaluate import sample_sets, scoring, watch
 from pixsigma_jax.evaluate.scorers import scorer_type
 from pixsigma_jax.evaluate.scorers.texture import Texture
@@ -308,15 +307,8 @@ def test_a_place_without_sets_is_refused(evaluate, tmp_path):
 
 def test_a_run_that_draws_no_sets_is_refused(evaluate, tmp_path):
   config = models.nano(caption_length=9)
-  metadata = models.metadata(config)
   entry = {"config": {"log": {"sample_set": {"every": 0, "count": 0}}}}
-  checkpoint.save_snapshot(
-    tmp_path,
-    3,
-    params=models.random_params(config),
-    null_caption=models.null_caption(config),
-    metadata=dataclasses.replace(metadata, provenance=(entry,)),
-  )
+  models.save_snapshot(tmp_path, config, 3, provenance=(entry,))
   (tmp_path / "run.json").write_text("{}")
   done = evaluate(tmp_path, "--scorers=texture")
   assert done.code == 1

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixsigma_jax import checkpoint
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
@@ -81,6 +82,17 @@ def metadata(config, **fields):
     "resolution": 2 * config.base_size,
   }
   return Metadata(**(defaults | fields))
+
+
+def save_snapshot(workdir, config, step, *, seed=0, **about):
+  """Saves an untrained model as a run does; `about` changes its metadata."""
+  checkpoint.save_snapshot(
+    workdir,
+    step,
+    params=random_params(config, seed=seed),
+    null_caption=null_caption(config),
+    metadata=metadata(config, **about),
+  )
 
 
 def exact(clean):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixsigma_jax import checkpoint
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
@@ -24,13 +23,7 @@ def workdir(tmp_path_factory):
   """A run with two snapshots of different parameters."""
   directory, config = tmp_path_factory.mktemp("run"), models.nano()
   for step in (3, 12):
-    checkpoint.save_snapshot(
-      directory,
-      step,
-      params=models.random_params(config, seed=step),
-      null_caption=models.null_caption(config),
-      metadata=models.metadata(config),
-    )
+    models.save_snapshot(directory, config, step, seed=step)
   return directory
 
 
@@ -196,13 +189,7 @@ def test_a_checkpoint_that_is_none_is_named(sample, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(sample, workdir, tmp_path):
-  checkpoint.save_snapshot(
-    tmp_path / "run",
-    5,
-    params=models.random_params(models.nano()),
-    null_caption=models.null_caption(models.nano()),
-    metadata=models.metadata(models.nano()),
-  )
+  models.save_snapshot(tmp_path / "run", models.nano(), 5)
   step = tmp_path / "run" / "snapshots" / "5"
   for path in step.joinpath("model").rglob("*"):
     if path.is_file():

@@ -1,20 +1,12 @@
 """Whole suites: a tiny checkpoint to evaluate, and an interruption half way."""
 
-from pixsigma_jax import checkpoint
 from pixsigma_jax.evaluate import folder, scoring
 from tests.sample import models
 
 
 def write_checkpoint(directory, name="untrained"):
   """An untrained model of 8 x 8 pixels."""
-  config = models.nano(caption_length=12)
-  checkpoint.save_snapshot(
-    directory / name,
-    10,
-    params=models.random_params(config, seed=1),
-    null_caption=models.null_caption(config),
-    metadata=models.metadata(config),
-  )
+  models.save_snapshot(directory / name, models.nano(caption_length=12), 10, seed=1)
   return directory / name
 
 
