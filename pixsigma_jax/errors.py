@@ -38,3 +38,8 @@ def of_absence(error: ImportError, module: str) -> bool:
 def of_content(error: BaseException) -> bool:
   """Whether what was read is to blame, and neither the memory nor the system."""
   return not of_memory(error) and not of_system(error)
+
+
+def first_line(error: BaseException) -> str:
+  """First line of what an error says; its type if it says nothing."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]

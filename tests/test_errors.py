@@ -129,6 +129,20 @@ def test_a_full_disk_is_not_a_model_that_the_hub_lacks(monkeypatch):
   assert passed.value is full
 
 
+def test_why_the_hub_gave_nothing_is_said_in_one_line(monkeypatch):
+  import huggingface_hub
+  from huggingface_hub.errors import LocalEntryNotFoundError
+
+  said = LocalEntryNotFoundError("Got: ConnectError: no such name\nAn error happened")
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(said))
+  with pytest.raises(FileNotFoundError) as refused:
+    files.hub_folder("somebody/something", ["*"], "Give a folder.")
+  assert str(refused.value) == (
+    "somebody/something is neither a folder nor could it be fetched from the hub: "
+    "Got: ConnectError: no such name. Give a folder."
+  )
+
+
 @pytest.mark.parametrize("error", [DENIED, NO_MEMORY, OF_TORCH])
 def test_a_model_of_transformers_that_could_not_be_loaded_may_be_one(error):
   with pytest.raises(type(error)) as passed, loading("--clip=x", "a CLIP"):

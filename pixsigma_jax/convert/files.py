@@ -321,7 +321,7 @@ def hub_folder(
     if isinstance(error, OSError) and error.errno is not None:  # a full disk, say
       raise
     # The first sentence: advice that may follow is for callers of huggingface_hub.
-    reason = re.split(r"(?<=\.)\s|\n", str(error).strip())[0] or type(error).__name__
+    reason = re.split(r"(?<=\.)\s", errors.first_line(error))[0]
     raise FileNotFoundError(
       f"{hub_id} is neither a folder nor could it be fetched from the hub: "
       f"{reason.rstrip('.')}. {advice}"
@@ -487,8 +487,8 @@ def _load_pickle(path: pathlib.Path) -> dict[str, Any]:
         "pickle could run any code and is not loaded. If you trust it, load it in "
         "torch yourself and save its state dict alone with torch.save."
       ) from error
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    first = re.split(r"Weights only load failed|(?<=\.)\s", reason[0])[0]
+    said = errors.first_line(error)
+    first = re.split(r"Weights only load failed|(?<=\.)\s", said)[0]
     raise ValueError(
       f"Could not read {path}: {first.rstrip('.') or 'it has another format'}. The "
       "file is truncated or none of torch's: fetch it again."

@@ -28,24 +28,23 @@ def loading(model: str, what: str, advice: str = "") -> Iterator[None]:
       raise
     raise FileNotFoundError(
       f"{model} is neither a folder with {what} nor could it be fetched from the hub: "
-      f"{_first_line(error)}."
+      f"{_reason(error)}."
     ) from error
   except ImportError as error:
     raise ValueError(
-      f"{model} needs a package that is not installed: {_first_line(error)}."
+      f"{model} needs a package that is not installed: {_reason(error)}."
     ) from error
   except SafetensorError as error:
     raise ValueError(
-      f"{model}: its weights are damaged ({_first_line(error)}). Fetch it again."
+      f"{model}: its weights are damaged ({_reason(error)}). Fetch it again."
     ) from error
   except (ValueError, RuntimeError) as error:
     if errors.of_memory(error):
       raise
     raise ValueError(
-      f"{model} cannot be used as {what}: {_first_line(error)}. {advice}".rstrip()
+      f"{model} cannot be used as {what}: {_reason(error)}. {advice}".rstrip()
     ) from error
 
 
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0].rstrip(".")
+def _reason(error: Exception) -> str:
+  return errors.first_line(error).rstrip(".")

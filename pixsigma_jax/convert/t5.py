@@ -509,9 +509,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     is_theirs = type(error) is Exception or isinstance(error, raised)
     if not is_theirs or not errors.of_content(error):
       raise
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     raise ValueError(
-      f"Could not read the tokenizer of {folder}: {reason[0]}"
+      f"Could not read the tokenizer of {folder}: {errors.first_line(error)}"
     ) from error
   _check_tokenizer(tokenizer, folder)
   return tokenizer

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from pixsigma_jax import disk
+from pixsigma_jax import disk, errors
 from pixsigma_jax.convert.files import hub_folder, read_json
 from pixsigma_jax.evaluate.geneval import CLASSES
 from pixsigma_jax.wording import install, listed
@@ -77,8 +77,11 @@ class Mask2Former:
         folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
       )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-      first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-      raise ValueError(f"Could not load Mask2Former of {source}: {first}") from error
+      if not errors.of_content(error):
+        raise
+      raise ValueError(
+        f"Could not load Mask2Former of {source}: {errors.first_line(error)}"
+      ) from error
     network, loading = loaded
     if missing := sorted(loading["missing_keys"]):
       raise ValueError(
