@@ -52,6 +52,21 @@ class SavingError(OSError):
   """Something could not be saved; the message names the complete steps there."""
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, which does not take part in stopping.
+
+  Orbax asks JAX at each save whether the step saved is the one to stop after. JAX keeps
+  only the number that it was asked last, and `distributed.Stop` asks by another count:
+  processes that heard of a signal just after a save agreed on a number that had passed,
+  and never stopped.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    """False, without asking JAX."""
+    del step
+    return False
+
+
 Location: TypeAlias = Literal["local", "workdir", "remote"]
 
 
@@ -104,9 +119,7 @@ class Checkpoints:
           keep_period=keep_every or None,
           enable_async_checkpointing=True,
         )
-        self._managers[place] = ocp.CheckpointManager(
-          directory / CHECKPOINTS, options=options
-        )
+        self._managers[place] = _Manager(directory / CHECKPOINTS, options=options)
 
   def latest_step(self) -> int | None:
     """The newest complete step, wherever it is; None before the first."""
@@ -363,7 +376,7 @@ def _open_local(
     )
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     json_handler = ocp.JsonCheckpointHandler(multiprocessing_options=everyone)
-    return ocp.CheckpointManager(
+    return _Manager(
       directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=_LOCAL_KEPT,
@@ -491,9 +504,7 @@ def save_snapshot(
   options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
   with (
     saving(directory),
-    ocp.CheckpointManager(
-      directory, options=options, item_handlers=_snapshot_handlers()
-    ) as manager,
+    _Manager(directory, options=options, item_handlers=_snapshot_handlers()) as manager,
   ):
     if step in manager.all_steps():
       if _is_same(_metadata(manager, step), metadata, step):

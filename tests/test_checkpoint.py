@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from pixsigma_jax import checkpoint, sharding, tree
 from pixsigma_jax.metadata import History, Metadata
@@ -94,13 +95,14 @@ def assert_equal_to_the_bit(have, want):
     np.testing.assert_array_equal(leaf, wanted[name], err_msg=name, strict=True)
 
 
-def open_run(workdir, keep_last=3, keep_every=0):
+def open_run(workdir, keep_last=3, keep_every=0, local=""):
   return checkpoint.Checkpoints(
     workdir,
     mesh=sharding.single_device_mesh(),
     keep_last=keep_last,
     keep_every=keep_every,
     history=HISTORY,
+    local=str(local),
   )
 
 
@@ -223,6 +225,21 @@ def test_a_run_that_would_keep_no_step_is_refused(tmp_path, keep_last):
   with pytest.raises(ValueError, match=f"keep_last={keep_last} must be at least 1"):
     open_run(tmp_path, keep_last=keep_last)
   assert steps_in(tmp_path / "checkpoints") == [10, 20]
+
+
+def test_saving_leaves_the_count_alone_by_which_processes_agree_to_stop(
+  tmp_path, monkeypatch
+):
+  asked = []
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+  run = open_run(tmp_path, local=tmp_path / "local")
+  state = jax.tree.map(jnp.asarray, TINY)
+  for place in ("workdir", "local"):
+    run.save(1, state, {"next": 1}, ABOUT, place=place)
+  run.close()
+  save_snapshot(tmp_path / "snapshots", 1)
+  assert steps_in(tmp_path / "checkpoints") == [1]
+  assert not asked
 
 
 def test_before_the_first_step_there_is_no_latest(tmp_path):

@@ -141,14 +141,16 @@ class Job:
   def codes(self):
     """Exit codes, once all have ended."""
     until = time.monotonic() + SECONDS
-    left = (max(0.1, until - time.monotonic()) for _ in self.processes)
-    return [p.wait(seconds) for p, seconds in zip(self.processes, left, strict=True)]
+    while any(p.poll() is None for p in self.processes):
+      assert time.monotonic() < until, "\n".join(map(self.text, range(self.count)))
+      time.sleep(0.05)
+    return [p.returncode for p in self.processes]
 
   def wait_for_step(self, step):
     until = time.monotonic() + SECONDS
     while not any(int(s) >= step for s in re.findall(r"\] step (\d+)/", self.text(0))):
       assert all(p.poll() is None for p in self.processes), self.text(0)
-      assert time.monotonic() < until
+      assert time.monotonic() < until, self.text(0)
       time.sleep(0.01)
 
 
