@@ -19,7 +19,7 @@ from pixsigma_jax.models.pixart import (
   laid_out,
 )
 from pixsigma_jax.sample import Pipeline
-from pixsigma_jax.sample.frozen import RememberedCaptions
+from pixsigma_jax.sample.encoders import RememberedCaptions
 
 
 def prepare(case: Case, dtype: str, *, machine: str) -> Callable[[], Any]:

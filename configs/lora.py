@@ -8,11 +8,11 @@ leaves them in runs/lora/512px/adapters/ as PEFT and diffusers load them. With
 `--config.adapter.dora=True` it is a DoRA.
 
 Hardware: one accelerator of 16 GB or more. The train step takes 6.9 GiB as XLA compiles
-it for a TPU v5e, of which 2.3 are the model; T5, for the sheets' prompts, 9.5 GB before
+it for a TPU v5e, of which 2.3 are the model; T5, for the sample grids' prompts, 9.5 GB before
 the first step. Compiled, not run: no accelerator was at hand. For the other published
 sizes see configs/own_images.py.
 
-Expect: no loss is published, and that of twenty images says little; look at the sheets
+Expect: no loss is published, and that of twenty images says little; look at the sample grids
 of samples, which are drawn every 250 steps. If other subjects begin to look like the
 images, take an earlier adapter.
 """

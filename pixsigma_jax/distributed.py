@@ -2,7 +2,7 @@
 
 JAX connects processes and runs their collectives. This file adds clear messages about
 processes that are missing or lost. Before JAX starts, every process connects to process
-0 (`call_the_roll`), and whoever waits says which processes have not come. These
+0 (`establish`), and whoever waits says which processes have not come. These
 connections stay open for heartbeats, so the end of a process is noticed immediately,
 and every other process ends with a message that names it. A scheduler then starts all
 of them again.
@@ -59,7 +59,7 @@ class DistributedError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Process:
   """A process's number in its job, and the coordinator's address.
 
   Attributes:
@@ -93,14 +93,14 @@ class Place:
     return host.strip("[]"), int(port)
 
 
-def find_place(
+def find_process(
   *,
   coordinator_address: str | None,
   num_processes: int | None,
   process_id: int | None,
   timeout: int,
-) -> Place | None:
-  """This process's place in its job; None for a job of one process.
+) -> Process | None:
+  """This process's number and address in its job; None for a job of one process.
 
   What is given counts, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, then what JAX itself finds: a TPU pod, SLURM, Open MPI, Kubernetes.
@@ -115,14 +115,14 @@ def find_place(
   count = _number(num_processes, VARIABLES["num_processes"])
   index = _number(process_id, VARIABLES["process_id"])
   if count is None and index is None:
-    place = _detect(address, timeout)
-    if place is None and address is None:
+    process = _detect(address, timeout)
+    if process is None and address is None:
       return None
   elif address is None or count is None or index is None:
-    place = None
+    process = None
   else:
-    place = Place(address, count, index)
-  if place is None:
+    process = Process(address, count, index)
+  if process is None:
     given = dict(zip(VARIABLES, (address, count, index), strict=True))
     missing = [name for name, value in given.items() if value is None]
     raise ValueError(
@@ -130,7 +130,7 @@ def find_place(
       f"{', '.join(VARIABLES.values())}), or none of them where JAX finds them itself: "
       f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing."
     )
-  return place if place.num_processes > 1 else None
+  return process if process.num_processes > 1 else None
 
 
 def _number(given: int | None, variable: str) -> int | None:
@@ -142,7 +142,7 @@ def _number(given: int | None, variable: str) -> int | None:
   return int(text)
 
 
-def _detect(address: str | None, timeout: int) -> Place | None:
+def _detect(address: str | None, timeout: int) -> Process | None:
   """The process that JAX detects from its environment."""
   # Private, and asked here because only `jax.distributed.initialize` asks it otherwise,
   # which waits for all processes without a word and ends the program if one is missing.
@@ -153,14 +153,14 @@ def _detect(address: str | None, timeout: int) -> Place | None:
   )
   if address is None or count is None or index is None:
     return None
-  return Place(address, count, index, tuple(devices) if devices else None)
+  return Process(address, count, index, tuple(devices) if devices else None)
 
 
 @contextlib.contextmanager
-def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
+def initialized(process: Process | None, *, startup_timeout: int, silence_timeout: int):
   """Initializes the job's processes for the block, and ends them together.
 
-  Without a place there is one process, and nothing to be done. Must come before
+  With None there is one process, and nothing to be done. Must come before
   anything that JAX computes. Only process 0 logs what is not a warning.
 
   A process that goes without a word (killed, out of memory, its machine lost), that is
@@ -168,7 +168,7 @@ def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
   was and exits with code 1.
 
   Args:
-    place: of this process.
+    process: this one; None for a job of one.
     startup_timeout: seconds to wait for all processes.
     silence_timeout: seconds after which a process, or a machine, that does not answer
       is lost. A process that ends on a machine that goes on is noticed at once.
@@ -176,40 +176,42 @@ def joined(place: Place | None, *, startup_timeout: int, silence_timeout: int):
   Raises:
     DistributedError: processes have not come, or two claim to be the same one.
   """
-  if place is None:
+  if process is None:
     yield
     return
-  links = _Links.call_the_roll(place, startup_timeout, silence_timeout)
+  membership = _Membership.establish(process, startup_timeout, silence_timeout)
   try:
     jax.distributed.initialize(
-      place.coordinator_address,
-      place.num_processes,
-      place.process_id,
-      local_device_ids=place.local_device_ids,
+      process.coordinator_address,
+      process.num_processes,
+      process.process_id,
+      local_device_ids=process.local_device_ids,
       cluster_detection_method="deactivate",  # done
       initialization_timeout=startup_timeout,
       # After ours, which name the culprit; JAX aborts whoever notices.
       heartbeat_timeout_seconds=2 * silence_timeout + 10,
       shutdown_timeout_seconds=startup_timeout,
     )
-    if place.process_id:
+    if process.process_id:
       logging.set_verbosity(logging.WARNING)
-    logging.info("Together: %s.", _listed(range(place.num_processes), links.hosts))
+    logging.info(
+      "Together: %s.", _listed(range(process.num_processes), membership.hosts)
+    )
     yield
   except SystemExit:
-    _leave(links)  # stopped, by agreement
+    _leave(membership)  # stopped, by agreement
     raise
   except BaseException as error:
-    links.fail(error)
+    membership.fail(error)
     raise
   else:
-    _leave(links)
+    _leave(membership)
 
 
-def _leave(links: "_Links") -> None:
-  links.say_goodbye()
+def _leave(membership: "_Membership") -> None:
+  membership.say_goodbye()
   jax.distributed.shutdown()  # waits for the others
-  links.close()
+  membership.close()
 
 
 def _listed(indices: Sequence[int], hosts: Mapping[int, str]) -> str:
@@ -464,7 +466,7 @@ def _is_interactive() -> bool:
   return hasattr(sys, "ps1")
 
 
-class _Links:
+class _Membership:
   """Connections between process 0 and each other process while the job runs.
 
   Of process 0 they lead to all others, by number; of another to process 0.
@@ -472,13 +474,13 @@ class _Links:
 
   def __init__(
     self,
-    place: Place,
+    process: Process,
     hosts: dict[int, str],
     sockets: dict[int, socket.socket],
     silence_timeout: float,
   ):
     self.hosts = hosts
-    self._place = place
+    self._process = process
     self._sockets = sockets
     self._silence = silence_timeout
     self._interval = silence_timeout / _BEATS
@@ -496,19 +498,19 @@ class _Links:
     self._pulse = threading.Thread(target=self._beat, daemon=True)
 
   @classmethod
-  def call_the_roll(
-    cls, place: Place, startup_timeout: float, silence_timeout: float
-  ) -> "_Links":
-    """Returns when all processes have come; see `joined`."""
-    call = _call_as_first if place.process_id == 0 else _call_as_other
-    hosts, sockets = call(place, startup_timeout)
+  def establish(
+    cls, process: Process, startup_timeout: float, silence_timeout: float
+  ) -> "_Membership":
+    """Returns when all processes have come; see `initialized`."""
+    call = _establish_as_first if process.process_id == 0 else _establish_as_other
+    hosts, sockets = call(process, startup_timeout)
     for connection in sockets.values():
       connection.settimeout(silence_timeout)
       _keep_alive(connection, silence_timeout)
-    links = cls(place, hosts, sockets, silence_timeout)
-    links._watch.start()
-    links._pulse.start()
-    return links
+    membership = cls(process, hosts, sockets, silence_timeout)
+    membership._watch.start()
+    membership._pulse.start()
+    return membership
 
   def say_goodbye(self) -> None:
     """Announces that disconnects of this process after this point are expected."""
@@ -623,7 +625,7 @@ class _Links:
     """Tells the others, and ends this process."""
     self._news = message
     self._heard_of.set()
-    if self._place.process_id == 0:
+    if self._process.process_id == 0:
       self._tell(message, apart_from=message.get("gone"))
     if "gone" in message:
       index = message["gone"]
@@ -647,9 +649,9 @@ class _Links:
       return
     logging.flush()
     print(
-      f"Error: {what}. Process {self._place.process_id} ends too; its log has no more "
-      f"to say. Look at that of process {index}. The same command in all "
-      f"{self._place.num_processes} processes goes on from the newest checkpoint.",
+      f"Error: {what}. Process {self._process.process_id} ends too; its log has no "
+      f"more to say. Look at that of process {index}. The same command in all "
+      f"{self._process.num_processes} processes goes on from the newest checkpoint.",
       file=sys.stderr,
     )
     _exit()
@@ -697,11 +699,11 @@ def _keep_alive(connection: socket.socket, seconds: float) -> None:
       connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _call_as_first(
-  place: Place, timeout: float
+def _establish_as_first(
+  process: Process, timeout: float
 ) -> tuple[dict[int, str], dict[int, socket.socket]]:
   """Waits for all others; their hosts and connections by number."""
-  count, port = place.num_processes, place.address[1]
+  count, port = process.num_processes, process.address[1]
   hosts = {0: socket.gethostname()}
   sockets: dict[int, socket.socket] = {}
   until = time.monotonic() + timeout
@@ -722,7 +724,7 @@ def _call_as_first(
         missing = sorted(set(range(count)) - set(hosts))
         refuse(
           f"{len(missing)} of {count} processes did not come within {timeout:g} s to "
-          f"process 0 at {place.coordinator_address}: missing "
+          f"process 0 at {process.coordinator_address}: missing "
           f"{'is' if len(missing) == 1 else 'are'} "
           f"{_listed(missing, _expected_hosts(count))}; here "
           f"{'is' if len(hosts) == 1 else 'are'} {_listed(sorted(hosts), hosts)}. Look "
@@ -797,22 +799,22 @@ def _listener(port: int, until: float, timeout: float) -> Iterator[socket.socket
     yield listener
 
 
-def _call_as_other(
-  place: Place, timeout: float
+def _establish_as_other(
+  process: Process, timeout: float
 ) -> tuple[dict[int, str], dict[int, socket.socket]]:
   """Tells process 0 that this one is here; hosts of all, and the connection to it."""
   until = time.monotonic() + timeout
   said = "nothing was heard"
   while (left := until - time.monotonic()) > 0:
     try:
-      connection = socket.create_connection(place.address, timeout=min(left, 10.0))
+      connection = socket.create_connection(process.address, timeout=min(left, 10.0))
     except OSError as error:
       said = str(error)
       time.sleep(min(0.2, left))
       continue
     me = {
-      "process": place.process_id,
-      "processes": place.num_processes,
+      "process": process.process_id,
+      "processes": process.num_processes,
       "host": socket.gethostname(),
     }
     with contextlib.suppress(OSError):
@@ -830,8 +832,8 @@ def _call_as_other(
     said = "it does not answer"
     time.sleep(min(0.2, max(until - time.monotonic(), 0.0)))
   raise DistributedError(
-    f"Process 0 of {place.num_processes} has not come within {timeout:g} s: nobody "
-    f"calls the roll at {place.coordinator_address} ({said}). Look at the log of "
-    "process 0 and whether its port can be reached from "
+    f"Process 0 of {process.num_processes} has not come within {timeout:g} s: nobody "
+    f"answers as process 0 at {process.coordinator_address} ({said}). Look at the log "
+    "of process 0 and whether its port can be reached from "
     f"{socket.gethostname()}, or raise --startup_timeout."
   )

@@ -27,8 +27,8 @@ from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import vae_identity
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig, init_params
-from pixsigma_jax.train.agreement import check_config
 from pixsigma_jax.train.batches import split_length
+from pixsigma_jax.train.compatibility import check_config
 from pixsigma_jax.train.config import complete, model_config
 from pixsigma_jax.train.program import abstract_batch, make_program
 from pixsigma_jax.transforms import TRANSFORMS

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pixsigma_jax import distributed
-from pixsigma_jax.distributed import DistributedError, Place, find_place
+from pixsigma_jax.distributed import DistributedError, Process, find_process
 
 # What may say that there are several processes, in whatever runs the tests.
 VARIABLES = (
@@ -39,7 +39,7 @@ def port():
 
 
 def find(address=None, count=None, index=None):
-  return find_place(
+  return find_process(
     coordinator_address=address, num_processes=count, process_id=index, timeout=1
   )
 
@@ -49,12 +49,12 @@ def test_where_nothing_is_said_there_is_one_process():
 
 
 def test_addresses_come_from_flags_before_the_environment(monkeypatch):
-  assert find("a:1", 4, 2) == Place("a:1", 4, 2)
+  assert find("a:1", 4, 2) == Process("a:1", 4, 2)
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "b:2")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "8")
   monkeypatch.setenv("JAX_PROCESS_ID", "7")
-  assert find() == Place("b:2", 8, 7)
-  assert find("a:1", index=3) == Place("a:1", 8, 3)
+  assert find() == Process("b:2", 8, 7)
+  assert find("a:1", index=3) == Process("a:1", 8, 3)
 
 
 def test_a_job_of_one_process_needs_no_addresses():
@@ -104,17 +104,17 @@ def test_a_task_of_slurm_is_found(monkeypatch):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
   # JAX derives the port from the number of the job.
-  assert find() == Place("node07:61440", 16, 9, local_device_ids=(1,))
+  assert find() == Process("node07:61440", 16, 9, local_device_ids=(1,))
 
 
 def call(port, count, indices, timeout=5.0, silence=5.0):
-  """The roll call of some processes, each in a thread: what each got, or its error."""
+  """The connecting of some processes, each in a thread: what each got, or its error."""
   results = {}
 
   def one(index):
-    place = Place(f"localhost:{port}", count, index)
+    process = Process(f"localhost:{port}", count, index)
     try:
-      results[index] = distributed._Links.call_the_roll(place, timeout, silence)
+      results[index] = distributed._Membership.establish(process, timeout, silence)
     except DistributedError as error:
       results[index] = str(error)
 
@@ -126,34 +126,34 @@ def call(port, count, indices, timeout=5.0, silence=5.0):
   return results
 
 
-def close(links):
-  for link in links.values():
-    link.say_goodbye()
-  for link in links.values():
-    link.close()
+def close(members):
+  for member in members.values():
+    member.say_goodbye()
+  for member in members.values():
+    member.close()
 
 
-def test_a_roll_call_tells_everyone_who_is_there_and_frees_the_port(port):
-  links = call(port, 4, range(4))
+def test_connecting_tells_everyone_who_is_there_and_frees_the_port(port):
+  members = call(port, 4, range(4))
   hosts = dict.fromkeys(range(4), socket.gethostname())
-  assert {index: link.hosts for index, link in links.items()} == dict.fromkeys(
+  assert {index: member.hosts for index, member in members.items()} == dict.fromkeys(
     range(4), hosts
   )
   # As JAX will, while the connections are still open.
   with socket.create_server(("localhost", port)):
-    close(links)
+    close(members)
 
 
 # Where the program would end, the thread does.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whoever_is_gone_is_named_by_all_who_stay(port, monkeypatch, capsys):
   monkeypatch.setattr(distributed, "_exit", sys.exit)
-  links = call(port, 3, range(3))
-  links[1].close()  # without a goodbye
+  members = call(port, 3, range(3))
+  members[1].close()  # without a goodbye
   for index in (0, 2):
-    links[index]._watch.join(30)
-    assert not links[index]._watch.is_alive()
-    links[index].close()
+    members[index]._watch.join(30)
+    assert not members[index]._watch.is_alive()
+    members[index].close()
   lines = sorted(capsys.readouterr().err.splitlines())
   gone = f"Error: Process 1 on {socket.gethostname()} is gone without a word: killed"
   assert [line[: len(gone)] for line in lines] == [gone, gone]
@@ -167,24 +167,24 @@ def test_whoever_is_gone_is_named_by_all_who_stay(port, monkeypatch, capsys):
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_whoever_is_frozen_is_named_by_all_others(port, monkeypatch, capsys, frozen):
   monkeypatch.setattr(distributed, "_exit", sys.exit)
-  beat = distributed._Links._beat
+  beat = distributed._Membership._beat
   monkeypatch.setattr(
-    distributed._Links,
+    distributed._Membership,
     "_beat",
-    lambda links: None if links._place.process_id == frozen else beat(links),
+    lambda members: None if members._process.process_id == frozen else beat(members),
   )
-  links = call(port, 3, range(3), silence=1.0)
+  members = call(port, 3, range(3), silence=1.0)
   others = [index for index in range(3) if index != frozen]
   # The connections of the frozen process stay open, and the error of a collective that
   # waits for it comes first.
   if frozen == 1:
     time.sleep(0.5)
-    links[2]._tell({"failed": "XlaRuntimeError: timed out"})
+    members[2]._tell({"failed": "XlaRuntimeError: timed out"})
   for index in others:
-    links[index]._watch.join(30)
-    assert not links[index]._watch.is_alive()
-  for link in links.values():
-    link.close()
+    members[index]._watch.join(30)
+    assert not members[index]._watch.is_alive()
+  for member in members.values():
+    member.close()
   lines = capsys.readouterr().err.splitlines()
   host = socket.gethostname()
   named = f"Error: Process {frozen} on {host} has not answered for 1 s: it is frozen"
@@ -199,25 +199,25 @@ def test_an_error_waits_for_whoever_may_be_frozen_and_is_told_if_nobody_is(
 ):
   monkeypatch.setattr(distributed, "_exit", sys.exit)
   monkeypatch.setattr(distributed, "_SECONDS_TO_END", 0.1)
-  links = call(port, 3, range(3), silence=4.0)
-  late = links[0]._heard_at
+  members = call(port, 3, range(3), silence=4.0)
+  late = members[0]._heard_at
   late[1] -= 2.0  # not heard for a while
-  links[2]._ending.set()  # it is in that error itself
-  links[2]._tell({"failed": "OSError: no room"})
+  members[2]._ending.set()  # it is in that error itself
+  members[2]._tell({"failed": "OSError: no room"})
   for index in (0, 1):
-    links[index]._watch.join(30)
-  for link in links.values():
-    link.close()
+    members[index]._watch.join(30)
+  for member in members.values():
+    member.close()
   lines = capsys.readouterr().err.splitlines()
   assert all("Process 2 on" in line for line in lines)
   assert len([line for line in lines if "ended in OSError: no room" in line]) == 2
 
 
 def test_processes_that_answer_stay_together_however_long(port, capsys):
-  links = call(port, 3, range(3), silence=0.5)
+  members = call(port, 3, range(3), silence=0.5)
   time.sleep(1.5)
-  assert all(link._watch.is_alive() for link in links.values())
-  close(links)
+  assert all(member._watch.is_alive() for member in members.values())
+  close(members)
   assert not capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_those_who_have_not_come_are_named_to_all_who_have(port, monkeypatch):
 def test_without_process_0_the_others_say_where_they_looked(port):
   said = call(port, 3, [1], timeout=1.0)
   assert said[1].startswith(
-    "Process 0 of 3 has not come within 1 s: nobody calls the roll at "
+    "Process 0 of 3 has not come within 1 s: nobody answers as process 0 at "
     f"localhost:{port} ("
   )
 
@@ -268,12 +268,12 @@ def test_a_stranger_at_the_door_does_not_disturb(port):
         break
     stranger.sendall(greeting)
     stranger.close()
-  links = call(port, 2, [1])
+  members = call(port, 2, [1])
   thread.join(30)
-  close(links | result[0])
+  close(members | result[0])
 
 
-def test_a_process_that_is_started_again_during_the_roll_call_takes_its_own_place(port):
+def test_a_process_that_is_started_again_while_others_connect_is_the_same_process(port):
   result = []
   thread = threading.Thread(target=lambda: result.append(call(port, 3, [0])))
   thread.start()
@@ -285,10 +285,10 @@ def test_a_process_that_is_started_again_during_the_roll_call_takes_its_own_plac
   first.sendall(b"\n")
   time.sleep(0.3)  # its place is taken, and then free again
   first.close()
-  links = call(port, 3, [1, 2])
+  members = call(port, 3, [1, 2])
   thread.join(30)
   assert result[0][0].hosts[1] == socket.gethostname()
-  close(links | result[0])
+  close(members | result[0])
 
 
 def test_a_taken_port_is_named(port):
@@ -315,7 +315,7 @@ def test_a_long_list_ends_in_how_many_more():
 
 
 def test_alone_there_is_nothing_to_agree_on(key):
-  with distributed.joined(None, startup_timeout=1, silence_timeout=1):
+  with distributed.initialized(None, startup_timeout=1, silence_timeout=1):
     assert distributed.is_first()
     distributed.check_same("seed", 3)
   array = jax.random.normal(key, (8, 2))
@@ -444,9 +444,9 @@ from pixsigma_jax import distributed
 
 address, index, count, what = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
 logging.set_verbosity(logging.INFO)
-place = distributed.Place(address, count, index)
+process = distributed.Process(address, count, index)
 silence = 6 if what == "freeze" else 30
-with distributed.joined(place, startup_timeout=120, silence_timeout=silence):
+with distributed.initialized(process, startup_timeout=120, silence_timeout=silence):
   distributed.check_same("seed", 3 + index if what == "differ" else 3)
   config = {"a": {"b": index if what == "config" else 0}, "c": ["x"] * 100}
   distributed.check_same("config", config)

@@ -12,7 +12,7 @@ import pytest
 
 from pixsigma_jax import disk, wording
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
-from pixsigma_jax.sample.frozen import RememberedCaptions
+from pixsigma_jax.sample.encoders import RememberedCaptions
 from pixsigma_jax.sample.settings import SETTINGS
 
 ROOT = pathlib.Path(__file__).parent.parent

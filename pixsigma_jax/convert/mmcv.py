@@ -50,7 +50,7 @@ ELSEWHERE = {
   "aspect_ratio_type": "prepare --resolution, --table",
   "data": "prepare --official or --index",
   "data_root": "prepare --official",
-  "deterministic_validation": "sheets of samples have fixed seeds always",
+  "deterministic_validation": "grids of samples have fixed seeds always",
   "fp32_attention": "scores and softmax are float32 always",
   "multi_scale": "prepare --table: one that holds 1.0 alone gives squares",
   "resume_from": "a run goes on from its own workdir",
@@ -318,8 +318,8 @@ def import_mmcv(
   # ------------------------------------------------------------------------ logging
   fields["log.every"] = take("log_interval", 50)
   fields["checkpoint.every"] = take("save_model_steps", 1_000_000)
-  sheets = take("eval_sampling_steps", 250)
-  fields["log.sample_every"] = sheets if take("visualize", False) else 0
+  grid_every = take("eval_sampling_steps", 250)
+  fields["log.sample_every"] = grid_every if take("visualize", False) else 0
   if prompts := take("validation_prompts", None):
     fields["log.prompts"] = tuple(prompts)
 

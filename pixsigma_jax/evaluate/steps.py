@@ -147,16 +147,16 @@ def _run(
 def _job(values: Mapping[str, Any]) -> Any:
   """The job of several processes, for steps that share work among them."""
   job = {option.name: values.get(option.name, option.default) for option in _JOB}
-  place = None
+  process = None
   if "process_id" in values:
-    place = distributed.find_place(
+    process = distributed.find_process(
       coordinator_address=job["coordinator_address"],
       num_processes=job["num_processes"],
       process_id=job["process_id"],
       timeout=job["startup_timeout"],
     )
-  return distributed.joined(
-    place,
+  return distributed.initialized(
+    process,
     startup_timeout=job["startup_timeout"],
     silence_timeout=job["silence_timeout"],
   )

@@ -20,7 +20,7 @@ from pixsigma_jax.plan import gpus, kernels, report, sampling, search, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.plan import as_dict, make_plan
 from pixsigma_jax.plan.stage import stage_on
-from pixsigma_jax.train import agreement
+from pixsigma_jax.train import compatibility
 from pixsigma_jax.train.config import model_config
 from pixsigma_jax.train.config_flag import run_with_config
 from pixsigma_jax.wording import install
@@ -95,7 +95,7 @@ def _plan_sampling(config: dict[str, Any], machines: topology.Topology) -> None:
       "--sample says what a compiler makes of the sampler: it goes neither with "
       "--search nor with --nocompile."
     )
-  agreement.check_config(config)
+  compatibility.check_config(config)
   _check_libtpu(config, machines)
   model, dtype = model_config(config["model"]), config["compute"]["dtype"]
   found = sampling.plan_sampling(model, machines, dtype=dtype)

@@ -15,7 +15,7 @@ from pixsigma_jax.models import attention
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import gpus
 from pixsigma_jax.plan.topology import Topology
-from pixsigma_jax.train import agreement
+from pixsigma_jax.train import compatibility
 from pixsigma_jax.train.batches import split_length
 from pixsigma_jax.train.config import call, complete, model_config
 from pixsigma_jax.train.program import Program, abstract_batch, make_program
@@ -106,7 +106,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
     ValueError: the config is not one, its attention does not compute in its dtype, or
       its batch or mesh do not fit the machines.
   """
-  agreement.check_config(config)
+  compatibility.check_config(config)
   config = complete(config)
   model = model_config(config["model"])
   batch_size, fields = config["batch_size"], dict(config["mesh"])
@@ -126,7 +126,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
     width=model.width,
   )
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  agreement.check_batch(batch_size, config["accumulation"], mesh)
+  compatibility.check_batch(batch_size, config["accumulation"], mesh)
   context = sizes[CONTEXT]
   tokens = split_length(longest_sequence(model), context, model.window)
   program = make_program(config, mesh=None, scaling_factor=SCALING_FACTOR)

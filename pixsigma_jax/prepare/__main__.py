@@ -26,7 +26,7 @@ from pixsigma_jax.data.records import MANIFEST, open_dataset
 from pixsigma_jax.prepare import check, features, official, pictures, write
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.prepare.settings import Settings
-from pixsigma_jax.sample.frozen import locate
+from pixsigma_jax.sample.encoders import locate
 from pixsigma_jax.wording import listed
 
 _PARTS = ("pictures", "features")

@@ -27,7 +27,7 @@ from pixsigma_jax import checkpoint, command, disk, sharding
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import captions, pictures
-from pixsigma_jax.sample.frozen import RememberedCaptions, load_text_encoder
+from pixsigma_jax.sample.encoders import RememberedCaptions, load_text_encoder
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS, Output, Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.sample.setting_flags import SettingFlags

@@ -23,7 +23,7 @@ differences:
 - `guidance_rescale`, `guidance_interval` and `step_caching` are more than it has.
 - The network learns nothing of embeddings made elsewhere (`prompt_embeds`,
   `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`),
-  but from a `text_encoder` such as `frozen.RememberedCaptions`.
+  but from a `text_encoder` such as `encoders.RememberedCaptions`.
 - `stream` hands over whole pictures; there is no `callback`, `callback_steps`,
   `output_type` or `return_dict`.
 """
@@ -53,7 +53,7 @@ from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import captions, pictures, program
-from pixsigma_jax.sample.frozen import load_autoencoder, load_text_encoder
+from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance
 from pixsigma_jax.sample.settings import (
   SETTINGS,
@@ -209,7 +209,8 @@ class Pipeline:
       frozen: where VAE, T5 and tokenizer are, if the model needs them: a folder of
         diffusers with `vae/`, `text_encoder/` and `tokenizer/`, or the id of one on the
         hub. None for the ones that PixArt was published with.
-      text_encoder: to use instead of loading one, such as `frozen.RememberedCaptions`.
+      text_encoder: to use instead of loading one, such as
+        `encoders.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
       compute: see the class; None for `program.compute_here()`.
       batch_size, guidance_passes, timing: see the class.

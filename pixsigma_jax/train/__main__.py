@@ -14,10 +14,10 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from pixsigma_jax import command, distributed
-from pixsigma_jax.train.agreement import check_config
+from pixsigma_jax.train.compatibility import check_config
 from pixsigma_jax.train.config_flag import described, run_with_config
 from pixsigma_jax.train.loop import train
-from pixsigma_jax.train.standing import standing
+from pixsigma_jax.train.status import status
 
 config_flags.DEFINE_config_file("config", help_string="A config file; FILE:ARGUMENT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; required.")
@@ -62,17 +62,17 @@ def main(config: dict[str, Any]) -> None:
   workdir = _WORKDIR.value
   assert workdir is not None  # the validator sees to it
   if _DRY_RUN.value:
-    print(standing(config, workdir))
+    print(status(config, workdir))
     return
   command.keep_compiled()
-  place = distributed.find_place(
+  process = distributed.find_process(
     coordinator_address=_COORDINATOR_ADDRESS.value,
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,
     timeout=_STARTUP_TIMEOUT.value,
   )
-  with distributed.joined(
-    place,
+  with distributed.initialized(
+    process,
     startup_timeout=_STARTUP_TIMEOUT.value,
     silence_timeout=_SILENCE_TIMEOUT.value,
   ):

@@ -13,7 +13,7 @@ from absl import logging
 from pixsigma_jax import checkpoint
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.sample.pipeline import Pipeline
-from pixsigma_jax.train import sheets
+from pixsigma_jax.train import sample_grids
 from pixsigma_jax.train.goodput import Arithmetic, Goodput
 from pixsigma_jax.train.metrics import MetricWriter, Window
 from pixsigma_jax.train.program import Program
@@ -242,22 +242,22 @@ class Save(Action):
     self._checkpoints.save(
       at.step, whole, self._position(at), self._about(), place=self._place
     )
-    self.tell()  # of the one before, for which this one has waited
+    self.report()  # of the one before, for which this one has waited
     at.saved[self._place] = self._under_way = at.step
 
   def wait(self) -> None:
     """Returns when what was being saved is whole."""
     self._checkpoints.wait()
-    self.tell()
+    self.report()
 
   def before(self, step: int) -> None:
     if self._under_way is not None and not self._checkpoints.is_saving(self._place):
-      self.tell()
+      self.report()
 
   def reset(self, step: int) -> None:
     self._under_way = None
 
-  def tell(self) -> None:
+  def report(self) -> None:
     """Says of the last step that was to be saved that it is, if it is whole by now."""
     step, self._under_way = self._under_way, None
     if step is None:
@@ -293,7 +293,7 @@ class Snapshot(Action):
     self._write(at.state)
 
 
-class Sheet(Action):
+class SampleGrid(Action):
   """Samples of fixed prompts."""
 
   def __init__(
@@ -311,7 +311,7 @@ class Sheet(Action):
 
   def run(self, at: LoopState) -> None:
     params = self._program.model_of(at.state)
-    sheets.write_sheet(
+    sample_grids.write_grid(
       self._sampler, params, self._prompts, self._workdir, at.step, self._writer
     )
 
@@ -323,7 +323,7 @@ class DrawSet(Action):
     self,
     every: int,
     sampler: Pipeline,
-    sample_set: sheets.SampleSet,
+    sample_set: sample_grids.SampleSet,
     program: Program,
     workdir: pathlib.Path,
   ):

@@ -30,7 +30,7 @@ def _field(default: Any, check: Check, does: str) -> Any:
 
   Args:
     check: of a value by itself. How fields go together is checked where they meet: in
-      `agreement`, and by what a section is the call of.
+      `compatibility`, and by what a section is the call of.
     does: what the field does, in Markdown.
   """
   return dataclasses.field(default=default, metadata={"check": check, "does": does})

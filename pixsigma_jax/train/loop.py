@@ -17,8 +17,14 @@ from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.data import pipeline as data_pipeline
 from pixsigma_jax.data.mixture import open_mixture
 from pixsigma_jax.metadata import Metadata, software
-from pixsigma_jax.sample import frozen
-from pixsigma_jax.train import actions, agreement, guards, run_directory, sheets
+from pixsigma_jax.sample import encoders
+from pixsigma_jax.train import (
+  actions,
+  compatibility,
+  guards,
+  run_directory,
+  sample_grids,
+)
 from pixsigma_jax.train.batches import Batches
 from pixsigma_jax.train.config import call, complete, model_config
 from pixsigma_jax.train.ema import save_snapshots
@@ -27,7 +33,7 @@ from pixsigma_jax.train.metrics import MetricWriter, Window, check_wandb
 from pixsigma_jax.train.optimizer import rate_in_words
 from pixsigma_jax.train.program import lower_step, make_program
 from pixsigma_jax.train.progress import Progress
-from pixsigma_jax.train.standing import is_cleared
+from pixsigma_jax.train.status import is_cleared
 from pixsigma_jax.train.step import TrainState
 from pixsigma_jax.train.validation import Validation
 from pixsigma_jax.train.watchdog import Watchdog
@@ -51,7 +57,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
       the state is saved: a scheduler must not take it for a finished run.
   """
   workdir = pathlib.Path(workdir)
-  agreement.check_config(config)
+  compatibility.check_config(config)
   config = complete(config)
   with run_directory.held(workdir, config["checkpoint"]["remote"]):
     if distributed.of_first(is_cleared(config, workdir)):
@@ -103,7 +109,7 @@ class Run:
       batch_size=self._batch_size // config["accumulation"],
       width=model_config(config["model"]).width,
     )
-    agreement.check_batch(self._batch_size, config["accumulation"], self._mesh)
+    compatibility.check_batch(self._batch_size, config["accumulation"], self._mesh)
     data = config["data"]
     opened = {
       "paths": data["path"].split(","),
@@ -117,7 +123,7 @@ class Run:
       scaling_factor=self._mixture.features.scaling_factor,
     )
     self._model = self._program.model.config
-    agreement.check_data(config, self._model, self._mixture)
+    compatibility.check_data(config, self._model, self._mixture)
     self._rollbacks: dict[int, int] = {}  # by the step of the checkpoint
     self._held_out = None
     if config["validation"]["every"]:
@@ -164,7 +170,7 @@ class Run:
     if config["init"]["parent"] and (start is None or program.lora):
       parent = checkpoint.read_snapshot(config["init"]["parent"], mesh)
       parent = parent.with_fingerprint()
-      transformed = agreement.transformed(
+      transformed = compatibility.transformed(
         parent, config["init"]["transforms"], self._model, mesh
       )
       parent = dataclasses.replace(
@@ -173,9 +179,9 @@ class Run:
     self._has_parent = parent is not None
     if start is not None:
       stored = self._checkpoints.metadata(start)
-      about = agreement.check_same_run(stored, config, self._model, mixture, parent)
+      about = compatibility.check_same_run(stored, config, self._model, mixture, parent)
     else:
-      about = agreement.metadata_of(config, self._model, mixture, parent)
+      about = compatibility.metadata_of(config, self._model, mixture, parent)
     history = run_directory.go_on_from(self.workdir, history, start or 0)
     self._about: Metadata = dataclasses.replace(about, history=history)
 
@@ -225,7 +231,7 @@ class Run:
     length, compute = self._model.caption_length, self._program.model.compute
     self._captions = None
     if self._mixture.null_caption is None:
-      self._captions = frozen.load_text_encoder(
+      self._captions = encoders.load_text_encoder(
         self._mixture.features,
         self.config["frozen"] or None,
         dtype=compute.dtype,
@@ -347,17 +353,19 @@ class Run:
     compute, logs = self._program.model.compute, self.config["log"]
     sample_set = shown = None
     if logs["sample_set"]["every"]:
-      sample_set = sheets.SampleSet(mixture, model, logs["sample_set"]["count"])
+      sample_set = sample_grids.SampleSet(mixture, model, logs["sample_set"]["count"])
       shown = sample_set.captions
-    sheet_every = logs["sample_every"] if logs["prompts"] else 0
-    if sheet_every:
-      shown = sheets.prompts_of(config, model, mixture, compute, self._captions)
+    grid_every = logs["sample_every"] if logs["prompts"] else 0
+    if grid_every:
+      shown = sample_grids.prompts_of(config, model, mixture, compute, self._captions)
     if shown is None:
       return []
-    sampler = sheets.make_sampler(config, model, self.at.state, mixture, compute, shown)
+    sampler = sample_grids.make_sampler(
+      config, model, self.at.state, mixture, compute, shown
+    )
     with_model = self._program, self.workdir
     drawing: list[actions.Action] = [
-      actions.Sheet(sheet_every, sampler, logs["prompts"], *with_model, writer)
+      actions.SampleGrid(grid_every, sampler, logs["prompts"], *with_model, writer)
     ]
     if sample_set is not None:
       every = logs["sample_set"]["every"]
@@ -404,7 +412,7 @@ class Run:
 
   def _save_last(self) -> None:
     """Returns when the step that was made last is saved, and told of."""
-    self._settle()
+    self._drain()
     saves = [self._save]
     if self.config["checkpoint"]["remote"]:
       saves.append(self._save_remotely)
@@ -412,7 +420,7 @@ class Run:
       self._do(save)
     self._checkpoints.wait()
     for save in saves:
-      save.tell()
+      save.report()
 
   def _rescue(self) -> None:
     """Saves the last step that is sound, as far as one process can, before an error."""
@@ -433,7 +441,7 @@ class Run:
     at.state, metrics = self._compiled(at.state, batch)
     at.step = at.making
     at.arithmetic.add(at.needed)
-    self._settle()  # the step before: this one runs meanwhile
+    self._drain()  # the step before: this one runs meanwhile
     at.pending = (at.step, metrics, batch["example"])
     self._progress.advance(at.step)
     if not self.is_done() and not self._stop.is_due():
@@ -445,7 +453,7 @@ class Run:
         self._next_batch()
     for action in self._actions:
       if action.due(at.step):
-        self._settle()
+        self._drain()
         self._do(action)
 
   def _do(self, action: actions.Action) -> None:
@@ -465,7 +473,7 @@ class Run:
     else:
       yield
 
-  def _settle(self) -> None:
+  def _drain(self) -> None:
     """Reads what the last step measured, and deals with it if it was bad."""
     at, policy = self.at, self._program.guards
     if at.pending is None:

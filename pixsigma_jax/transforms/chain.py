@@ -100,7 +100,7 @@ def apply_transforms(
   *,
   read: Read,
   read_lora: ReadLora,
-  tell: Callable[[str, Model, Model], None] | None = None,
+  on_change: Callable[[str, Model, Model], None] | None = None,
 ) -> Model:
   """The model after the transforms, in their order.
 
@@ -109,7 +109,7 @@ def apply_transforms(
       `others` of `OF_SEVERAL` are paths.
     read: gives the metadata of such a path, and what reads its parameters.
     read_lora: gives the adapter at the path that is the `adapter` of `OF_ADAPTERS`.
-    tell: is called after each with its name, the model before and the model after.
+    on_change: is called after each with its name, the model before and the model after.
 
   Returns:
     The new model; its metadata has the provenance of the first. A null caption goes
@@ -143,8 +143,8 @@ def apply_transforms(
       null_caption=None if name == "alpha_to_sigma" else model.null_caption,
       metadata=_of_config(metadata, model, config),
     )
-    if tell is not None:
-      tell(name, before, model)
+    if on_change is not None:
+      on_change(name, before, model)
   return model
 
 

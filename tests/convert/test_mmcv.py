@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pixsigma_jax.convert import mmcv
-from pixsigma_jax.train.agreement import check_config
+from pixsigma_jax.train.compatibility import check_config
 from pixsigma_jax.train.config import model_config
 from pixsigma_jax.train.program import make_program
 from tests.train.runs import ROOT

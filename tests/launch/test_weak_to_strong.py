@@ -13,7 +13,7 @@ import pytest
 
 from pixsigma_jax import checkpoint
 from pixsigma_jax.metadata import Metadata
-from pixsigma_jax.train.standing import standing
+from pixsigma_jax.train.status import status
 from tests.launch.test_quickstart import ROOT
 from tests.train import runs
 
@@ -237,33 +237,33 @@ def _snapshot(workdir, step, stage="quickstart/low"):
 def test_a_stage_is_done_when_its_last_snapshot_is_there(config, tmp_path):
   run = tmp_path / "run"
   fresh = f"open: {run} starts from fresh parameters"
-  assert standing(config, run) == fresh
+  assert status(config, run) == fresh
   assert not run.exists()  # asking leaves nothing behind
   (run / "checkpoints" / "4").mkdir(parents=True)
   (run / "checkpoints" / "6.orbax-checkpoint-tmp-1").mkdir()
-  assert standing(config, run) == f"open: {run} goes on from step 4 of 6"
+  assert status(config, run) == f"open: {run} goes on from step 4 of 6"
   (run / "checkpoints" / "6").mkdir()
   _snapshot(run, 3)
-  assert standing(config, run) == f"open: {run} goes on from step 6 of 6"
+  assert status(config, run) == f"open: {run} goes on from step 6 of 6"
   _snapshot(run, 6)
-  assert standing(config, run) == f"done: {run} has all its 6 steps"
+  assert status(config, run) == f"done: {run} has all its 6 steps"
   longer = config | {"total_steps": 8}
-  assert standing(longer, run) == f"open: {run} goes on from step 6 of 8"
+  assert status(longer, run) == f"open: {run} goes on from step 6 of 8"
   other = config | {"stage": "another"}
   with pytest.raises(ValueError, match="is a run of the stage 'quickstart/low', and"):
-    standing(other, run)
+    status(other, run)
 
 
 def test_a_stage_that_has_not_begun_names_its_parent(config, tmp_path):
   run, parent = tmp_path / "run", tmp_path / "parent"
   child = config | {"init": {"parent": str(parent), "transforms": ()}}
   line = f"open: {run} starts from {parent}, which is not there yet"
-  assert standing(child, run) == line
+  assert status(child, run) == line
   _snapshot(parent, 6)
-  assert standing(child, run) == f"open: {run} starts from {parent}/snapshots/6"
+  assert status(child, run) == f"open: {run} starts from {parent}/snapshots/6"
   # Its own beginning is no progress.
   _snapshot(run, 0)
-  assert standing(child, run) == f"open: {run} starts from {parent}/snapshots/6"
+  assert status(child, run) == f"open: {run} starts from {parent}/snapshots/6"
 
 
 def test_the_trainer_says_it_with_dry_run(tmp_path):

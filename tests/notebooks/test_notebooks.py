@@ -25,7 +25,7 @@ from pixsigma_jax.models.attention import CHOICES
 from pixsigma_jax.models.kv_compression import WINDOWS, KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures
-from pixsigma_jax.sample.frozen import RememberedCaptions
+from pixsigma_jax.sample.encoders import RememberedCaptions
 from pixsigma_jax.transforms import add_kv_compression, interpolate_pe
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae

@@ -24,7 +24,7 @@ from pixsigma_jax.convert import files
 from pixsigma_jax.diffusion import guidance
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures, program
-from pixsigma_jax.sample.frozen import RememberedCaptions
+from pixsigma_jax.sample.encoders import RememberedCaptions
 from tests import commands
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae

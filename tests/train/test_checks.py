@@ -8,7 +8,7 @@ import pytest
 from configs import stage_4k
 from configs.quickstart import low
 from pixsigma_jax.train import fields
-from pixsigma_jax.train.agreement import check_config
+from pixsigma_jax.train.compatibility import check_config
 from pixsigma_jax.train.config import defaults_of
 from pixsigma_jax.train.optimizer import OPTIMIZERS
 from tests.train import runs, weak_stage

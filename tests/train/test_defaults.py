@@ -17,7 +17,7 @@ from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import VARIANTS, PixArtConfig
 from pixsigma_jax.sharding import make_mesh_of_slices
 from pixsigma_jax.train import fields
-from pixsigma_jax.train.agreement import check_config
+from pixsigma_jax.train.compatibility import check_config
 from pixsigma_jax.train.config import (
   choose,
   complete,

@@ -13,7 +13,7 @@ from configs.quickstart import compressed, high, low
 from pixsigma_jax import checkpoint, tree
 from pixsigma_jax.models.text_encoders import text_encoder_from
 from pixsigma_jax.prepare.digits import prepare_digits
-from pixsigma_jax.train import loop, program, sheets
+from pixsigma_jax.train import loop, program, sample_grids
 from pixsigma_jax.transforms import add_kv_compression
 from tests.train import runs
 
@@ -233,7 +233,7 @@ def test_sample_grids_of_the_average_are_drawn_at_intervals_and_change_nothing(
   data, done, tmp_path, monkeypatch
 ):
   drawn, asked = [], []
-  replace, call = sheets.Pipeline.replace, sheets.Pipeline.__call__
+  replace, call = sample_grids.Pipeline.replace, sample_grids.Pipeline.__call__
 
   def replaced(self, **fields):
     drawn.append(jax.tree.map(np.array, fields["params"]))
@@ -243,8 +243,8 @@ def test_sample_grids_of_the_average_are_drawn_at_intervals_and_change_nothing(
     asked.append((prompts, fields))
     return call(self, prompts, **fields)
 
-  monkeypatch.setattr(sheets.Pipeline, "replace", replaced)
-  monkeypatch.setattr(sheets.Pipeline, "__call__", called)
+  monkeypatch.setattr(sample_grids.Pipeline, "replace", replaced)
+  monkeypatch.setattr(sample_grids.Pipeline, "__call__", called)
   prompts = ("a red seven", "a white three")
   runs.train(runs.low(data, log__sample_every=3, log__prompts=prompts), tmp_path)
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pixsigma_jax.train.standing import standing
+from pixsigma_jax.train.status import status
 from tests.train import runs
 
 
@@ -21,7 +21,7 @@ def test_a_new_machine_goes_on_from_the_remote_checkpoint(data, done, tmp_path):
   assert runs.steps(remote) == [3, 4]  # each third, and the last
   shutil.rmtree(first)
   shutil.rmtree(remote / "checkpoints" / "4")
-  stands = standing(config(data, remote).to_dict(), second)
+  stands = status(config(data, remote).to_dict(), second)
   assert stands == f"open: {second} goes on from step 3 of 6"
   runs.train(config(data, remote), second)
   assert runs.steps(second) == [4, 5, 6]
@@ -58,7 +58,7 @@ def test_shards_on_the_own_disk_are_nearer_than_the_workdir(
   (own,) = local.glob("0_of_1_*")
   assert runs.steps(own) == [4, 5]
   shutil.rmtree(workdir / "checkpoints" / "5")
-  stands = standing(runs.low(data, **changes).to_dict(), workdir)
+  stands = status(runs.low(data, **changes).to_dict(), workdir)
   assert stands.startswith(
     f"open: {workdir} goes on from step 4 of 6, or from step 5 if all hosts have it"
   )

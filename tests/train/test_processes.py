@@ -20,7 +20,7 @@ from configs import stage_2k, stage_4k
 from pixsigma_jax import checkpoint
 from pixsigma_jax.data.mixture import open_mixture
 from pixsigma_jax.models.pixart import init_params
-from pixsigma_jax.train import agreement
+from pixsigma_jax.train import compatibility
 from pixsigma_jax.train.config import model_config
 from tests import compilation
 from tests.train import runs
@@ -73,7 +73,7 @@ def stage(tmp_path_factory):
     1,
     params=init_params(model, jax.random.key(0)),
     null_caption=null_caption.astype(np.float32),
-    metadata=agreement.metadata_of(config, model, mixture, None),
+    metadata=compatibility.metadata_of(config, model, mixture, None),
   )
   path = directory / "stage_4k.py"
   data = _records(directory / "4k", stage_4k.get_config())

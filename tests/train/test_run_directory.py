@@ -18,7 +18,7 @@ import pytest
 from pixsigma_jax import checkpoint, distributed
 from pixsigma_jax.metadata import History, Metadata, software
 from pixsigma_jax.train import run_directory
-from pixsigma_jax.train.standing import is_cleared, standing
+from pixsigma_jax.train.status import is_cleared, status
 from tests.train import runs
 
 
@@ -58,7 +58,7 @@ def test_a_second_run_in_a_workdir_is_told_who_is_there_and_touches_nothing(
   config = runs.low(data)
   with run_directory.held(workdir):
     # Asking where it stands is no second run.
-    assert standing(config.to_dict(), workdir).startswith("open: ")
+    assert status(config.to_dict(), workdir).startswith("open: ")
     before = [(p, p.read_bytes()) for p in workdir.rglob("*") if p.is_file()]
     message = (
       rf"{workdir} is held by process {os.getpid()} on {socket.gethostname()} since "
@@ -166,7 +166,7 @@ def test_after_going_back_every_model_is_of_the_run_as_it_went_on(
   back_to(workdir, 2)
   # Other captions from there on.
   config = runs.low(data, data__long_caption_ratio=0.0, **WATCHED)
-  assert standing(config.to_dict(), workdir) == (
+  assert status(config.to_dict(), workdir) == (
     f"open: {workdir} goes on from step 2 of 6; snapshots/4, snapshots/6, "
     "ema/0.5/snapshots/4, ema/0.5/snapshots/6, of another history, move to abandoned/"
   )
@@ -198,7 +198,7 @@ def test_after_going_back_every_model_is_of_the_run_as_it_went_on(
   assert checkpoint.read_metadata(workdir / "snapshots" / "2").history == before
 
   # The same command again has nothing to do, and changes nothing.
-  assert standing(config.to_dict(), workdir).startswith("done: ")
+  assert status(config.to_dict(), workdir).startswith("done: ")
   runs.train(config, workdir)
   assert [p.name for p in (workdir / "abandoned").iterdir()] == [aside.name]
   assert "Replacing" not in caplog.text
@@ -247,7 +247,7 @@ def test_a_stage_whose_checkpoints_were_cleared_away_is_done(data, done, tmp_pat
   workdir = tmp_path / "run"
   shutil.copytree(done, workdir)
   shutil.rmtree(workdir / "checkpoints")
-  assert standing(runs.low(data).to_dict(), workdir).startswith("done: ")
+  assert status(runs.low(data).to_dict(), workdir).startswith("done: ")
   runs.train(runs.low(data), workdir)
   assert runs.steps(workdir) == []
   runs.assert_same(snapshot(workdir, 6), snapshot(done, 6))
@@ -279,14 +279,14 @@ def test_another_stages_models_do_not_make_a_stage_done(data, tmp_path):
 def test_where_it_would_start_says_through_which_transforms(data, done, tmp_path):
   config = runs.low(data, init__parent=str(done)).to_dict()
   config["init"]["transforms"] = ({"name": "interpolate_pe", "base_size": 4},)
-  assert standing(config, tmp_path / "run") == (
+  assert status(config, tmp_path / "run") == (
     f"open: {tmp_path}/run starts from {done}/snapshots/6 through interpolate_pe"
   )
 
 
 def test_where_a_run_stands_is_not_said_of_a_config_without_sense(data, tmp_path):
   with pytest.raises(ValueError, match="keep_last=0"):
-    standing(runs.low(data, checkpoint__keep_last=0).to_dict(), tmp_path)
+    status(runs.low(data, checkpoint__keep_last=0).to_dict(), tmp_path)
 
 
 def test_a_run_of_an_earlier_version_goes_on_to_the_same_bits(data, done, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pixsigma_jax import sharding
 from pixsigma_jax.data.mixture import open_mixture
-from pixsigma_jax.sample import frozen
+from pixsigma_jax.sample import encoders
 from pixsigma_jax.train.batches import Batches
 from pixsigma_jax.train.validation import Validation
 from tests.train import runs
@@ -127,7 +127,7 @@ def test_a_sample_set_has_the_datas_captions_at_their_images_sizes(watched, data
 def test_a_sample_set_alone_needs_no_text_encoder(data, tmp_path, monkeypatch):
   changes = {"log__sample_set": {"every": 2, "count": 1}, "total_steps": 2}
   with monkeypatch.context() as patch:
-    patch.setattr(frozen, "load_text_encoder", lambda *_, **__: pytest.fail("loaded"))
+    patch.setattr(encoders, "load_text_encoder", lambda *_, **__: pytest.fail("loaded"))
     runs.train(runs.low(data, **changes), tmp_path)
   assert (tmp_path / "sample_sets" / "00000002" / "captions.jsonl").exists()
 

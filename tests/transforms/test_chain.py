@@ -52,7 +52,7 @@ def test_a_transform_is_found_by_its_own_name():
 def test_each_transform_is_told_of_with_what_it_changed():
   told = []
 
-  def tell(name, before, after):
+  def on_change(name, before, after):
     told.append((name, before, after, summary(before, after)))
 
   first = model(autoencoder=SD, scaling_factor=0.18215)
@@ -61,7 +61,9 @@ def test_each_transform_is_told_of_with_what_it_changed():
     {"name": "swap_vae", "scaling_factor": 0.25},
     {"name": "remove_kv_compression"},
   )
-  last = apply_transforms(first, chain, read=unread, read_lora=unread, tell=tell)
+  last = apply_transforms(
+    first, chain, read=unread, read_lora=unread, on_change=on_change
+  )
   assert [name for name, *_ in told] == [transform["name"] for transform in chain]
   assert told[0][1] is first
   assert told[1][1] is told[0][2]

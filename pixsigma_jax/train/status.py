@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixsigma_jax import checkpoint
-from pixsigma_jax.train import agreement, run_directory
+from pixsigma_jax.train import compatibility, run_directory
 from pixsigma_jax.train.config import complete
 
 DONE, OPEN = "done", "open"
 
 
-def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
+def status(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
   """Status line: `done` or `open`, and what `train` would do.
 
   A stage is done when its last snapshot is there and no checkpoint says that the run
@@ -24,7 +24,7 @@ def standing(config: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
     ValueError: the config has values without sense or unknown fields, or the workdir
       is another stage's.
   """
-  agreement.check_config(config)
+  compatibility.check_config(config)
   config = complete(config)
   workdir, total = pathlib.Path(workdir), config["total_steps"]
   _check_stage(config, workdir)

@@ -15,7 +15,7 @@ from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.sample import frozen
+from pixsigma_jax.sample import encoders
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.train.metrics import MetricWriter
 from pixsigma_jax.train.step import TrainState
@@ -29,7 +29,7 @@ def make_sampler(
   state: TrainState,
   mixture: Mixture,
   compute: Compute,
-  captions: frozen.RememberedCaptions,
+  captions: encoders.RememberedCaptions,
 ) -> Pipeline:
   """Makes a pipeline that draws what it has `captions` of."""
   if jax.process_count() > 1:  # one of them draws, on a device of its own
@@ -38,7 +38,7 @@ def make_sampler(
     model,
     None,  # a picture's own come with it, see `_with`
     np.asarray(jax.device_get(state.null_caption)),
-    frozen.load_autoencoder(
+    encoders.load_autoencoder(
       mixture.features, config["frozen"] or None, dtype=compute.dtype
     ),
     captions,
@@ -53,7 +53,7 @@ def prompts_of(
   mixture: Mixture,
   compute: Compute,
   text_encoder: Any | None,
-) -> frozen.RememberedCaptions:
+) -> encoders.RememberedCaptions:
   """Embeddings of the fixed prompts, so the encoder can be dropped.
 
   Args:
@@ -61,15 +61,15 @@ def prompts_of(
   """
   if text_encoder is None:
     source = config["frozen"] or None
-    text_encoder = frozen.load_text_encoder(
+    text_encoder = encoders.load_text_encoder(
       mixture.features, source, dtype=compute.dtype
     )
-  return frozen.RememberedCaptions.of(
+  return encoders.RememberedCaptions.of(
     text_encoder, config["log"]["prompts"], model.caption_length
   )
 
 
-def write_sheet(
+def write_grid(
   sampler: Pipeline,
   params: Any,
   prompts: Sequence[str],
@@ -104,7 +104,7 @@ class SampleSet:
 
   def __init__(self, mixture: Mixture, model: PixArtConfig, count: int):
     """Remembers the captions' embeddings, so that T5 is not needed."""
-    assert mixture.null_caption is not None, "see agreement.check_data"
+    assert mixture.null_caption is not None, "see compatibility.check_data"
     records = mixture.read(np.arange(count))
     length = model.caption_length
     side = downsampling(mixture.features.autoencoder)
@@ -120,7 +120,7 @@ class SampleSet:
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts.values()):
       embeddings[row, : len(text)], mask[row, : len(text)] = text, True
-    self.captions = frozen.RememberedCaptions(
+    self.captions = encoders.RememberedCaptions(
       mixture.features.text_encoder, list(texts), embeddings, mask
     )
 

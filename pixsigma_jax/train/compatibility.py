@@ -316,7 +316,7 @@ def transformed(
     metadata=parent.metadata,
   )
   model = apply_transforms(
-    model, transforms, read=read, read_lora=read_lora, tell=_tell
+    model, transforms, read=read, read_lora=read_lora, on_change=_log_change
   )
   _refuse(
     model.metadata.model,
@@ -327,7 +327,7 @@ def transformed(
   return model
 
 
-def _tell(name: str, before: Model, after: Model) -> None:
+def _log_change(name: str, before: Model, after: Model) -> None:
   logging.info("%s: %s.", name, summary(before, after))
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pixsigma_jax import disk
 from pixsigma_jax.sample.pipeline import Pipeline
-from pixsigma_jax.train import sheets
+from pixsigma_jax.train import sample_grids
 
 
 class Sampler(Pipeline):
@@ -22,7 +22,7 @@ class Sampler(Pipeline):
 
 @pytest.fixture
 def sample_set():
-  made = object.__new__(sheets.SampleSet)
+  made = object.__new__(sample_grids.SampleSet)
   made._prompts, made._ids = ["a", "b", "c"], ["1", "2", "3"]
   made._sizes = [(8, 8)] * 3
   return made
