@@ -76,6 +76,7 @@ def prepare_openmoji(
   *,
   scaling_factor: float = 1.0,
   settings: Settings | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> bool:
   """Writes scenes of OpenMoji with their captions and license.
 
@@ -83,6 +84,7 @@ def prepare_openmoji(
     directory: new, empty, or left behind by an interrupted run, which starts over.
     scaling_factor: what the trainer multiplies pixels with; the VAE has its own.
     settings: of the VAE and T5; None for pixels and hashed words.
+    devices: that share the VAE and T5; this process's own if None.
 
   Returns:
     Whether anything was written; False if the very same dataset was there already.
@@ -97,7 +99,7 @@ def prepare_openmoji(
   if settings is None:
     networks = _pixels(drawing, scaling_factor)
   else:
-    networks = _frozen(drawing, settings)
+    networks = _frozen(drawing, settings, devices or jax.local_devices())
   next(drawing.scenes())  # refuses what cannot be drawn before a directory is there
   null_caption = None
   if networks.features.caption_storage == "embeddings":
@@ -124,7 +126,7 @@ class _Networks:
   def length(self) -> int:
     return self.features.caption_length
 
-  def latents(self, image: Float32[np.ndarray, "H W 3"]) -> dict[str, np.ndarray]:
+  def latents(self, image: Float32[np.ndarray, "H W 3"]) -> dict[str, Any]:
     """The image's latents or their moments, by the name of the record's field."""
     if self.features.kind == "latents":
       return {"latents": self.autoencoder.encode(image[None])[0].astype(np.float16)}
@@ -172,8 +174,8 @@ def _pixels(drawing: Drawing, scaling_factor: float) -> _Networks:
   return _Networks(features, autoencoder, text_encoder)
 
 
-def _frozen(drawing: Drawing, settings: Settings) -> _Networks:
-  folder, devices = pathlib.Path(settings.frozen), jax.local_devices()
+def _frozen(drawing: Drawing, settings: Settings, devices: Sequence[Any]) -> _Networks:
+  folder = pathlib.Path(settings.frozen)
   mesh = load.mesh_of(devices, data=1)
   autoencoder = vae.load_autoencoder(folder / "vae", dtype=jnp.float32, mesh=mesh)
   sizes = [openmoji.size(shape, drawing.resolution) for shape in openmoji.SHAPES]
