@@ -63,7 +63,7 @@ def main(_: list[str]) -> None:
   if _COMPILE.value:
     columns += ["cycles, s", "static MFU", "GB gathered or summed", "compiled in, s"]
   else:
-    columns += ["MFU", "images a second", "stage"]
+    columns += ["MFU", "images a second", "stage, at least"]
   print(f"| {' | '.join(columns)} |")
   print("|---" * len(columns) + "|")
   for config in configs.values():

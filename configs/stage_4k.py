@@ -17,7 +17,8 @@ Hardware: 8 to 32 devices as in stage_256_vae, with --config.accumulation=2 wher
 data, fsdp and context.
 Hours on 8 H100 at 30 % of their peak: 4.7, $94 at $2.50 an H100-hour (`:full` 7.0,
 $140; `:uhd` 1.3, $27; `:uhd_full` 1.9, $38); computed, not measured, and about three
-times that where attention has no kernel (docs/stages.md). The paper: 12
+times that where attention has no kernel; by the roofline at least
+$40 (docs/stages.md). The paper: 12
 A800-days (`:full`: 16).
 
 Expect, by the paper: good pictures after 100 steps. No loss is published. Samples are

@@ -1,7 +1,7 @@
-"""Accelerators by their data sheets: arithmetic, memory and links.
+"""Accelerators by their data sheets: arithmetic, memory and links; and their prices.
 
 Arithmetic is dense. Sources: cloud.google.com/tpu/docs/system-architecture and the data
-sheets of NVIDIA's A100, H100, H200, B200, L4 and T4 (float16 for the last);
+sheets of NVIDIA's V100, A100, A800, H100, H200, B200, L4 and T4 (float16 for V100, T4);
 links between TPUs, and their share of the data center's network, from "How to Scale
 Your Model" (jax-ml.github.io/scaling-book, part 2); what a program may have of a TPU's
 memory, from the message of libtpu 0.0.51 to one that wants more.
@@ -89,13 +89,35 @@ CHIPS: dict[str, Chip] = {
   "TPU7x": _tpu(1153e12, 96, 94.74, 3690e9, 90e9, 6.25e9, 256),
   "NVIDIA T4": _gpu(65e12, 16, 320e9, 16e9, 16e9, 8.1e12),
   "Tesla T4": _gpu(65e12, 16, 320e9, 16e9, 16e9, 8.1e12),
+  "Tesla V100-SXM2-32GB": _gpu(125e12, 32, 900e9, 150e9, 12.5e9, 15.7e12),
   "NVIDIA L4": _gpu(121e12, 24, 300e9, 32e9, 32e9),
   "NVIDIA A100-SXM4-40GB": _gpu(312e12, 40, 1555e9, 300e9, 25e9),
   "NVIDIA A100-SXM4-80GB": _gpu(312e12, 80, 2039e9, 300e9, 25e9),
+  "NVIDIA A800-SXM4-80GB": _gpu(312e12, 80, 2039e9, 200e9, 25e9),
   "NVIDIA H100": _gpu(989e12, 80, 3350e9, 450e9, 50e9),
   "NVIDIA H200": _gpu(989e12, 141, 4800e9, 450e9, 50e9),
   "NVIDIA B200": _gpu(2250e12, 180, 8000e9, 900e9, 50e9),
 }
+
+# Dollars an hour of one chip, by the names of `plan`. TPUs on demand in the United
+# States, cloud.google.com/tpu/pricing; GPUs about what they are let for. As of 2025,
+# rounded, and gone when you read this: `plan --price` says yours.
+PRICES = {
+  "v3": 2.0,
+  "v4": 3.22,
+  "v5e": 1.2,
+  "v5p": 4.2,
+  "v6e": 2.7,
+  "tpu7x": 12.0,
+  "a100": 1.5,
+  "h100": 2.5,
+  "h200": 3.5,
+}
+
+# Share of their peak that chips are planned with until a step has been measured on
+# them: an assumption. PixArt-Σ's own numbers imply 4 to 15 % (`reproduce table4`), the
+# best published training of diffusion transformers in JAX reaches 40 % (MaxDiffusion).
+UTILIZATION = 0.3
 
 
 def find_chip(device_kind: str) -> Chip | None:

@@ -32,9 +32,9 @@ _VALID_ABOVE = 10
 _FORMAT_VERSION = 1
 _MOST_COMMON = 50  # nouns that statistics.json lists
 
-_HEADER = ("Dataset", "Volume", "Caption", "VN/DN", "Total nouns", "ACL", "Average")
+HEADER = ("Dataset", "Volume", "Caption", "VN/DN", "Total nouns", "ACL", "Average")
 # PixArt-Σ, table 1. ACL is the average caption length in words, Average nouns an image.
-_PAPER = (
+PAPER = (
   ("Internal-α", "14M", "Raw", "187K/931K", "175M", "25", "11.7/Img"),
   ("Internal-α", "14M", "LLaVA", "28K/215K", "536M", "98", "29.3/Img"),
   ("Internal-α", "14M", "Share-Captioner", "51K/420K", "815M", "184", "54.4/Img"),
@@ -177,29 +177,34 @@ def run(
     FileNotFoundError: there is no such index.
     ValueError: there is no such tagger, or the index has no captions.
   """
-  load_tagger(tagger)  # what it lacks is said before the work
-  opened = open_index(index)
-  kept = opened.has("kept")
-  parts = range(opened.num_parts)
-  work = functools.partial(count_part, opened.directory, tagger, kept)
-  run_parts(work, parts, what="stats", beam_options=beam_options)
-
-  total = merge(_from_json(_read_part(opened, part)) for part in parts)
-  if not total.kinds:
-    raise ValueError(
-      f"{index} has no captions to count in {total.images} images: run "
-      "`curate caption` first."
-    )
-  print(table(total, posixpath.basename(opened.directory)))
+  total = count_index(index, tagger=tagger, beam_options=beam_options)
+  print(table(total, posixpath.basename(open_index(index).directory)))
   if output is not None:
     folder = pathlib.Path(output)
-    report = {"only_kept": kept, **_report(total)}
+    report = {"only_kept": open_index(index).has("kept"), **as_dict(total)}
     files.write_json(folder / "statistics.json", report)
     picture = draw_lengths(total)
     disk.write_whole(
       folder / "caption_lengths.png", lambda partial: picture.save(partial, "png")
     )
     logging.info("Wrote statistics.json and caption_lengths.png to %s.", folder)
+
+
+def count_index(index: str, *, tagger: str, beam_options: Sequence[str]) -> Statistics:
+  """Statistics of an index; arguments and errors are those of `run`."""
+  load_tagger(tagger)  # what it lacks is said before the work
+  opened = open_index(index)
+  kept = opened.has("kept")
+  parts = range(opened.num_parts)
+  work = functools.partial(count_part, opened.directory, tagger, kept)
+  run_parts(work, parts, what="stats", beam_options=beam_options)
+  total = merge(_from_json(_read_part(opened, part)) for part in parts)
+  if not total.kinds:
+    raise ValueError(
+      f"{index} has no captions to count in {total.images} images: run "
+      "`curate caption` first."
+    )
+  return total
 
 
 def count_part(directory: str, tagger: str, kept: bool, part: int) -> None:
@@ -254,8 +259,8 @@ def _from_json(content: Mapping[str, Any]) -> Statistics:
   return Statistics(content["tagger"], content["images"], kinds)
 
 
-def _report(statistics: Statistics) -> dict[str, Any]:
-  """Content of statistics.json."""
+def as_dict(statistics: Statistics) -> dict[str, Any]:
+  """The statistics as statistics.json has them."""
   kinds = {}
   for kind, counts in sorted(statistics.kinds.items()):
     most = sorted(counts.nouns.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -278,21 +283,8 @@ def _report(statistics: Statistics) -> dict[str, Any]:
 
 def table(statistics: Statistics, dataset: str) -> str:
   """The paper's table 1 in lines of text, with a row for each kind of caption."""
-  rows = [
-    (
-      dataset,
-      _short(statistics.images),
-      kind,
-      f"{_short(counts.valid_nouns)}/{_short(counts.distinct_nouns)}",
-      _short(counts.total_nouns),
-      f"{counts.average_length:.1f}",
-      f"{counts.nouns_per_image:.1f}/Img",
-    )
-    for kind, counts in sorted(statistics.kinds.items())
-  ]
-  widths = [
-    max(map(len, column)) for column in zip(_HEADER, *rows, *_PAPER, strict=True)
-  ]
+  rows = table_rows(statistics, dataset)
+  widths = [max(map(len, column)) for column in zip(HEADER, *rows, *PAPER, strict=True)]
   rule = "  ".join("-" * width for width in widths)
 
   def line(row: Sequence[str]) -> str:
@@ -305,17 +297,40 @@ def table(statistics: Statistics, dataset: str) -> str:
 
   return "\n".join(
     [
-      line(_HEADER),
+      line(HEADER),
       rule,
       *map(line, rows),
       rule,
-      *map(line, _PAPER),
+      *map(line, PAPER),
       "",
-      f"Nouns found by the tagger: {statistics.tagger}. The paper does not name its "
-      "own, so compare lengths, and nouns only roughly.",
-      "VN: distinct nouns that occur more than 10 times. DN: distinct nouns. ACL: "
-      "average caption length in words. Average: nouns an image.",
+      *remarks(statistics),
     ]
+  )
+
+
+def table_rows(statistics: Statistics, dataset: str) -> list[tuple[str, ...]]:
+  """Rows of table 1 under `HEADER`, one for each kind of caption."""
+  return [
+    (
+      dataset,
+      _short(statistics.images),
+      kind,
+      f"{_short(counts.valid_nouns)}/{_short(counts.distinct_nouns)}",
+      _short(counts.total_nouns),
+      f"{counts.average_length:.1f}",
+      f"{counts.nouns_per_image:.1f}/Img",
+    )
+    for kind, counts in sorted(statistics.kinds.items())
+  ]
+
+
+def remarks(statistics: Statistics) -> tuple[str, ...]:
+  """Remarks that table 1 is to be read with."""
+  return (
+    f"Nouns found by the tagger: {statistics.tagger}. The paper does not name its "
+    "own, so compare lengths, and nouns only roughly.",
+    "VN: distinct nouns that occur more than 10 times. DN: distinct nouns. ACL: "
+    "average caption length in words. Average: nouns an image.",
   )
 
 
@@ -343,7 +358,7 @@ _MOST_BARS = 60
 def draw_lengths(statistics: Statistics) -> Image.Image:
   """The paper's figure 6: how long captions are, in words, by kind."""
   kinds = sorted(statistics.kinds.items())
-  limit = max(_quantile(counts.lengths, _SHOWN) for _, counts in kinds) + 1
+  limit = max(quantile(counts.lengths, _SHOWN) for _, counts in kinds) + 1
   width = max(1, _nice(limit / _MOST_BARS))
   bars = -(-limit // width)
   shares = {kind: _shares(counts, width, bars) for kind, counts in kinds}
@@ -428,7 +443,7 @@ def _shares(counts: Counts, width: int, bars: int) -> list[float]:
   return [n / counts.captions for n in heights]
 
 
-def _quantile(lengths: Mapping[int, int], share: float) -> int:
+def quantile(lengths: Mapping[int, int], share: float) -> int:
   """The smallest length that at least this share of the captions does not exceed."""
   needed, seen = share * sum(lengths.values()), 0
   for length, n in sorted(lengths.items()):

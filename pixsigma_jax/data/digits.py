@@ -9,7 +9,6 @@ training, so a network that draws them has taken its prompts apart.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 from sklearn.datasets import load_digits
 
+from pixsigma_jax.data.draws import draws, unit
 from pixsigma_jax.models.hashed_words import split_words
 from pixsigma_jax.wording import listed, shortened
 
@@ -269,13 +269,6 @@ def render(
   return np.concatenate(drawn, axis=0 if scene.relation == "above" else 1)
 
 
-def draws(*key: str | int) -> Iterator[int]:
-  """Endless random 64-bit integers that only `key` decides, the same everywhere."""
-  for block in itertools.count():
-    digest = hashlib.shake_256(repr((*key, block)).encode()).digest(64)
-    yield from np.frombuffer(digest, "<u8").tolist()
-
-
 def training_scenes(
   seed: int, count: int, weights: Mapping[str, float]
 ) -> Iterator[tuple[Scene, tuple[int, ...]]]:
@@ -300,7 +293,7 @@ def training_scenes(
     )
   for i in range(count):
     numbers = draws("scene", seed, i)
-    share = (next(numbers) >> 11) / 2**53 * shares[-1]  # in [0, 1), all bits kept
+    share = unit(next(numbers)) * shares[-1]
     task = TASKS[int(np.searchsorted(shares, share, side="right"))]
     choices = scenes(task, seen=True)
     scene = choices[next(numbers) % len(choices)]

@@ -85,6 +85,7 @@ class Record:
   aesthetic_score: float = float("nan")  # of curate's `score`; nan if it has none
   latents: np.ndarray | None = None  # float16 [h' w' c]
   latent_moments: np.ndarray | None = None  # float16 [h' w' 2c], mean ‖ log-variance
+  license: str = ""  # and attribution, of works of others; as the dataset's
 
   def embeddings(self, caption: int) -> Float16[np.ndarray, "t e"]:
     """Embeddings of one caption, a view of the stored ones."""
@@ -112,6 +113,9 @@ class Features:
   # Of the weights and of the crop rule by `autoencoder`, `text_encoder`, `crop_rule`;
   # what has no weights is missing.
   hashes: Mapping[str, str]
+  # License and attribution of works of others, which every record repeats; empty where
+  # images have none in common.
+  license: str = ""
 
   def __post_init__(self):
     json.dumps(dataclasses.asdict(self))  # what JSON cannot hold fails now, not later
@@ -159,6 +163,8 @@ def encode(record: Record, features: Features) -> bytes:
     "captions": [caption.encode() for caption in record.captions],
     "caption_kinds": [caption_kind.encode() for caption_kind in record.caption_kinds],
   }
+  if features.license:
+    texts["license"] = [record.license.encode()]
   if record.caption_embeddings is not None:
     texts["caption_embeddings"] = [record.caption_embeddings.tobytes()]
   integers = {
@@ -194,6 +200,7 @@ def decode(data: bytes, features: Features) -> Record:
     original_size=np.array(example.integers("original_size"), np.int32),
     crop=example.floats("crop"),
     aesthetic_score=score,
+    license=example.texts("license")[0] if features.license else "",
     **latents,
   )
 
@@ -216,6 +223,8 @@ def problem(record: Record, features: Features) -> str | None:
   if stored != (embeddings is not None):
     wanted, got = ("", "no") if stored else ("no ", "some")
     return f"the dataset takes {wanted}caption_embeddings, and there are {got}."
+  if record.license != features.license:
+    return f"its license is {record.license!r}, and the dataset's {features.license!r}."
   channels = features.channels * (2 if kind == "latent_moments" else 1)
   arrays = {
     kind: (latents, (None, None, channels), np.float16),

@@ -311,7 +311,10 @@ def _finish(
     shards=tuple(shard for shard, _ in shards),
     **dataclasses.asdict(features),
   )
-  text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
+  about = dataclasses.asdict(manifest)
+  if not features.license:
+    del about["license"]  # fingerprints of datasets stay those of earlier versions
+  text = json.dumps(about, indent=2, sort_keys=True) + "\n"
   _write_whole(directory / MANIFEST, lambda file: file.write(text.encode()))
   for name in _names(directory):
     if name == UNFINISHED or name.endswith(".index.npz"):
@@ -364,6 +367,8 @@ def tfds_features(features: Features) -> Any:
     "crop": tensor(shape=(4,), dtype=np.float32),
     "aesthetic_score": tensor(shape=(), dtype=np.float32),
   }
+  if features.license:
+    schema["license"] = text()
   if features.caption_storage == "embeddings":
     schema["caption_embeddings"] = tensor(
       shape=(None, features.caption_width), dtype=np.float16, encoding="bytes"

@@ -5,6 +5,7 @@ at weight 1, as PixArt-Σ trains: no factor 1/1000, no importance sampling.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ def iddpm_loss(
   mask: Bool[Array, "b n"],
   snr_switch: bool = False,
   min_snr_gamma: float | None = None,
+  keep: Bool[Array, "b n c"] | None = None,
+  excess: Callable[[Float32[Array, "b n c"]], Float32[Array, " b"]] | None = None,
 ) -> dict[str, Float32[Array, " b"]]:
   """Loss of each example, a mean over its valid tokens and their channels.
 
@@ -48,6 +51,10 @@ def iddpm_loss(
       to timestep 249. It is not min-SNR.
     min_snr_gamma: weigh "mse" by min(snr, gamma)/snr (Hang et al. 2023, section 3.4);
       "vb" keeps its weight.
+    keep: False where "mse" takes no error, though it divides by all values; see
+      `detail.wavelet_mask`.
+    excess: what comes to "mse" of the errors, which are zero where there is no token;
+      see `detail.spectral_excess`.
 
   Returns:
     "mse", the weighted squared error; "vb", the variational bound in bits, which
@@ -78,7 +85,11 @@ def iddpm_loss(
   def mean(errors: Float32[Array, "b n c"]) -> Float32[Array, " b"]:
     return jnp.where(valid, errors, 0).sum(axis=(1, 2)) / values
 
-  mse = mean(jnp.square(noise - prediction))
+  error = noise - prediction
+  squares = jnp.square(error)
+  mse = mean(squares if keep is None else jnp.where(keep, squares, 0))
+  if excess is not None:
+    mse = mse + excess(error)
   if snr_switch:
     # The error of x_0 is that of ε times σ/α; subtracting x_0 itself would cancel.
     clean = np.arange(schedule.num_timesteps) <= LAST_CLEAN_TIMESTEP

@@ -17,6 +17,7 @@ from sklearn.svm import SVC
 
 from pixsigma_jax.data import digits
 from pixsigma_jax.data.digits import Item, Scene, Task
+from pixsigma_jax.data.draws import draws
 
 
 class EvaluationPrompt(NamedTuple):
@@ -37,7 +38,7 @@ def evaluation_prompts(seed: int, per_task: int) -> list[EvaluationPrompt]:
   prompts = []
   for task, novelty in itertools.product(digits.TASKS, ("seen", "unseen")):
     scenes = digits.scenes(task, seen=novelty == "seen")
-    ranks = [next(digits.draws("prompt", seed, task, i)) for i in range(len(scenes))]
+    ranks = [next(draws("prompt", seed, task, i)) for i in range(len(scenes))]
     order = itertools.cycle(np.argsort(ranks, kind="stable"))
     for i in itertools.islice(order, per_task):
       prompt = digits.captions(scenes[i])["long"][0]

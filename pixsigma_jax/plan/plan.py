@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from pixsigma_jax.chips import UTILIZATION
 from pixsigma_jax.models.flops import TRAINING
 from pixsigma_jax.plan import calibration, memory, roofline
 from pixsigma_jax.plan.calibration import Calibration
@@ -67,6 +68,19 @@ class Plan:
     return max(floors)
 
   @property
+  def expected_seconds(self) -> float:
+    """Seconds of a step to plan with.
+
+    The calibrated model's; until a step has been measured on such devices, those at
+    `chips.UTILIZATION` of their peak, and at least `floor`.
+    """
+    if self.calibration is not None:
+      return self.seconds
+    topology = self.stage.topology
+    peak = topology.count * topology.chip.peak(self.stage.dtype)
+    return max(self.floor, self.time.needed / (UTILIZATION * peak))
+
+  @property
   def mfu(self) -> float:
     """Model FLOPs utilization: needed operations over what all devices could do."""
     return self._mfu(self.seconds)
@@ -98,8 +112,17 @@ class Plan:
 
   @property
   def dollars(self) -> float:
-    """Price of the whole stage in dollars."""
-    return 24 * self.days * self.stage.topology.chips * self.stage.topology.price
+    """Price of the whole stage in dollars, by `seconds`."""
+    return self._dollars(self.seconds)
+
+  @property
+  def expected_dollars(self) -> float:
+    """Price of the whole stage in dollars, by `expected_seconds`."""
+    return self._dollars(self.expected_seconds)
+
+  def _dollars(self, seconds: float) -> float:
+    topology, steps = self.stage.topology, self.stage.config["total_steps"]
+    return steps * seconds / 3600 * topology.chips * topology.price
 
 
 def make_plan(stage: Stage, *, compiles: bool) -> Plan:
@@ -168,4 +191,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     "days": plan.days,
     "dollars_a_chip_hour": topology.price,
     "dollars": plan.dollars,
+    "expected_seconds": plan.expected_seconds,
+    "expected_dollars": plan.expected_dollars,
   }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pixsigma_jax.chips import UTILIZATION
 from pixsigma_jax.mesh_axes import CONTEXT, FSDP
 from pixsigma_jax.plan import roofline
 from pixsigma_jax.plan.calibration import Calibration
@@ -153,6 +154,12 @@ def _cost(plan: Plan) -> Iterator[str]:
     f"{plan.images_a_second:.4g} images a second; {steps:,} steps take "
     f"{plan.days:.3g} days, ${plan.dollars:,.0f} at ${price:.2f} a chip-hour"
   )
+  if plan.calibration is None:
+    days = plan.expected_seconds * steps / 86_400
+    yield (
+      f"To plan with: {days:.3g} days, ${plan.expected_dollars:,.0f}, at "
+      f"{UTILIZATION:.0%} of the peak or the bound above, until a step is measured"
+    )
   yield (
     f"Each of {host.hosts} hosts reads {host.images_a_second:.3g} images a second: "
     f"{host.bytes_a_second / 1e6:.3g} MB with captions as embeddings, "

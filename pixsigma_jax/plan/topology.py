@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from pixsigma_jax.chips import CHIPS, Chip
+from pixsigma_jax.chips import CHIPS, PRICES, Chip
 from pixsigma_jax.plan import gpus
 from pixsigma_jax.wording import install
 
@@ -41,21 +41,20 @@ class _Generation:
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
-# Prices: TPUs on demand in the United States, cloud.google.com/tpu/pricing; GPUs about
-# what they are let for, the H100's being that of docs/stages.md. As of 2025, rounded,
-# and gone when you read this: --price says yours.
 GENERATIONS: dict[str, _Generation] = {
-  "v3": _Generation("TPU v3", 2.0, devices=2, known=("2x2", "4x4", "4x8", "8x8")),
-  "v4": _Generation(
-    "TPU v4", 3.22, options=(("chip_config_name", "megacore"),), known=_CUBES
+  "v3": _Generation(
+    "TPU v3", PRICES["v3"], devices=2, known=("2x2", "4x4", "4x8", "8x8")
   ),
-  "v5e": _Generation("TPU v5 lite", 1.2, known=_FLAT),
-  "v5p": _Generation("TPU v5", 4.2, known=_CUBES),
-  "v6e": _Generation("TPU v6 lite", 2.7, known=_FLAT),
-  "tpu7x": _Generation("TPU7x", 12.0, devices=2, known=("2x2x1", "4x4x4")),
-  "a100": _Generation("NVIDIA A100-SXM4-80GB", 1.5),
-  "h100": _Generation("NVIDIA H100", 2.5),
-  "h200": _Generation("NVIDIA H200", 3.5),
+  "v4": _Generation(
+    "TPU v4", PRICES["v4"], options=(("chip_config_name", "megacore"),), known=_CUBES
+  ),
+  "v5e": _Generation("TPU v5 lite", PRICES["v5e"], known=_FLAT),
+  "v5p": _Generation("TPU v5", PRICES["v5p"], known=_CUBES),
+  "v6e": _Generation("TPU v6 lite", PRICES["v6e"], known=_FLAT),
+  "tpu7x": _Generation("TPU7x", PRICES["tpu7x"], devices=2, known=("2x2x1", "4x4x4")),
+  "a100": _Generation("NVIDIA A100-SXM4-80GB", PRICES["a100"]),
+  "h100": _Generation("NVIDIA H100", PRICES["h100"]),
+  "h200": _Generation("NVIDIA H200", PRICES["h200"]),
 }
 
 

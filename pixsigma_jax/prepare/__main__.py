@@ -6,6 +6,8 @@ r"""Makes feature records of images and captions, once, for training to read.
     --null_caption=FILE --output=DIR
   python -m pixsigma_jax.prepare --dataset=digits --resolution=8 --count=20000 \
     --output=DIR
+  python -m pixsigma_jax.prepare --dataset=openmoji --resolution=64 --count=20000 \
+    --output=DIR
 
 From an index of `curate` in two parts: `pictures` crops (any machine, Apache Beam) and
 `features` encodes (accelerators; any number of processes). Interrupted, the same
@@ -25,6 +27,7 @@ from pixsigma_jax.data.crops import CropRule, filter_at
 from pixsigma_jax.data.records import MANIFEST, open_dataset
 from pixsigma_jax.prepare import check, features, official, pictures, write
 from pixsigma_jax.prepare.digits import prepare_digits
+from pixsigma_jax.prepare.openmoji import Drawing, prepare_openmoji
 from pixsigma_jax.prepare.settings import Settings
 from pixsigma_jax.sample.encoders import locate
 from pixsigma_jax.wording import listed
@@ -38,7 +41,10 @@ _OFFICIAL = flags.DEFINE_string(
   "official", None, "Or the data root of PixArt's own code, its features as they are."
 )
 _DATASET = flags.DEFINE_enum(
-  "dataset", None, ["digits"], "Or the handwriting in scikit-learn's wheel."
+  "dataset",
+  None,
+  ["digits", "openmoji"],
+  "Or the handwriting in scikit-learn's wheel, or OpenMoji's drawings.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.", required=True)
 _RESOLUTION = flags.DEFINE_integer(
@@ -75,7 +81,8 @@ _BEAM = flags.DEFINE_string("beam", "", "Options of Apache Beam, such as --runne
 _FROZEN = flags.DEFINE_string(
   "frozen",
   None,
-  "Folder, or hub id, with vae/, text_encoder/ and tokenizer/ as diffusers saves them.",
+  "Folder, or hub id, with vae/, text_encoder/ and tokenizer/ as diffusers saves them. "
+  "OpenMoji's drawings do without: their pixels are the latents then.",
 )
 _CAPTIONS = flags.DEFINE_enum(
   "captions",
@@ -116,10 +123,16 @@ _PROCESS_COUNT = flags.DEFINE_integer(
   "process_count", None, "How many processes share the work."
 )
 
-_COUNT = flags.DEFINE_integer("count", None, "Images to draw, of digits.")
-_SEED = flags.DEFINE_integer("seed", 0, "Which images are drawn, of digits.")
+_COUNT = flags.DEFINE_integer("count", None, "Images to draw, of a dataset.")
+_SEED = flags.DEFINE_integer("seed", 0, "Which images are drawn, of a dataset.")
 _SCALING_FACTOR = flags.DEFINE_float(
-  "scaling_factor", 1.0, "What training multiplies the latents of digits with."
+  "scaling_factor", 1.0, "What training multiplies latents that are pixels with."
+)
+_OBJECTS = flags.DEFINE_integer(
+  "objects", 0, "Different objects of OpenMoji, animals and food first; 0 for all."
+)
+_PAIRS = flags.DEFINE_float(
+  "pairs", 0.75, "Share of OpenMoji's scenes that show two objects."
 )
 
 
@@ -136,8 +149,10 @@ def main(_: list[str]) -> None:
     _from_index(_INDEX.value)
   elif _OFFICIAL.value is not None:
     _from_official(_OFFICIAL.value)
-  else:
+  elif _DATASET.value == "digits":
     _digits()
+  else:
+    _openmoji()
 
 
 def _from_index(index: str) -> None:
@@ -266,16 +281,43 @@ def _say_what_is_there(written: bool) -> None:
 
 
 def _digits() -> None:
-  if _COUNT.value is None:
-    raise ValueError("Give --count: how many images of digits to draw.")
   directory = pathlib.Path(_OUTPUT.value)
   written = prepare_digits(
     directory,
     resolution=_RESOLUTION.value,
-    count=_COUNT.value,
+    count=_count(),
     seed=_SEED.value,
     scaling_factor=_SCALING_FACTOR.value,
   )
+  _say_what_is_drawn(directory, written)
+
+
+def _openmoji() -> None:
+  directory, settings = pathlib.Path(_OUTPUT.value), None
+  drawing = Drawing(
+    resolution=_RESOLUTION.value,
+    count=_count(),
+    seed=_SEED.value,
+    objects=_OBJECTS.value,
+    pairs=_PAIRS.value,
+  )
+  if _FROZEN.value is not None:
+    command.keep_compiled()
+    settings = _settings(str(locate(_FROZEN.value)))
+  written = prepare_openmoji(
+    directory, drawing, scaling_factor=_SCALING_FACTOR.value, settings=settings
+  )
+  _say_what_is_drawn(directory, written)
+  print(open_dataset(directory).manifest.license)
+
+
+def _count() -> int:
+  if _COUNT.value is None:
+    raise ValueError(f"Give --count: how many images of {_DATASET.value} to draw.")
+  return _COUNT.value
+
+
+def _say_what_is_drawn(directory: pathlib.Path, written: bool) -> None:
   if written:
     print(f"{directory} holds {_COUNT.value} records.")
   else:

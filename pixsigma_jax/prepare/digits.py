@@ -1,30 +1,20 @@
 """The records of the miniature: captioned pictures of handwritten digits."""
 
-import dataclasses
 import pathlib
 from collections.abc import Container, Iterator
 
 import numpy as np
 
-from pixsigma_jax import command, metadata
 from pixsigma_jax.data import digits
 from pixsigma_jax.data.digits import Scene
-from pixsigma_jax.data.records import (
-  MANIFEST,
-  Dataset,
-  Features,
-  Record,
-  open_dataset,
-)
-from pixsigma_jax.data.writing import RecordWriter
+from pixsigma_jax.data.records import Features, Record
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
 from pixsigma_jax.models.pixels import PixelAutoencoder
+from pixsigma_jax.prepare.drawn import write_drawn
 
 # Pairs are harder to draw than single digits, and there are 63 times as many of them.
 WEIGHTS = {"single": 0.2, "left_of": 0.4, "above": 0.4}
 CAPTION_LENGTH = 16  # tokens; the longest phrase of the miniature has 11
-
-_COMPARED = 16  # records by which a finished dataset is known again
 
 
 def prepare_digits(
@@ -77,15 +67,14 @@ def prepare_digits(
     crop_rule={"name": "none"},  # they are drawn at the size that they are kept at
     hashes={},
   )
-  if (directory / MANIFEST).exists():
-    _check_same(open_dataset(directory), features, count, seed)
-    return False
   null_captions, _ = text_encoder.encode([""], CAPTION_LENGTH)
-  with RecordWriter(directory, features, null_captions[0]) as writer:
-    records = _records(resolution, count, seed, range(count))
-    for record in command.progress(records, count, "Records"):
-      writer.write(record)
-  return True
+  return write_drawn(
+    directory,
+    features,
+    null_captions[0],
+    lambda numbers: _records(resolution, count, seed, numbers),
+    count=count,
+  )
 
 
 def _records(
@@ -120,28 +109,3 @@ def _record(
     crop=np.array([0, 0, *image.shape[:2]], np.float32),
     latents=PixelAutoencoder().encode(image[None])[0].astype(np.float16),
   )
-
-
-def _check_same(dataset: Dataset, features: Features, count: int, seed: int) -> None:
-  """Refuses a finished dataset that is not the one that was asked for."""
-  have, want = map(dataclasses.asdict, (dataset.manifest.features, features))
-  lines = metadata.disagreements(
-    {**have, "count": len(dataset)}, {**want, "count": count}
-  )
-  if not lines:
-    numbers = np.unique(np.linspace(0, count - 1, _COMPARED).astype(int)).tolist()
-    asked = _records(features.resolution, count, seed, numbers)
-    for there, here in zip(dataset.read(numbers), asked, strict=True):
-      if not _same(there, here):
-        lines = [f"record {there.id} → {here.id}, of another seed or version"]
-        break
-  if lines:
-    raise FileExistsError(
-      f"{dataset.directory} already holds another finished dataset than the one asked "
-      f"for (have → want): {'; '.join(lines)}. Choose another --output, or delete it."
-    )
-
-
-def _same(a: Record, b: Record) -> bool:
-  names = {field.name for field in dataclasses.fields(Record)} - {"aesthetic_score"}
-  return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)

@@ -75,14 +75,21 @@ def prepare_features(
   mesh = load.mesh_of(devices, data=len(devices))
   autoencoder = vae.load_autoencoder(folder / "vae", dtype=jnp.float32, mesh=mesh)
   t5_config = t5.text_encoder_config(folder / "text_encoder")
-  features = load.features_of(pictures, settings, autoencoder, t5_config)
+  features = load.features_of(
+    settings,
+    autoencoder,
+    t5_config,
+    resolution=pictures.resolution,
+    crop_rule=pictures.crop_rule,
+  )
   made_of = _made_of(pictures, settings)
   if update:
     make_room(directory, features, pictures.num_shards, made_of, process_index)
   if is_finished(directory, features, pictures.num_shards, made_of):
     contents.drop_previous(directory)
     return False
-  autoencoder = load.in_tiles(autoencoder, pictures, settings.tile_size)
+  shapes = {size for i in range(pictures.num_shards) for size in pictures.sizes(i)}
+  autoencoder = load.in_tiles(autoencoder, shapes, settings.tile_size)
   encoder = load.text_encoder(folder, settings, t5_config, devices)
   null_caption = None
   if settings.captions == "embeddings":

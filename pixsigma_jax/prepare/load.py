@@ -5,7 +5,7 @@ import hashlib
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,38 +18,41 @@ from pixsigma_jax.data.crops import identity_hash
 from pixsigma_jax.data.records import Features
 from pixsigma_jax.models.t5 import T5Config, T5TextEncoder
 from pixsigma_jax.models.vae import KLAutoencoder
-from pixsigma_jax.prepare.pictures import Pictures
 from pixsigma_jax.prepare.settings import Settings
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 
 
 def features_of(
-  pictures: Pictures,
   settings: Settings,
   autoencoder: KLAutoencoder,
   t5_config: T5Config,
+  *,
+  resolution: int,
+  crop_rule: Mapping[str, Any],
+  license: str = "",
 ) -> Features:
-  """Features that the records will have."""
+  """Features that the records will have; see `records.Features`."""
   folder = pathlib.Path(settings.frozen)
   hashes = {
     "autoencoder": weights_hash(folder / "vae"),
-    "crop_rule": identity_hash(pictures.crop_rule),
+    "crop_rule": identity_hash(crop_rule),
   }
   if settings.captions == "embeddings":
     hashes["text_encoder"] = weights_hash(folder / "text_encoder")
   return Features(
     kind="latent_moments",
     channels=autoencoder.channels,
-    resolution=pictures.resolution,
+    resolution=resolution,
     autoencoder=autoencoder.identity,
     scaling_factor=autoencoder.scaling_factor,
     text_encoder={"name": "t5", "width": t5_config.width},
     caption_storage=settings.captions,
     caption_length=settings.caption_length,
     caption_width=t5_config.width,
-    crop_rule=pictures.crop_rule,
+    crop_rule=crop_rule,
     hashes=hashes,
+    license=license,
   )
 
 
@@ -84,11 +87,14 @@ def mesh_of(devices: Sequence[Any], *, data: int) -> Mesh:
 
 
 def in_tiles(
-  autoencoder: KLAutoencoder, pictures: Pictures, tile_size: int | None
+  autoencoder: KLAutoencoder, sizes: Iterable[tuple[int, int]], tile_size: int | None
 ) -> KLAutoencoder:
-  """The VAE with tiles of that size, or as large as the largest picture if None."""
+  """The VAE with tiles of that size, or as large as the largest image if None.
+
+  Args:
+    sizes: height and width of the images in pixels.
+  """
   if tile_size is None:
-    sizes = {size for i in range(pictures.num_shards) for size in pictures.sizes(i)}
     unit = 2 * autoencoder.downsampling  # the smallest tile that there is
     tile_size = max([max(size) for size in sizes], default=unit)
     tile_size = max(unit, -(-tile_size // unit) * unit)

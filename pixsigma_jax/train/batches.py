@@ -13,6 +13,7 @@ from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.mesh_axes import CONTEXT
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.tokens import Grid
+from pixsigma_jax.train.loss import check_aspect
 
 
 def split_length(longest: int, context: int, window: Grid) -> int:
@@ -41,10 +42,11 @@ class Batches:
     """Stores what batches are made of; `start` begins.
 
     Args:
-      config: of the stage; its seed, batch size and section `data` count.
+      config: of the stage; its seed, batch size and sections `data` and `loss` count.
       captions: the text encoder of captions that are stored as text, or None.
       process_index, process_count: which part of the batch this process reads.
     """
+    check_aspect(config["loss"]["frequency_weight"], mixture.latent_sizes)
     self._mesh, self._captions = mesh, captions
     self._mixture = mixture
     data = config["data"]

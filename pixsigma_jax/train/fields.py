@@ -206,6 +206,28 @@ class Loss:
     "s: timesteps are drawn so that the density of log-SNR is shifted down by 2 log s, "
     "see below; 1.0 for uniform timesteps",
   )
+  timestep_beta: tuple[float, float] | None = _field(
+    None,
+    none_or(pair(_POSITIVE)),
+    "timesteps are drawn by this beta distribution over 0 … T, in place of "
+    "`snr_shift`; `(2.0, 4.0)` is FAPT's, towards little noise; `None` for no such "
+    "draw",
+  )
+  frequency_weight: float = _field(
+    0.0,
+    number(least=0),
+    "λ of FAPT's weights 1 + λ (e^(γr) - 1) / (e^γ - 1) of the noise error's "
+    "frequencies; 0.0 for none",
+  )
+  frequency_gamma: float = _field(
+    1.0, _POSITIVE, "γ of those weights; r goes from 0 to 1 at the highest frequency"
+  )
+  wavelet_offset: float | None = _field(
+    None,
+    none_or(number(least=0)),
+    "l of LWD's mask: the noise error counts where T (A + l) ≥ t, A being the latents' "
+    "Haar detail; `0.3` is LWD's; `None` for no mask",
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

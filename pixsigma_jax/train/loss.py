@@ -1,14 +1,15 @@
 """The loss of a batch: draws, noises, predicts, compares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int32, Key
+from scipy import special
 
-from pixsigma_jax.diffusion import process
+from pixsigma_jax.diffusion import detail, process
 from pixsigma_jax.diffusion.loss import iddpm_loss
 from pixsigma_jax.diffusion.schedule import Schedule
 from pixsigma_jax.models import tokens
@@ -31,6 +32,10 @@ def make_loss(
   snr_switch: bool,
   min_snr_gamma: float | None,
   snr_shift: float,
+  timestep_beta: tuple[float, float] | None,
+  frequency_weight: float,
+  frequency_gamma: float,
+  wavelet_offset: float | None,
 ) -> LossFn:
   """Builds `loss(params, null_caption, batch, key) → (mean, per example)`.
 
@@ -43,12 +48,28 @@ def make_loss(
       under the caption's own mask, as the reference trains.
     snr_switch, min_snr_gamma: see `iddpm_loss`.
     snr_shift: see `timestep_probabilities`; 1.0 draws all timesteps alike.
+    timestep_beta: see `beta_probabilities`; None leaves it out.
+    frequency_weight: λ, by which errors of the highest frequency count more than those
+      of the lowest; 0 leaves it out.
+    frequency_gamma: see `detail.frequency_weights`.
+    wavelet_offset: see `detail.wavelet_mask`; None leaves it out.
 
   Raises:
-    ValueError: a shift that is not positive, or leaves no timestep.
+    ValueError: a shift that is not positive, or leaves no timestep; two ways to draw
+      timesteps, or to weigh detail; wavelets of a token that has none.
   """
   config = model.config
-  draw_timestep = _timestep_draw(schedule, snr_shift)
+  draw_timestep = _timestep_draw(schedule, snr_shift, timestep_beta)
+  if frequency_weight and wavelet_offset is not None:
+    raise ValueError(
+      f"loss.frequency_weight={frequency_weight} and loss.wavelet_offset="
+      f"{wavelet_offset} both weigh detail: set one of them."
+    )
+  if wavelet_offset is not None and config.patch_size % 2:
+    raise ValueError(
+      f"loss.wavelet_offset={wavelet_offset} needs tokens of whole 2x2 latents, and "
+      f"the model's patch size is {config.patch_size}: leave it out (None)."
+    )
 
   def loss(
     params: Any,
@@ -92,6 +113,26 @@ def make_loss(
       rngs={"kv_discard": discard_key},
     )
     prediction, variance_logits = split_prediction(output, config)
+    keep = None
+    if wavelet_offset is not None:
+      keep = detail.wavelet_mask(
+        latents,
+        mask=mask,
+        timesteps=timesteps,
+        num_timesteps=schedule.num_timesteps,
+        patch_size=config.patch_size,
+        offset=wavelet_offset,
+      )
+
+    def excess(error: Float32[Array, "b n c"]) -> Float32[Array, " b"]:
+      return frequency_weight * detail.spectral_excess(
+        error,
+        coordinates=batch["coordinates"],
+        grid=batch["grid"],
+        patch_size=config.patch_size,
+        gamma=frequency_gamma,
+      )
+
     per_example = iddpm_loss(
       schedule,
       latents=latents,
@@ -103,6 +144,8 @@ def make_loss(
       mask=mask,
       snr_switch=snr_switch,
       min_snr_gamma=min_snr_gamma,
+      keep=keep,
+      excess=excess if frequency_weight else None,
     )
     return per_example["loss"].mean(), {**per_example, "timesteps": timesteps}
 
@@ -149,12 +192,58 @@ def timestep_probabilities(
   return shares / shares.sum()
 
 
+def beta_probabilities(
+  schedule: Schedule, beta: tuple[float, float]
+) -> Float64[np.ndarray, " timesteps"]:
+  """Probability of each timestep if t / T has a beta distribution.
+
+  FAPT (UltraHR-100K, arXiv 2510.20661) trains at 4K with Beta(2, 4): a third of T on
+  average, towards little noise, where detail is decided.
+
+  Args:
+    beta: the distribution's two parameters; (1, 1) draws all timesteps alike.
+  """
+  edges = np.arange(schedule.num_timesteps + 1) / schedule.num_timesteps
+  return np.diff(special.betainc(*beta, edges))
+
+
+def check_aspect(
+  frequency_weight: float, latent_sizes: Iterable[tuple[int, int]]
+) -> None:
+  """Refuses images that a frequency-weighted loss has no canvas for.
+
+  Args:
+    latent_sizes: heights and widths.
+
+  Raises:
+    ValueError: a side is more than four times the other.
+  """
+  if not frequency_weight:
+    return
+  for height, width in latent_sizes:
+    ratio = max(height, width) / min(height, width)
+    if ratio > detail.LONGEST_RATIO:
+      raise ValueError(
+        f"loss.frequency_weight={frequency_weight} is for images of up to "
+        f"{detail.LONGEST_RATIO:g}:1, and the data have latents of {height}x{width}: "
+        "leave it at 0, or crop such images to another size."
+      )
+
+
 def _timestep_draw(
-  schedule: Schedule, snr_shift: float
+  schedule: Schedule, snr_shift: float, beta: tuple[float, float] | None
 ) -> Callable[[Array], Int32[Array, ""]]:
-  if snr_shift == 1:
+  if beta is not None and snr_shift != 1:
+    raise ValueError(
+      f"loss.snr_shift={snr_shift} and loss.timestep_beta={beta} both say how "
+      "timesteps are drawn: set one of them."
+    )
+  if beta is not None:
+    probabilities = beta_probabilities(schedule, beta)
+  elif snr_shift == 1:
     return lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps)
-  probabilities = timestep_probabilities(schedule, snr_shift)
+  else:
+    probabilities = timestep_probabilities(schedule, snr_shift)
   upper = np.cumsum(probabilities).astype(np.float32)
   last = np.flatnonzero(probabilities)[-1]  # the sum may be rounded below 1
 

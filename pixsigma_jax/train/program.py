@@ -38,7 +38,7 @@ class Program:
   Attributes:
     model: the network, with its hyper-parameters in `config` and how it is computed in
       `compute`.
-    validation_loss: see `make_loss`; without caption dropout and shift.
+    validation_loss: see `make_loss`; without caption dropout, timesteps uniform.
     num_timesteps: of the schedule.
     learning_rate: update → rate.
     tx: the optimizer.
@@ -161,7 +161,7 @@ def make_program(
     model=model,
     # What is measured must not depend on captions that happen to be dropped, nor on
     # which timesteps a stage prefers.
-    validation_loss=loss_of(caption_dropout=0.0, snr_shift=1.0),
+    validation_loss=loss_of(caption_dropout=0.0, snr_shift=1.0, timestep_beta=None),
     num_timesteps=schedule.num_timesteps,
     learning_rate=learning_rate,
     tx=tx,

@@ -137,13 +137,29 @@ def test_tfds_reads_the_shards_without_tensorflow(tmp_path, kind):
 def test_a_record_is_what_tfds_would_have_written():
   record = make_record(2)
   fields = dataclasses.asdict(record)
-  del fields["latent_moments"]
+  del fields["latent_moments"], fields["license"]
   theirs = writing.tfds_features(features()).serialize_example(
     {name: list(x) if isinstance(x, tuple) else x for name, x in fields.items()}
   )
   parse = tf_example_pb2.Example.FromString
   assert parse(records.encode(record, features())) == parse(theirs)
   assert_equal(records.decode(theirs, features()), record)
+
+
+def test_the_license_of_works_of_others_goes_with_every_record(tmp_path):
+  free = dataclasses.replace(make_record(0), license="CC BY 4.0, Somebody")
+  dataset = open_dataset(write(tmp_path, [free], license=free.license))
+  assert_equal(dataset[0], free)
+  assert dataset.manifest.license == free.license
+  source = tfds.builder_from_directory(tmp_path).as_data_source("train")
+  assert source[0]["license"].decode() == free.license
+
+
+@pytest.mark.parametrize("license", ["", "CC BY 4.0, Somebody"])
+def test_a_record_of_another_license_than_its_datasets_is_refused(tmp_path, license):
+  other = dataclasses.replace(make_record(0), license="all rights reserved")
+  with pytest.raises(ValueError, match="its license is 'all rights reserved'"):
+    write(tmp_path, [other], license=license)
 
 
 def test_a_record_is_the_same_bytes_in_every_process():

@@ -32,6 +32,7 @@ KEYS = {
     "mfu",
   ),
   *("images_a_second", "host", "total_steps", "days", "dollars_a_chip_hour", "dollars"),
+  *("expected_seconds", "expected_dollars"),
 }
 
 

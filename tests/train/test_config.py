@@ -35,7 +35,10 @@ SECTIONS = {
   "compute": (Compute, ["dtype", "attention", "remat", "unroll"]),
   "loss": (
     make_loss,
-    ["caption_dropout", "snr_switch", "min_snr_gamma", "snr_shift"],
+    [
+      *("caption_dropout", "snr_switch", "min_snr_gamma", "snr_shift"),
+      *("timestep_beta", "frequency_weight", "frequency_gamma", "wavelet_offset"),
+    ],
   ),
   "ema": (Ema, ["kind", "values", "unit", "offload"]),
 }

@@ -78,6 +78,10 @@ LONG = {
     "snr_switch": False,
     "min_snr_gamma": None,
     "snr_shift": 1.0,
+    "timestep_beta": None,
+    "frequency_weight": 0.0,
+    "frequency_gamma": 1.0,
+    "wavelet_offset": None,
   },
   "optimizer": {
     "name": "came",

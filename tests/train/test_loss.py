@@ -1,5 +1,7 @@
 """The loss of a batch: what is drawn, for whom, and from which key."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,12 @@ from pixsigma_jax.models import tokens
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArt
 from pixsigma_jax.train import loss as module
-from pixsigma_jax.train.loss import make_loss, timestep_probabilities
+from pixsigma_jax.train.loss import (
+  beta_probabilities,
+  check_aspect,
+  make_loss,
+  timestep_probabilities,
+)
 from tests.sample import models
 
 SCHEDULE = linear_schedule()
@@ -85,6 +92,10 @@ def watch(monkeypatch, key):
       "snr_switch": False,
       "min_snr_gamma": None,
       "snr_shift": 1.0,
+      "timestep_beta": None,
+      "frequency_weight": 0.0,
+      "frequency_gamma": 1.0,
+      "wavelet_offset": None,
     }
     loss = make_loss(PixArt(config, models.FLOAT32), SCHEDULE, **(settings | fields))
     seen["mean"], seen["per_example"] = loss({}, null_caption, batch, key)
@@ -276,7 +287,74 @@ def test_the_loss_is_the_mean_over_rows_and_padding_is_left_out(watch):
   np.testing.assert_array_equal(watch(spoilt)["mean"], seen["mean"])
 
 
-@pytest.mark.parametrize("fields", [{"snr_switch": True}, {"min_snr_gamma": 5.0}])
+def test_timesteps_by_a_beta_distribution_have_its_shares(watch):
+  """Beta(2, 4): the integral of 20 x (1 - x)^3, by hand."""
+  edges = np.linspace(0, 1, 21)
+  cdf = 10 * edges**2 - 20 * edges**3 + 15 * edges**4 - 4 * edges**5
+  probabilities = beta_probabilities(SCHEDULE, (2.0, 4.0))
+  np.testing.assert_allclose(
+    probabilities.reshape(20, 50).sum(axis=1), np.diff(cdf), atol=1e-12
+  )
+  drawn = np.asarray(watch(crowd(), timestep_beta=(2.0, 4.0))["timesteps"])
+  shares = np.histogram(drawn, bins=20, range=(0, 1000))[0] / MANY
+  error = 5 * np.sqrt(np.diff(cdf) * (1 - np.diff(cdf)) / MANY) + 1e-9
+  assert (np.abs(shares - np.diff(cdf)) <= error).all()
+  np.testing.assert_allclose(beta_probabilities(SCHEDULE, (1.0, 1.0)), 1e-3, rtol=1e-9)
+
+
+def test_weights_of_one_are_the_plain_loss_to_the_bit(watch):
+  plain = watch(batch_of(range(4), length=7))["per_example"]
+  for fields in ({"frequency_weight": 0.0}, {"wavelet_offset": 1.0}):
+    same = watch(batch_of(range(4), length=7), **fields)["per_example"]
+    for name in ("loss", "mse", "vb"):
+      np.testing.assert_array_equal(same[name], plain[name], err_msg=name)
+
+
+def test_padding_and_its_coordinates_change_no_weighted_loss(watch):
+  for fields in ({"frequency_weight": 2.0}, {"wavelet_offset": 0.3}):
+    alone = watch(batch_of(range(4)), **fields)["per_example"]["mse"]
+    batch = batch_of(range(4), length=7)
+    batch["latents"] = batch["latents"].at[:, 4:].set(jnp.nan)
+    batch["coordinates"] = batch["coordinates"].at[:, 4:].set(1)
+    padded = watch(batch, **fields)["per_example"]["mse"]
+    # Of frequencies there are more on the larger canvas: the same integral, of which
+    # an image of four tokens is a coarse sample.
+    rtol = 1e-6 if "wavelet_offset" in fields else 1e-4
+    np.testing.assert_allclose(padded, alone, rtol=rtol)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"snr_shift": 2.0, "timestep_beta": (2.0, 4.0)}, "both say how timesteps"),
+    ({"frequency_weight": 1.0, "wavelet_offset": 0.3}, "both weigh detail"),
+    (
+      {"wavelet_offset": 0.3, "config": dataclasses.replace(CONFIG, patch_size=1)},
+      "patch size is 1",
+    ),
+  ],
+)
+def test_losses_that_do_not_go_together_are_refused(watch, fields, message):
+  with pytest.raises(ValueError, match=message):
+    watch(batch_of(range(4)), **fields)
+
+
+def test_an_image_too_long_for_the_spectrum_is_refused_before_any_step():
+  check_aspect(0.0, [(8, 64)])
+  check_aspect(1.0, [(16, 64), (64, 16)])
+  with pytest.raises(ValueError, match=r"up to 4:1, and the data have .* 8x64"):
+    check_aspect(1.0, [(16, 64), (8, 64)])
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"snr_switch": True},
+    {"min_snr_gamma": 5.0},
+    {"frequency_weight": 1.0},
+    {"wavelet_offset": 0.0},
+  ],
+)
 def test_a_weighting_reaches_the_loss(watch, fields):
   plain = watch(batch_of(range(4)))
   weighted = watch(batch_of(range(4)), **fields)
@@ -315,6 +393,10 @@ def test_gradients_of_a_batch_are_the_mean_over_its_rows():
     snr_switch=False,
     min_snr_gamma=None,
     snr_shift=1.0,
+    timestep_beta=None,
+    frequency_weight=0.0,
+    frequency_gamma=1.0,
+    wavelet_offset=None,
   )
   gradient = jax.jit(jax.grad(lambda *arguments: loss(*arguments)[0]))
   params, key = models.random_params(config), jax.random.key(0)

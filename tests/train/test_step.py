@@ -245,6 +245,10 @@ def two_steps(data, fsdp, context, accumulation=1):
     snr_switch=False,
     min_snr_gamma=None,
     snr_shift=1.0,
+    timestep_beta=None,
+    frequency_weight=0.0,
+    frequency_gamma=1.0,
+    wavelet_offset=None,
   )
   null_caption = jnp.asarray(models.null_caption(CONFIG))
   state = init_state(

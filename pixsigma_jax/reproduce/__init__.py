@@ -1,0 +1,1 @@
+"""The paper's tables and figures as commands, its numbers beside ours."""
