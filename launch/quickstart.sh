@@ -65,8 +65,10 @@ for snapshot in high/{0,200,2500} high_extended/{0,200} \
   compressed/{0,100} compressed_random/{0,100}; do
   checkpoints+=,$runs/${snapshot/\//\/snapshots\/}
 done
-run evaluate --checkpoints="$checkpoints" --task=digits --per_task=25 \
-  --batch_size=50 --dtype=float32 --output=$runs/accuracy.json
+# A stage that was deleted and trained again has its images drawn again.
+run evaluate digits --checkpoints="$checkpoints" --per_task=25 --resamples=0 \
+  --num_inference_steps=14 --batch_size=50 --dtype=float32 --redraw=stale \
+  --output=$runs/evaluation
 
 draw $runs/compressed $runs/samples
-echo "Accuracy: $runs/accuracy.json"
+echo "Accuracy: $runs/evaluation/report.md"

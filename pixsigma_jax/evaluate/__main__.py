@@ -20,9 +20,7 @@ The sample sets of a run are scored while it trains, into its TensorBoard:
 
   python -m pixsigma_jax.evaluate watch WORKDIR [--scorers=clip,texture] [--once]
 
-`evaluate COMMAND --help` lists a command's flags. The form without a command,
-`evaluate --checkpoints=A,B --task=digits --output=FILE.json`, works for one release
-more.
+`evaluate COMMAND --help` lists a command's flags.
 """
 
 import sys
@@ -43,14 +41,20 @@ def _define(arguments: Sequence[str]) -> tuple[commands.Command, tuple[str, ...]
     from pixsigma_jax.evaluate import steps
 
     return steps.define_all(first), ("SUITE",)
-  if first and not first.startswith("-"):
+  known = f"commands are {', '.join(commands.COMMANDS)}, suites {', '.join(SUITES)}"
+  if any(word.lstrip("-").partition("=")[0] == "task" for word in arguments):
     raise ValueError(
-      f"There is no command or suite {first!r}: commands are "
-      f"{', '.join(commands.COMMANDS)}, suites {', '.join(SUITES)}."
+      "`evaluate --checkpoints=… --task=digits --output=FILE.json` is now "
+      "`evaluate digits --checkpoints=… --output=FOLDER`: the counts are in "
+      "FOLDER/report.json."
     )
-  from pixsigma_jax.evaluate import one_task
+  if first and not first.startswith("-"):
+    raise ValueError(f"There is no command or suite {first!r}: {known}.")
 
-  return one_task.define(), ()
+  def refuse(_: Sequence[str]) -> None:
+    raise ValueError(f"Begin with a command or a suite: {known}.")
+
+  return commands.Command(refuse), ()
 
 
 def main() -> None:

@@ -7,8 +7,9 @@
   models/NAME/scores/SCORER/PART.parquet
   references/scores/SCORER/PART.parquet
 
-Files are whole or not there. prompts.jsonl and model.json are written once and never
-changed, so that whatever is beside them belongs to them.
+Files are whole or not there. prompts.jsonl and model.json are written once, so that
+whatever is beside them belongs to them; model.json changes only once what was beside it
+is deleted.
 """
 
 import dataclasses
@@ -17,8 +18,11 @@ import hashlib
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from absl import logging
 
 from pixsigma_jax import disk
 from pixsigma_jax.evaluate import items as items_
@@ -130,6 +134,7 @@ class EvaluationFolder:
     path: str,
     origin: Mapping[str, Any],
     settings: Mapping[str, Any],
+    replace: bool = False,
   ) -> ModelFolder:
     """A model's part with its model.json, new or of the same origin and settings.
 
@@ -137,6 +142,8 @@ class EvaluationFolder:
       path: where the checkpoint or the pictures were found; it may change.
       origin: what the images are of.
       settings: how they were drawn.
+      replace: deletes images of an earlier origin or other settings, and their scores,
+        where they would be refused; not those of another kind.
 
     Raises:
       FileExistsError: the name is taken by images of another origin or other settings.
@@ -147,14 +154,26 @@ class EvaluationFolder:
     content = json.loads(json.dumps(content))  # as it will be read
     if file.exists():
       have = {key: model.about[key] for key in content}
-      if have != content:
+      if have == content:
+        return model
+      difference = _difference(have, content)
+      if not replace or have["origin"].get("kind") != content["origin"].get("kind"):
         raise FileExistsError(
           f"{model.path} holds images of another origin or other settings: "
-          f"{_difference(have, content)}. Give this model another name with "
-          "NAME=DIR, or delete that folder."
+          f"{difference}. Give this model another name with NAME=DIR, or delete that "
+          "folder; `sample` draws a checkpoint's images anew with --redraw=stale."
         )
-      return model
-    number = 1 + max((other.about["number"] for other in self.models()), default=-1)
+      logging.warning(
+        "Images of %s are deleted and made anew: %s.", model.path, difference
+      )
+      # model.json is the last to change: a kill in between leaves fewer images, and
+      # none beside a model.json that is not theirs.
+      for part in ("scores", "images"):
+        if (model.path / part).is_dir():
+          shutil.rmtree(model.path / part)
+      number = model.about["number"]
+    else:
+      number = 1 + max((other.about["number"] for other in self.models()), default=-1)
     _write_json(file, {"number": number, "path": path, **content})
     return self.model(name)
 

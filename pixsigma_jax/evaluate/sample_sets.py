@@ -76,6 +76,23 @@ def read(path: pathlib.Path) -> SampleSet | None:
   return SampleSet(path, tuple(rows), fingerprint_of(row[2] for row in rows))
 
 
+def state_of(path: pathlib.Path) -> tuple[tuple[int, ...], ...]:
+  """What changes with a set's captions, with its scores, and with files of its folder.
+
+  Costs three looks at the disk, however many pictures there are. A picture that is
+  changed in its place, without a new file, does not show.
+  """
+  found = []
+  for each in (path, path / _CAPTIONS, path / _SCORES):
+    try:
+      stat = each.stat()
+    except FileNotFoundError:
+      found.append(())
+    else:
+      found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+  return tuple(found)
+
+
 def fingerprint_of(pictures: Iterable[pathlib.Path]) -> str:
   """Hash of pictures' names and numbers of bytes.
 

@@ -54,6 +54,7 @@ def sample(
   dtype: str,
   batch_size: int | None,
   frozen: str | None,
+  replace: bool = False,
 ) -> ModelFolder:
   """Draws what is missing of a checkpoint's images; all processes of a job together.
 
@@ -66,6 +67,7 @@ def sample(
     settings: of sampling; seeds and sizes are the items' own.
     batch_size: images that a process draws together; None for one a device.
     frozen: see `Pipeline.from_checkpoint`.
+    replace: see `EvaluationFolder.begin_model`.
 
   Raises:
     FileExistsError: the name is taken by another checkpoint or other settings.
@@ -77,7 +79,7 @@ def sample(
   about = {**settings.of_all(), "dtype": dtype}
   if distributed.is_first():
     found = origin.pop("path")
-    folder.begin_model(name, path=found, origin=origin, settings=about)
+    folder.begin_model(name, path=found, origin=origin, settings=about, replace=replace)
   distributed.wait_for_all()
   model = folder.model(name)
   index, count = jax.process_index(), jax.process_count()

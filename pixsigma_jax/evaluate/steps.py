@@ -37,6 +37,13 @@ _SAMPLE = (
     "Precision of the network.",
     choices=("bfloat16", "float32"),
   ),
+  Option(
+    "redraw",
+    "never",
+    "What becomes of a model's images that another checkpoint or other settings drew: "
+    "`never` refuses to go on, `stale` deletes and draws them anew.",
+    choices=("never", "stale"),
+  ),
 )
 _SCORE = (
   Option(
@@ -203,6 +210,7 @@ def _sample(
       dtype=values["dtype"],
       batch_size=values["batch_size"],
       frozen=values["frozen"],
+      replace=values["redraw"] == "stale",
     )
 
 

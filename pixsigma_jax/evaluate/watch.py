@@ -175,6 +175,8 @@ class Watch:
     self._references = [(Item(path.stem, ""), 0, path) for path in references]
     self._fingerprint = sample_sets.fingerprint_of(references)
     self._features: dict[str, pa.Table] = {}
+    # Folder of a whole set → its state as it was read, the set, its scores.
+    self._seen: dict[pathlib.Path, tuple[Any, SampleSet, dict[str, Any]]] = {}
     self._shown = _Shown(workdir / "tensorboard" / "evaluate")
     self.scored: dict[int, dict[str, float]] = {}
 
@@ -184,9 +186,11 @@ class Watch:
     Raises:
       ValueError: a set or one of its pictures is damaged.
     """
-    found = [sample_sets.read(path) for path in sample_sets.begun(self._workdir)]
-    whole = [each for each in found if each is not None]
-    entries = {each.step: sample_sets.read_scores(each) for each in whole}
+    begun = sample_sets.begun(self._workdir)
+    found = {path: self._read(path) for path in begun}
+    self._seen = {path: self._seen[path] for path in begun if path in self._seen}
+    whole = [each for each, _ in found.values() if each is not None]
+    entries = {each.step: of for each, of in found.values() if each is not None}
     self.scored = {step: _numbers(of) for step, of in entries.items() if of}
     self._shown.show(self.scored)
     for each in whole:
@@ -196,6 +200,17 @@ class Watch:
         numbers = self.scored[each.step].items()
         shown = (f"{name} {value:.4g}" for name, value in numbers if "/" not in name)
         print(f"step {each.step}: {', '.join(shown)}", flush=True)
+
+  def _read(self, path: pathlib.Path) -> tuple[SampleSet | None, dict[str, Any]]:
+    """The set in a folder and its scores, read only if they changed since."""
+    state = sample_sets.state_of(path)
+    if path in self._seen and self._seen[path][0] == state:
+      return self._seen[path][1:]
+    whole = sample_sets.read(path)
+    entries = {} if whole is None else sample_sets.read_scores(whole)
+    if whole is not None:  # files of one that is not come one by one
+      self._seen[path] = (state, whole, entries)
+    return whole, entries
 
   def waits_for(self) -> str:
     """What has to come next, in a sentence."""

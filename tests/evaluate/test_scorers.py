@@ -71,6 +71,17 @@ def test_clip_scores_are_transformers_cosines(clip_folder):
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_scorers_of_one_clip_share_its_towers(clip_folder):
+  score = load("clip", clip=str(clip_folder))
+  features = load("cmmd", clip_cmmd=str(clip_folder))
+  assert features.clip.params["image"] is score.clip.params["image"]
+  assert set(features.clip.params) == {"image"}
+  # A score's hash names both towers, features' theirs alone.
+  both, image = (each.identity()["hash"].split() for each in (score, features))
+  assert both[:1] == image
+  assert len(both) == 2
+
+
 def test_cmmd_cuts_the_square_before_it_resizes():
   image = Image.fromarray(data.astronaut()[:64, :128])
   ours = middle_square(image, 32)

@@ -246,6 +246,39 @@ def test_sets_of_steps_that_a_run_goes_back_from_are_forgotten(workdir):
   assert after[10, "glcm-score"] == before[10, "glcm-score"]
 
 
+def test_a_look_reads_only_what_changed_since_the_last_one(workdir, monkeypatch):
+  read, asked = sample_sets.read, []
+
+  def counted(path):
+    asked.append(int(path.name))
+    return read(path)
+
+  monkeypatch.setattr(sample_sets, "read", counted)
+  watching = watch.Watch(workdir, {"texture": Texture(32)}, [])
+  watching.look()
+  watching.look()  # its own scores.json is new to it
+  asked.clear()
+  watching.look()
+  assert asked == [20]  # it is not whole
+  finish(workdir, 20)
+  watching.look()
+  assert set(watching.scored) == {10, 20}
+  watching.look()
+  asked.clear()
+  watching.look()
+  assert asked == []
+  # As a run that goes back: the same folder, other pictures.
+  before = scores(workdir, 10)
+  (set_of(workdir, 10) / "captions.jsonl").unlink()
+  watching.look()
+  assert set(watching.scored) == {20}
+  draw(workdir, 10, seed=99)
+  watching.look()
+  watching.close()
+  assert set(watching.scored) == {10, 20}
+  assert scores(workdir, 10) != before
+
+
 def test_a_set_that_changes_while_it_is_scored_keeps_no_scores(workdir, caplog):
   captions = set_of(workdir, 10) / "captions.jsonl"
   watching = watch.Watch(

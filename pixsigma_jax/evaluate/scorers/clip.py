@@ -1,6 +1,7 @@
 """CLIP as a scorer: cosines of images and prompts, and the embeddings of CMMD."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,10 +36,25 @@ _TEXTATLAS_SOURCE = Option(
 
 
 def load(source: str, towers: Sequence[Tower]) -> Clip:
-  """CLIP on this process's devices, which share each batch."""
+  """CLIP on this process's devices, which share each batch.
+
+  A tower is loaded once for all scorers that take it.
+  """
+  parts = [_tower(source, which) for which in towers]
+  return dataclasses.replace(
+    parts[0],
+    params={which: x for part in parts for which, x in part.params.items()},
+    tokenizer=next((p.tokenizer for p in parts if p.tokenizer is not None), None),
+    identity=parts[0].identity
+    | {"hash": " ".join(str(part.identity["hash"]) for part in parts)},
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def _tower(source: str, which: Tower) -> Clip:
   devices = jax.local_devices()
   mesh = sharding.make_mesh(data=-1, fsdp=1, context=1, devices=devices)
-  return load_clip(source, towers=towers, mesh=mesh)
+  return load_clip(source, towers=(which,), mesh=mesh)
 
 
 def identity(clip: Clip, resize: str) -> dict[str, str]:

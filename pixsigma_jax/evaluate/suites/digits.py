@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 
 from pixsigma_jax.data.digits import CELLS, TASKS
-from pixsigma_jax.evaluate.accuracy import NOVELTIES, TOTALS
 from pixsigma_jax.evaluate.digits import evaluation_prompts
 from pixsigma_jax.evaluate.intervals import mean_interval
 from pixsigma_jax.evaluate.items import Item, ItemSet
 from pixsigma_jax.evaluate.options import Option
 from pixsigma_jax.evaluate.suites import Figure, Published, ScoredModel, column
+
+NOVELTIES = ("seen", "unseen")
+# Figures at the end: tasks taken together.
+TOTALS = {"single": ("single",), "pairs": ("left_of", "above")}
 
 
 class Digits:
