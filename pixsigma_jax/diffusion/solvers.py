@@ -1,7 +1,7 @@
 """From noise to latents: one scan that follows any sampler's table of coefficients."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,22 +13,93 @@ from pixsigma_jax.diffusion.solver_tables import (
   SolverTable,
   ddim,
   dmd,
+  dpm_solver_2s,
   dpm_solver_pp,
+  dpm_solver_sde,
+  euler,
+  euler_ancestral,
+  heun,
   iddpm,
   lcm,
   sa_solver,
+  tcd,
+  unipc,
 )
 
 # The name of a sampler → its table for a schedule and a number of steps.
-SAMPLERS: dict[str, Callable[[Schedule, int], SolverTable]] = {
+SAMPLERS: dict[str, Callable[..., SolverTable]] = {
   "dpm++": functools.partial(dpm_solver_pp, final="diffusers"),
   "dpm++-reference": functools.partial(dpm_solver_pp, final="reference"),
+  "dpm++-2s": dpm_solver_2s,
+  "dpm++-sde": dpm_solver_sde,
+  "unipc": unipc,
+  "euler": euler,
+  "euler-ancestral": euler_ancestral,
+  "heun": heun,
   "ddim": ddim,
   "iddpm": iddpm,
   "sa-solver": functools.partial(sa_solver, eta=1.0),
   "lcm": lcm,
+  "tcd": tcd,
   "dmd": dmd,
 }
+
+# Samplers whose tables also take `use_karras_sigmas`, and those that take `timesteps`.
+KARRAS_SAMPLERS = (
+  *("dpm++", "dpm++-2s", "dpm++-sde", "unipc"),
+  *("euler", "euler-ancestral", "heun"),
+)
+TIMESTEPS_SAMPLERS = (*KARRAS_SAMPLERS, "ddim", "lcm", "tcd")
+
+
+def check_time_grid(
+  sampler: str, timesteps: Sequence[int] | None, use_karras_sigmas: bool
+) -> None:
+  """Refuses a time grid that a sampler does not take, before any work.
+
+  Raises:
+    ValueError: if it takes no such grid, or both are asked for.
+  """
+  if timesteps is not None and use_karras_sigmas:
+    raise ValueError(
+      "timesteps and use_karras_sigmas each say where the network is called: give one "
+      "of them."
+    )
+  for name, asked, known in (
+    ("timesteps", timesteps is not None, TIMESTEPS_SAMPLERS),
+    ("use_karras_sigmas", use_karras_sigmas, KARRAS_SAMPLERS),
+  ):
+    if asked and sampler not in known:
+      raise ValueError(
+        f"The sampler {sampler} takes no {name}: leave it out, or choose one of "
+        f"{', '.join(known)}."
+      )
+
+
+def solver_table(
+  sampler: str,
+  schedule: Schedule,
+  num_steps: int,
+  timesteps: Sequence[int] | None = None,
+  use_karras_sigmas: bool = False,
+) -> SolverTable:
+  """The table of a sampler by its name, on its own time grid or another.
+
+  Args:
+    sampler: a key of `SAMPLERS`.
+    num_steps: of its own grid, or of Karras'.
+    timesteps, use_karras_sigmas: see `time_grids.whole_grid`.
+
+  Raises:
+    ValueError: if the sampler takes no such grid or number of steps, or both grids are
+      asked for.
+  """
+  check_time_grid(sampler, timesteps, use_karras_sigmas)
+  if timesteps is not None:
+    return SAMPLERS[sampler](schedule, num_steps, timesteps=timesteps)
+  if use_karras_sigmas:
+    return SAMPLERS[sampler](schedule, num_steps, use_karras_sigmas=True)
+  return SAMPLERS[sampler](schedule, num_steps)
 
 
 class Prediction(NamedTuple):

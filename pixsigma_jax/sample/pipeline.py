@@ -9,11 +9,11 @@ differences:
   `unconditional_mask` chooses.
 - Prompts are taken as they are, as Σ was trained: `caption_cleaning` chooses, in place
   of `clean_caption`. One that is too long is refused, not cut at `max_sequence_length`.
-- The samplers `lcm` and `dmd` draw without guidance by default; a negative
+- The samplers `lcm`, `tcd` and `dmd` draw without guidance by default; a negative
   `guidance_scale` is refused, not taken for none.
-- `seed` and `sampler` stand in place of `generator`, `latents`, `eta`, `timesteps`,
-  `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds give
-  other pictures.
+- `seed`, `sampler` and `use_karras_sigmas` stand in place of `generator`, `latents`,
+  `eta`, `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds
+  give other pictures.
 - `height`, `width`, `seed` and `negative_prompt` can be each prompt's own. Sides are
   multiples of a token's, where diffusers asks for multiples of 8; sizes far from the
   training's are remarked upon or refused.
@@ -46,7 +46,7 @@ import pixsigma_jax
 from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.diffusion.solvers import SAMPLERS, SolverTable
+from pixsigma_jax.diffusion.solvers import SolverTable, solver_table
 from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
@@ -287,7 +287,13 @@ class Pipeline:
     asked = Settings.of(settings)
     requests = self._requests(check_prompts(prompt), asked)
     self._check_captions([text for r in requests for text in (r.negative, r.caption)])
-    table = SAMPLERS[asked.sampler](program.SCHEDULE, asked.num_inference_steps)
+    table = solver_table(
+      asked.sampler,
+      program.SCHEDULE,
+      asked.num_inference_steps,
+      asked.timesteps,
+      asked.use_karras_sigmas,
+    )
     if table.spread is not None and not self.config.learn_variance:
       raise ValueError(
         f"The sampler {asked.sampler} needs a model that has learned variances, and "

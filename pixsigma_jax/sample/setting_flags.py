@@ -13,6 +13,7 @@ from pixsigma_jax.sample.settings import (
   Setting,
   Switch,
   Whole,
+  WholeList,
 )
 
 
@@ -37,13 +38,10 @@ class SettingFlags:
     A setting that each prompt can have its own of, but for texts and seeds, is a list.
 
     Raises:
-      ValueError: a flag of two numbers has others.
+      ValueError: a flag of numbers has other things.
     """
     return {
-      name: _interval(name, holder.value)
-      if isinstance(SETTINGS[name].kind, Interval)
-      else holder.value
-      for name, holder in self._holders.items()
+      name: _of_list(name, holder.value) for name, holder in self._holders.items()
     }
 
 
@@ -61,6 +59,9 @@ def _define(setting: Setting, default: Any) -> flags.FlagHolder[Any]:
       return flags.DEFINE_list(
         name, [f"{end:g}" for end in default], help_, **of_command
       )
+    case WholeList():
+      help_ += " Separated by commas."
+      return flags.DEFINE_list(name, default, help_, **of_command)
     case Number():
       return flags.DEFINE_float(name, default, help_, **of_command)
     case Whole() if setting.of_a_prompt and setting.optional:
@@ -72,10 +73,16 @@ def _define(setting: Setting, default: Any) -> flags.FlagHolder[Any]:
       return flags.DEFINE_string(name, default, help_, **of_command)
 
 
-def _interval(name: str, values: list[str]) -> tuple[float, ...]:
+def _of_list(name: str, value: Any) -> Any:
+  """Numbers of a flag that has several between commas; other values as they are."""
+  match SETTINGS[name].kind:
+    case Interval():
+      number, what = float, "two numbers, LOW,HIGH"
+    case WholeList() if value is not None:
+      number, what = int, "whole numbers, such as 14 or 7,8,9"
+    case _:
+      return value
   try:
-    return tuple(map(float, values))
+    return tuple(map(number, value))
   except ValueError:
-    raise ValueError(
-      f"--{name}={','.join(values)} must be two numbers, LOW,HIGH."
-    ) from None
+    raise ValueError(f"--{name}={','.join(value)} must be {what}.") from None

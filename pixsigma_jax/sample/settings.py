@@ -13,21 +13,20 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
-from pixsigma_jax.diffusion.solvers import SAMPLERS
+from pixsigma_jax.diffusion.solvers import SAMPLERS, check_time_grid
 from pixsigma_jax.sample import captions
 from pixsigma_jax.wording import listed, shortened
 
 GUIDANCE_SCALE = 4.5
 # What these draw with has learned guidance from its teacher.
-UNGUIDED_SAMPLERS = ("lcm", "dmd")
+UNGUIDED_SAMPLERS = ("lcm", "tcd", "dmd")
 UNCONDITIONAL_MASKS = ("caption", "own")
 _SEEDS = 2**32
 
 # Arguments of diffusers' pipeline that there are none of here, and what to do instead.
 NOT_OF_DIFFUSERS: dict[str, str] = {
-  "timesteps": "give num_inference_steps and sampler",
-  "sigmas": "give num_inference_steps and sampler",
-  "eta": "give a sampler: ddim adds no noise, iddpm and sa-solver do",
+  "sigmas": "give num_inference_steps, timesteps or use_karras_sigmas",
+  "eta": "give a sampler: ddim adds no noise, euler-ancestral and dpm++-sde do",
   "generator": "give seed",
   "latents": "give seed",
   **dict.fromkeys(
@@ -121,6 +120,20 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
+class WholeList:
+  """Whole numbers, 0 or more, none twice."""
+
+  def check(self, name: str, value: Any) -> tuple[int, ...]:
+    """The value as Python's own; see `Setting.check`."""
+    if not isinstance(value, list | tuple | range) or not value:
+      raise ValueError(f"{name} must be a list of whole numbers, not {value!r}.")
+    found = tuple(Whole(0).check(name, plain(one)) for one in value)
+    if len(set(found)) < len(found):
+      raise ValueError(f"{name} {listed(found)} must have no number twice.")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
   """One of several names."""
 
@@ -146,7 +159,7 @@ class Switch:
     return value
 
 
-Kind: TypeAlias = Text | Whole | Number | Interval | Choice | Switch
+Kind: TypeAlias = Text | Whole | Number | Interval | WholeList | Choice | Switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,13 +253,30 @@ class Settings:
     optional=True,
     default_is="the training's resolution",
   )
-  num_inference_steps: int = _setting(20, Whole(1), "Calls of the network.")
+  num_inference_steps: int = _setting(
+    20,
+    Whole(1),
+    "Steps; each calls the network once, with heun all but the last twice.",
+  )
+  timesteps: tuple[int, ...] | None = _setting(
+    None,
+    WholeList(),
+    "Where in the schedule the network is called, from 999 down to 0; their number "
+    "stands in place of num_inference_steps.",
+    optional=True,
+    default_is="the sampler's own",
+  )
+  use_karras_sigmas: bool = _setting(
+    False,
+    Switch(),
+    "Steps as dense as Karras et al. 2022 have them, which is where noise is low.",
+  )
   guidance_scale: float = _setting(
     None,
     Number(),
     "How far guidance goes; up to 1 draws without, in half the time.",
     optional=True,
-    default_is=f"{GUIDANCE_SCALE}; 1 with {' and '.join(UNGUIDED_SAMPLERS)}",
+    default_is=f"{GUIDANCE_SCALE}; 1 with {', '.join(UNGUIDED_SAMPLERS)}",
   )
   guidance_rescale: float = _setting(
     0.0,
@@ -295,6 +325,9 @@ class Settings:
   def __post_init__(self):
     for name, setting in SETTINGS.items():
       object.__setattr__(self, name, setting.check(getattr(self, name)))
+    check_time_grid(self.sampler, self.timesteps, self.use_karras_sigmas)
+    if self.timesteps is not None:
+      object.__setattr__(self, "num_inference_steps", len(self.timesteps))
     if self.guidance_scale is None:
       scale = 1.0 if self.sampler in UNGUIDED_SAMPLERS else GUIDANCE_SCALE
       object.__setattr__(self, "guidance_scale", scale)

@@ -222,7 +222,7 @@ def test_the_page_offers_all_samplers_and_starts_at_the_pipelines_defaults(pipel
 
 
 def test_samplers_of_few_steps_set_the_field_to_no_guidance(pipeline):
-  assert [page.guidance_of(name) for name in ("lcm", "dmd", "ddim")] == [1, 1, 4.5]
+  assert [page.guidance_of(name) for name in ("lcm", "tcd", "ddim")] == [1, 1, 4.5]
   config = in_a_loop(page.build, pipeline).get_config_file()
   ids = {c["props"].get("label"): c["id"] for c in config["components"]}
   (chosen,) = (

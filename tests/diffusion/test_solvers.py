@@ -120,10 +120,11 @@ def test_a_single_step_is_first_order(final):
 # ---------------------------------------------------------------- orders of convergence
 
 
-def gaussian_error(schedule, table, end):
+def gaussian_error(schedule, table, end=(1.0, 0.0), from_lowest=False):
   """Distance from the exact end of the flow, for images drawn from N(0.4, 0.7²).
 
-  `end` has the signal and noise scales where the sampler stops.
+  `end` has the signal and noise scales where the sampler stops; with `from_lowest` the
+  flow ends at timestep 0, and what the network sees there follows.
   """
   mean, spread = 0.4, 0.7
   start = jnp.linspace(-2, 2, 5)
@@ -135,6 +136,9 @@ def gaussian_error(schedule, table, end):
   first = schedule.signal_scale[-1], schedule.noise_scale[-1]
   quantile = (start - first[0] * mean) / deviation(*first)
   exact = end[0] * mean + deviation(*end) * quantile
+  if from_lowest:
+    lowest = schedule.signal_scale[0], schedule.noise_scale[0]
+    exact = mean + spread**2 * lowest[0] / deviation(*lowest) * quantile
 
   denoise = denoisers.gaussian(schedule, mean, spread)
   latents = solve(denoise, start, table, lambda _: jnp.zeros_like(start))
@@ -172,6 +176,26 @@ def test_the_error_on_a_gaussian_falls_with_the_step_to_the_order(
   assert min(errors) > 1e-5  # far above float32's rounding, or the slope means nothing
   slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
   assert order - 0.2 < slope < order + 0.2
+
+
+# UniPC's corrector has one order more than its predictor (Zhao et al. 2023).
+@pytest.mark.parametrize(
+  ("name", "order"),
+  [("dpm++", 2), ("dpm++-2s", 2), ("unipc", 3), ("euler", 1), ("heun", 2)],
+)
+def test_between_noise_levels_of_karras_every_solver_has_its_order(name, order):
+  # Their steps shrink together, where those even in time leave the last ones long in λ.
+  # The last, from timestep 0 to no noise, is one call of the network for all.
+  steps = [11, 21, 41]
+  errors = [
+    gaussian_error(
+      MILD, SAMPLERS[name](MILD, n, use_karras_sigmas=True), from_lowest=True
+    )
+    for n in steps
+  ]
+  assert min(errors) > 1e-5
+  slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+  assert order - 0.3 < slope < order + 0.5
 
 
 def test_published_step_counts_are_close_on_the_published_schedule():

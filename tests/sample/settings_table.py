@@ -17,6 +17,8 @@ _SECTIONS = {
   "step_caching": "Step caching",
   "seed": "Seeds",
   "sampler": "Samplers",
+  "timesteps": "Samplers",
+  "use_karras_sigmas": "Samplers",
   "use_resolution_binning": "Sizes",
   "unconditional_mask": "Guidance and masks",
   "caption_cleaning": "Prompts",

@@ -283,6 +283,7 @@ def test_a_lines_own_settings_stand_in_for_the_flags(sample, tmp_path):
     ({"height": 8}, ("--height=8", "--height=16"), "height of their own: give --heigh"),
     ({}, ("--height=8", "--height=16"), "height has 2 values for 1 prompts"),
     ({}, ("--guidance_scale=-1",), "guidance_scale=-1.0 must be 0 or more"),
+    ({}, ("--timesteps=999,x",), "--timesteps=999,x must be whole numbers, such as"),
     ({}, ("--guidance_interval=0,x",), "--guidance_interval=0,x must be two numbers"),
     ({}, ("--format=webp", "--height=20000"), "A webp holds no picture of 20000 x 0"),
   ],

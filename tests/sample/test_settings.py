@@ -99,6 +99,22 @@ def test_a_picture_of_numpys_numbers_is_drawn_and_saved(tmp_path):
     ({"guidance_interval": (0.5, 0.1)}, "0.5 … 0.1 must have the lower number first"),
     ({"guidance_interval": (0, 2)}, "guidance_interval=2.0 must lie in 0 … 1"),
     ({"use_resolution_binning": 1}, "must be True or False, not 1"),
+    ({"timesteps": 999}, "timesteps must be a list of whole numbers, not 999"),
+    ({"timesteps": []}, "timesteps must be a list of whole numbers"),
+    ({"timesteps": [999, 0.5]}, "timesteps must be a whole number, not 0.5"),
+    ({"timesteps": [9, 9]}, "timesteps 9, 9 must have no number twice"),
+    (
+      {"timesteps": [9, 8], "use_karras_sigmas": True},
+      "timesteps and use_karras_sigmas each say where .* give one",
+    ),
+    (
+      {"timesteps": [9], "sampler": "iddpm"},
+      r"sampler iddpm takes no timesteps: leave it out, or choose one of dpm\+\+, dpm",
+    ),
+    (
+      {"use_karras_sigmas": True, "sampler": "lcm"},
+      "sampler lcm takes no use_karras_sigmas: .* heun",
+    ),
     ({"sampler": 3}, "Unknown sampler 3; choose one of"),
     ({"negative_prompt": 3}, "negative_prompt must be a text, not 3"),
     ({"negative_prompt": "caf\udce9"}, "holds half a character"),
@@ -127,6 +143,12 @@ def test_a_prompt_that_is_no_text_is_named(prompt, message):
 def test_no_negative_prompt_is_an_empty_one():
   assert Settings(negative_prompt=None).negative_prompt == ""
   assert Settings(negative_prompt=["a", None]).negative_prompt == ("a", "")
+
+
+def test_the_number_of_timesteps_is_the_number_of_steps():
+  asked = Settings(timesteps=np.array([900, 500, 100]), num_inference_steps=50)
+  assert (asked.timesteps, asked.num_inference_steps) == ((900, 500, 100), 3)
+  assert Settings(timesteps=None).timesteps is None
 
 
 def test_samplers_of_few_steps_draw_without_guidance_unless_it_is_asked_for():
