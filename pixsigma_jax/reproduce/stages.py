@@ -25,7 +25,7 @@ class PaperStage:
   config: str
   row: str
   pixels: int
-  days: float | None
+  days: float | int | None
   gpu: str | None
 
 

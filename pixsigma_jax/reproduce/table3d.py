@@ -113,7 +113,7 @@ def _row(
   return (name, str(ratio), *cells)
 
 
-def _cell(seconds: float, full: float | None) -> str:
+def _cell(seconds: float | int, full: float | int | None) -> str:
   saved = "" if full is None else f" ({seconds / full - 1:+.0%})"
   return f"{seconds:.3g}{saved}"
 
