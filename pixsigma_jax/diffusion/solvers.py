@@ -116,8 +116,11 @@ class Prediction(NamedTuple):
 # (noisy latents, timestep: a float32 scalar) → what the network says of them
 Denoiser: TypeAlias = Callable[[Array, Array], Prediction]
 
-# The same with a memory, any pytree, that it is given and hands on to the next step.
-RememberingDenoiser: TypeAlias = Callable[[Array, Array, Any], tuple[Prediction, Any]]
+# The same by the whole row of the table, which has scales too, and with a memory, any
+# pytree, that it is given and hands on to the next step.
+RememberingDenoiser: TypeAlias = Callable[
+  [Array, SolverTable, Any], tuple[Prediction, Any]
+]
 
 
 def solve(
@@ -139,8 +142,8 @@ def solve(
     ValueError: if the table asks for noise or for a variance that is not given.
   """
   latents, _ = solve_remembering(
-    lambda noisy_latents, timestep, nothing: (
-      denoise(noisy_latents, timestep),
+    lambda noisy_latents, row, nothing: (
+      denoise(noisy_latents, row.timesteps),
       nothing,
     ),
     noisy_latents,
@@ -174,7 +177,7 @@ def solve_remembering(
   ):
     noisy_latents, history, memory = state
     number, row = numbered
-    prediction, memory = denoise(noisy_latents, row.timesteps, memory)
+    prediction, memory = denoise(noisy_latents, row, memory)
     noise = prediction.noise.astype(jnp.float32)
     latents = (noisy_latents - row.noise_scale * noise) / row.signal_scale
     following = row.carry * noisy_latents + row.current * latents

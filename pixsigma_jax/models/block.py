@@ -58,6 +58,7 @@ class SelfAttention(nn.Module):
     x: Float[Array, "b n d"],
     grid: Int[Array, "b 2"],
     discard_key: Key[Array, ""] | None,
+    identity: Bool[Array, " b"] | None = None,
   ) -> Float32[Array, "b n d"]:
     n, width = x.shape[1:]
     query, key, value = Linear(width, self.compute, copies=3, name="qkv")(x)
@@ -65,6 +66,7 @@ class SelfAttention(nn.Module):
     if self.qk_norm:
       query = LayerNorm(name="query_norm")(query)
       key = LayerNorm(name="key_norm")(key)
+    own_value = value  # of each token, before compression mixes any
     if self.compression.layers:
       key, value = KVCompressor(self.compression, self.compute, name="kv_compressor")(
         key, value, discard_key
@@ -72,7 +74,8 @@ class SelfAttention(nn.Module):
       mask = compressed_mask(grid, self.compression.window, key.shape[1])
     else:
       mask = token_mask(grid, n)
-    return _attend_heads(self, query, key, value, mask)
+    own_value = None if identity is None else (identity, own_value)
+    return _attend_heads(self, query, key, value, mask, own_value=own_value)
 
 
 class CrossAttention(nn.Module):
@@ -103,9 +106,18 @@ class CrossAttention(nn.Module):
 
 
 def _attend_heads(
-  module: SelfAttention | CrossAttention, query, key, value, mask, out_init=None
+  module: SelfAttention | CrossAttention,
+  query,
+  key,
+  value,
+  mask,
+  out_init=None,
+  own_value=None,
 ) -> Float32[Array, "b n d"]:
-  """Splits heads, attends, joins heads and projects: the end of both attentions."""
+  """Splits heads, attends, joins heads and projects: the end of both attentions.
+
+  `own_value` is the images `[b]` whose attention is the identity, and what it returns.
+  """
   compute = module.compute
   query, key, value = (
     einops.rearrange(
@@ -115,6 +127,9 @@ def _attend_heads(
   )
   out = attention.attend(query, key, value, mask, compute.attention, compute.mesh)
   out = einops.rearrange(out, "b n k f -> b n (k f)")
+  if own_value is not None:
+    identity, passed = own_value
+    out = jnp.where(identity[:, None, None], passed.astype(out.dtype), out)
   return Linear(out.shape[-1], compute, kernel_init=out_init, name="out")(out)
 
 
@@ -158,10 +173,13 @@ class LayerInputs(flax.struct.PyTreeNode):
     discard_key: by which the operator `random_discard` draws; None for others.
     caption_kv: float `[2 b t d]`, keys and values of cross-attention; None beside
       `BlockInputs.captions`.
+    identity_attention, skipped: bool `[b]`, see `Conditions`.
   """
 
   discard_key: Any = None
   caption_kv: Any = None
+  identity_attention: Any = None
+  skipped: Any = None
 
 
 class Block(nn.Module):
@@ -180,7 +198,7 @@ class Block(nn.Module):
     inputs: BlockInputs,
     own: LayerInputs,
   ) -> tuple[Float32[Array, "b n d"], None]:
-    x = checkpoint_name(x, BLOCK_INPUT)
+    x = before = checkpoint_name(x, BLOCK_INPUT)
     width = x.shape[-1]
     table = self.param("scale_shift_table", table_init, (6, width))
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.unstack(
@@ -192,7 +210,12 @@ class Block(nn.Module):
       self.compression,
       self.compute,
       name="attention",
-    )(modulate(x, shift_msa, scale_msa), inputs.grid, own.discard_key)
+    )(
+      modulate(x, shift_msa, scale_msa),
+      inputs.grid,
+      own.discard_key,
+      own.identity_attention,
+    )
     # Neither norm nor gate: the reference lets the captions act on x as it is.
     x = x + CrossAttention(self.num_heads, self.compute, name="cross_attention")(
       x, inputs.captions, inputs.caption_mask, own.caption_kv
@@ -200,4 +223,6 @@ class Block(nn.Module):
     x = x + gate_mlp[:, None, :] * MLP(
       round(width * self.mlp_ratio), self.compute, name="mlp"
     )(modulate(x, shift_mlp, scale_mlp))
+    if own.skipped is not None:
+      x = jnp.where(own.skipped[:, None, None], before, x)
     return x, None

@@ -23,6 +23,10 @@ class Conditions(flax.struct.PyTreeNode):
     caption_kv: name of a segment → float `[layers 2 b t d]`, see above; or None.
     image_size: float `[b 2]`, (height, width) in pixels, and
     aspect_ratio: float `[b]`, height / width; both only with `size_conditions`.
+    identity_attention: bool `[b layers]`, True where an image's self-attention returns
+      each token's own value, as perturbed-attention guidance weakens a network; and
+    skipped: bool `[b layers]`, True where an image passes by a whole block. None costs
+      nothing.
   """
 
   # Untyped on purpose: JAX rebuilds this tree out of shapes, specs and shardings.
@@ -34,3 +38,5 @@ class Conditions(flax.struct.PyTreeNode):
   caption_kv: Any = None
   image_size: Any = None
   aspect_ratio: Any = None
+  identity_attention: Any = None
+  skipped: Any = None

@@ -354,7 +354,12 @@ class PixArt(nn.Module):
       keys = None if discard_keys is None else discard_keys[np.array(layers)]
       kv = conditions.caption_kv
       kv = None if kv is None else kv[segment_name(layers)]
-      own = LayerInputs(discard_key=keys, caption_kv=kv)
+      own = LayerInputs(
+        discard_key=keys,
+        caption_kv=kv,
+        identity_attention=_by_layer(conditions.identity_attention, layers),
+        skipped=_by_layer(conditions.skipped, layers),
+      )
       if self.compute.unroll:
         for i in chosen:
           layer = getattr(self, layer_name(i))
@@ -433,6 +438,13 @@ class PixArt(nn.Module):
       return one(x, numbers[0])[0]
     # One layer at a time out of the stack: a part of it would be a copy.
     return jax.lax.scan(one, x, jnp.array(numbers))[0]
+
+
+def _by_layer(
+  rows: Bool[Array, "b all_layers"] | None, layers: range
+) -> Bool[Array, "layers b"] | None:
+  """A segment's share of what is said of every layer."""
+  return None if rows is None else rows[:, layers.start : layers.stop].T
 
 
 def _layer(stack: Any, i: Any) -> Any:

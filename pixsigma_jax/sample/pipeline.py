@@ -20,7 +20,11 @@ differences:
 - `use_resolution_binning` has no effect where there is no table of sizes, which
   diffusers refuses; 2880 and 4096 have tables too. A picture is resized in eight bits,
   by Lanczos' filter, not as floating-point numbers, bilinearly.
-- `guidance_rescale`, `guidance_interval` and `step_caching` are more than it has.
+- `guidance_rescale`, `guidance_interval`, `guidance_method` with `apg_eta`,
+  `apg_threshold` and `apg_momentum`, `skip_layer_guidance_scale` with
+  `skip_guidance_layers`, and `step_caching` are more than it has. `pag_scale` and
+  `pag_applied_layers` are its `PixArtSigmaPAGPipeline`'s; layers are numbers, none of
+  which stands for others too, as its "blocks.1" does for 1 and 10 … 19.
 - The network learns nothing of embeddings made elsewhere (`prompt_embeds`,
   `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`),
   but from a `text_encoder` such as `encoders.RememberedCaptions`.
@@ -54,7 +58,7 @@ from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import captions, pictures, program
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
-from pixsigma_jax.sample.program import Batch, Guidance
+from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
 from pixsigma_jax.sample.settings import (
   SETTINGS,
   UNGUIDED_SAMPLERS,
@@ -131,7 +135,7 @@ class Pipeline:
       accelerator; for small ones 16 or 64 are faster.
     mesh: devices that share each batch, `batch_size` divided over `data` and `fsdp`;
       None for the one where the parameters are.
-    guidance_passes: 1 sends both halves of guidance through the network as one batch,
+    guidance_passes: 1 sends the branches of guidance through the network as one batch,
       2 one after the other, in about half the memory; None decides by the tokens that
       a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
@@ -299,17 +303,14 @@ class Pipeline:
         f"The sampler {asked.sampler} needs a model that has learned variances, and "
         f"this one has not: choose another, such as dpm++."
       )
-    guidance = None
-    if asked.guided:
-      numbers = (asked.guidance_scale, *asked.guidance_interval, asked.guidance_rescale)
-      guidance = Guidance(*map(jnp.float32, numbers))
-      if asked.sampler in UNGUIDED_SAMPLERS:
-        logging.warning(
-          "The models that the sampler %s is for have guidance in them: expect "
-          "guidance_scale=%g to draw worse than 1, its default.",
-          asked.sampler,
-          asked.guidance_scale,
-        )
+    guidance = self._guidance(asked)
+    if asked.guided and asked.sampler in UNGUIDED_SAMPLERS:
+      logging.warning(
+        "The models that the sampler %s is for have guidance in them: expect "
+        "guidance_scale=%g to draw worse than 1, its default.",
+        asked.sampler,
+        asked.guidance_scale,
+      )
     about = asked.of_all() | {
       "dtype": jnp.dtype(self.compute.dtype).name,
       "batch_size": self.batch_size,
@@ -317,9 +318,43 @@ class Pipeline:
       **self.origin,
     }
     threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
-    return self._draw(
-      requests, table, guidance, threshold, asked.unconditional_mask, about
+    return self._draw(requests, table, guidance, threshold, asked, about)
+
+  def _guidance(self, asked: Settings) -> Guidance | None:
+    """What joins the branches of a prediction; None for a single branch.
+
+    Raises:
+      ValueError: layers are none of the model's.
+    """
+    perturbed = self._weakened(asked, "pag_scale", "pag_applied_layers")
+    skipped = self._weakened(asked, "skip_layer_guidance_scale", "skip_guidance_layers")
+    if not asked.guided and perturbed is None and skipped is None:
+      return None
+    projection = None
+    if asked.guided and asked.guidance_method == "apg":
+      numbers = asked.apg_momentum, asked.apg_threshold, asked.apg_eta
+      projection = Projection(*map(jnp.float32, numbers))
+    return Guidance(
+      jnp.float32(asked.guidance_scale) if asked.guided else None,
+      *map(jnp.float32, (*asked.guidance_interval, asked.guidance_rescale)),
+      perturbed=perturbed,
+      skipped=skipped,
+      projection=projection,
     )
+
+  def _weakened(self, asked: Settings, scale: str, layers: str) -> Weakened | None:
+    """A weakened network by the names of two settings; None for a scale of 0."""
+    depth, chosen = self.config.depth, getattr(asked, layers)
+    chosen = (depth // 2,) if chosen is None else chosen
+    if not getattr(asked, scale):
+      return None
+    if max(chosen) >= depth:
+      raise ValueError(
+        f"{layers}={','.join(map(str, chosen))} names layer {max(chosen)}, and the "
+        f"model has layers 0 … {depth - 1}."
+      )
+    which = np.isin(np.arange(depth), chosen)
+    return Weakened(jnp.float32(getattr(asked, scale)), which)
 
   def _requests(self, prompts: list[str], asked: Settings) -> list[_Request]:
     """One request a picture, its size checked."""
@@ -413,7 +448,7 @@ class Pipeline:
     table: SolverTable,
     guidance: Guidance | None,
     threshold: Float32[Array, ""] | None,
-    unconditional_mask: str,
+    asked: Settings,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
     """Draws requests of one sequence length together, `batch_size` at a time."""
@@ -431,8 +466,10 @@ class Pipeline:
         ]
         with self.timing.part("text encoder"):
           batch = self._captions(rows)
-          if guidance is not None:
-            batch |= self._negatives(rows, batch["caption_mask"], unconditional_mask)
+          if asked.guided:
+            batch |= self._negatives(
+              rows, batch["caption_mask"], asked.unconditional_mask
+            )
         batch |= self._images(rows, length)
         compute = self.compute
         with self.timing.part("transformer"):
@@ -448,6 +485,7 @@ class Pipeline:
             config=self.config,
             compute=compute,
             passes=passes,
+            cfg_zero=asked.guided and asked.guidance_method == "cfg-zero",
           )
           sequences = np.asarray(sequences)
         if computed is not None:

@@ -1,8 +1,9 @@
 """One compiled program from noise to latents: the solver, guidance and the network.
 
-The two halves of guidance, without and with the prompt, go through the network as one
-batch or one after the other. Arrays of the network therefore begin with two axes,
-`[passes rows …]`; laid end to end these are the halves, the unconditional first.
+The branches of guidance, without and with the prompt and perhaps with a weakened
+network, go through the network as one batch or one after the other. Arrays of the
+network therefore begin with two axes, `[passes rows …]`; laid end to end these are the
+branches, the unconditional first.
 """
 
 import functools
@@ -17,7 +18,10 @@ from jaxtyping import Array, Float32
 
 from pixsigma_jax.diffusion.guidance import (
   guide,
+  guide_away,
   guide_first_three,
+  guide_from_optimal,
+  guide_projected,
   rescale,
   scale_within,
 )
@@ -48,13 +52,47 @@ SCHEDULE = linear_schedule()
 _TOKENS_OF_ONE_BATCH = 2048
 
 
+class Weakened(NamedTuple):
+  """A weakened network to guide away from: how far, and its layers, bool `[layers]`."""
+
+  scale: Any
+  layers: Any
+
+
+class Projection(NamedTuple):
+  """What `guide_projected` takes beside the scale."""
+
+  momentum: Any
+  threshold: Any
+  eta: Any
+
+
 class Guidance(NamedTuple):
-  """Guidance settings that join the halves of a prediction; all traced."""
+  """Guidance settings that join the branches of a prediction; all traced.
+
+  Attributes:
+    scale: from the unconditional prediction; None makes none.
+    low, high: see `scale_within`; of every kind of guidance.
+    rescale: see `rescale`.
+    perturbed: whose self-attention is the identity; or None.
+    skipped: whose blocks are left out; or None.
+    projection: to join predictions by `guide_projected`; or None.
+  """
 
   scale: Any
   low: Any
   high: Any
   rescale: Any
+  perturbed: Weakened | None = None
+  skipped: Weakened | None = None
+  projection: Projection | None = None
+
+
+class _Memory(NamedTuple):
+  """What the solver's scan carries beside latents; None for what is not asked for."""
+
+  caching: Any
+  average: Any
 
 
 def compute_here(dtype: str = "bfloat16", attention: str = "auto") -> Compute:
@@ -64,7 +102,7 @@ def compute_here(dtype: str = "bfloat16", attention: str = "auto") -> Compute:
 
 
 def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
-  """Best number of passes for the halves of guidance: 1 or 2.
+  """Best number of passes for both halves of guidance: 1 or 2.
 
   Args:
     rows: pictures of a batch.
@@ -75,7 +113,7 @@ def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
   return 1 if rows // devices * length <= _TOKENS_OF_ONE_BATCH else 2
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "passes"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "passes", "cfg_zero"))
 def sample(
   params: Any,
   batch: Batch,
@@ -86,6 +124,7 @@ def sample(
   config: PixArtConfig,
   compute: Compute,
   passes: int,
+  cfg_zero: bool = False,
 ) -> tuple[Float32[Array, "b n c"], Computed | None]:
   """From noise to latents of any grids, as padded sequences.
 
@@ -94,7 +133,8 @@ def sample(
       `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
       caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
     threshold: of step caching; None computes every step and remembers nothing.
-    passes: 2 takes the halves of guidance one after the other; 1 without guidance.
+    passes: 2 takes the branches of guidance one after the other; 1 without guidance.
+    cfg_zero: join predictions by `guide_from_optimal`.
 
   Returns:
     The latents; with step caching, how many steps were computed.
@@ -109,17 +149,31 @@ def sample(
     else f"with guidance in {('one batch', 'two passes')[passes - 1]}",
   )
   names = ("coordinates", "grid", "image_size", "aspect_ratio")
-  halves = 1 if guidance is None else 2
+  guided = guidance is not None and guidance.scale is not None
+  weakened = (
+    {}
+    if guidance is None
+    else {
+      name: kind
+      for name, kind in (
+        ("identity_attention", guidance.perturbed),
+        ("skipped", guidance.skipped),
+      )
+      if kind is not None
+    }
+  )
+  captions = ["negative"] * guided + ["caption"] * (1 + len(weakened))
+  branches = len(captions)
+  passes = branches if passes == 2 else 1
 
-  def by_pass(*of_halves: Array) -> Array:
-    stacked = jnp.stack(of_halves)
+  def by_pass(*of_branches: Array) -> Array:
+    stacked = jnp.stack(of_branches)
     return stacked.reshape(passes, -1, *stacked.shape[2:])
 
   params = laid_out(params, compute)
-  given = {name: by_pass(*[batch[name]] * halves) for name in names}
-  captions = ("negative", "caption")[-halves:]
+  given = {name: by_pass(*[batch[name]] * branches) for name in names}
   embeddings, mask = (
-    by_pass(*(batch[f"{half}_{what}"] for half in captions))
+    by_pass(*(batch[f"{branch}_{what}"] for branch in captions))
     for what in ("embeddings", "mask")
   )
   given["caption_mask"] = mask
@@ -127,12 +181,18 @@ def sample(
     lambda *captions: caption_keys_values(params, config, compute, *captions),
     *(embeddings, mask),
   )
+  for branch, (name, kind) in enumerate(weakened.items(), branches - len(weakened)):
+    whole = jnp.zeros((rows, config.depth), bool)
+    weak = jnp.broadcast_to(kind.layers, whole.shape)
+    given[name] = by_pass(*(weak if i == branch else whole for i in range(branches)))
   token_mask = tokens.token_mask(batch["grid"], length)
   model = PixArt(config, compute)
 
   def denoise(
-    noisy_latents: Array, timestep: Array, memory: Any
-  ) -> tuple[Prediction, Any]:
+    noisy_latents: Array, row: SolverTable, memory: _Memory
+  ) -> tuple[Prediction, _Memory]:
+    timestep, caching, average = row.timesteps, memory.caching, memory.average
+
     def call(method: str, *arguments: Any) -> Any:
       return model.apply(
         {"params": params},
@@ -158,13 +218,13 @@ def sample(
       others = range(1, config.depth)
       return call("go_through", others, x, embedded, at_step(given)) - x
 
-    noisy = by_pass(*[noisy_latents] * halves)
+    noisy = by_pass(*[noisy_latents] * branches)
     if threshold is None:
       output = _each_pass(network, noisy, given)
     else:
       x, embedded, first = _each_pass(first_block, noisy, given)
-      x, memory = step_caching.add_rest(
-        memory,
+      x, caching = step_caching.add_rest(
+        caching,
         x,
         first,
         lambda: _each_pass(other_blocks, x, embedded, given),
@@ -172,21 +232,44 @@ def sample(
         threshold,
       )
       output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
-    output = output.reshape(halves * rows, *output.shape[2:])
+    output = output.reshape(branches * rows, *output.shape[2:])
     noise, logits = split_prediction(output, config)
+    memory = _Memory(caching, average)
     if guidance is None:
       return Prediction(noise, logits), memory
-    unconditional, noise = jnp.split(noise, 2)
-    logits = None if logits is None else jnp.split(logits, 2)[1]
-    scale = scale_within(
-      timestep, guidance.scale, guidance.low, guidance.high, SCHEDULE.num_timesteps
-    )
-    if table.spread is None:
-      guided = guide(unconditional, noise, scale)
-    else:  # as the reference's `forward_with_cfg`, which only this sampler calls
-      guided = guide_first_three(unconditional, noise, scale, config.in_channels)
-    noise = rescale(guided, noise, guidance.rescale, token_mask)
-    return Prediction(noise, logits), memory
+    predictions = jnp.split(noise, branches)
+    unconditional = predictions.pop(0) if guided else None
+    noise, *weak = predictions
+    logits = None if logits is None else jnp.split(logits, branches)[guided]
+
+    def scale_now(
+      scale: Any, outside: float, low: Any = guidance.low, high: Any = guidance.high
+    ) -> Array:
+      return scale_within(timestep, scale, low, high, SCHEDULE.num_timesteps, outside)
+
+    joined = noise
+    if unconditional is not None:
+      scale = scale_now(guidance.scale, 1.0)
+      if guidance.projection is not None:
+        clean, average = guide_projected(
+          _clean(row, noisy_latents, unconditional),
+          _clean(row, noisy_latents, noise),
+          scale,
+          token_mask,
+          average,
+          **guidance.projection._asdict(),
+        )
+        joined = (noisy_latents - row.signal_scale * clean) / row.noise_scale
+      elif cfg_zero:
+        joined = guide_from_optimal(unconditional, noise, scale, token_mask)
+      elif table.spread is None:
+        joined = guide(unconditional, noise, scale)
+      else:  # as the reference's `forward_with_cfg`, which only this sampler calls
+        joined = guide_first_three(unconditional, noise, scale, config.in_channels)
+    for prediction, kind in zip(weak, weakened.values(), strict=True):
+      joined = guide_away(joined, noise, prediction, scale_now(kind.scale, 0.0))
+    noise = rescale(joined, noise, guidance.rescale, token_mask)
+    return Prediction(noise, logits), _Memory(caching, average)
 
   def fresh_noise(step: Array) -> Array:
     # Of the image's seed and the step alone: the first noise is of the seed itself.
@@ -197,14 +280,22 @@ def sample(
       )
     )(batch["seed"])
 
-  memory = None
+  memory = _Memory(caching=None, average=None)
   if threshold is not None:
-    shape = (passes, halves * rows // passes, length, config.width)
-    memory = step_caching.nothing_yet(shape, rows)
+    shape = (passes, branches * rows // passes, length, config.width)
+    memory = memory._replace(caching=step_caching.nothing_yet(shape, rows))
+  if guidance is not None and guidance.projection is not None:
+    memory = memory._replace(average=jnp.zeros(batch["noise"].shape, jnp.float32))
   latents, memory = solve_remembering(
     denoise, batch["noise"], table, fresh_noise, memory
   )
-  return latents, None if memory is None else memory.computed
+  return latents, None if memory.caching is None else memory.caching.computed
+
+
+def _clean(row: SolverTable, noisy_latents: Array, noise: Array) -> Array:
+  """The clean estimate that goes with a prediction of noise."""
+  noise = noise.astype(jnp.float32)
+  return (noisy_latents - row.noise_scale * noise) / row.signal_scale
 
 
 def _each_pass(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -20,6 +20,7 @@ from pixsigma_jax.wording import listed, shortened
 GUIDANCE_SCALE = 4.5
 # What these draw with has learned guidance from its teacher.
 UNGUIDED_SAMPLERS = ("lcm", "tcd", "dmd")
+GUIDANCE_METHODS = ("cfg", "apg", "cfg-zero")
 UNCONDITIONAL_MASKS = ("caption", "own")
 _SEEDS = 2**32
 
@@ -87,9 +88,10 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """A finite number, 0 or more, `most` or less."""
+  """A finite number, `least` or more, `most` or less."""
 
   most: float = math.inf
+  least: float = 0.0
 
   def check(self, name: str, value: Any) -> float:
     """The value as Python's own; see `Setting.check`."""
@@ -99,8 +101,10 @@ class Number:
         number = float(value)
     if not math.isfinite(number):
       raise ValueError(f"{name} must be a finite number, not {value!r}.")
-    if not 0 <= number <= self.most:
-      limits = "be 0 or more" if self.most == math.inf else f"lie in 0 … {self.most:g}"
+    if not self.least <= number <= self.most:
+      limits = f"lie in {self.least:g} … {self.most:g}"
+      if self.most == math.inf:
+        limits = f"be {self.least:g} or more"
       raise ValueError(f"{name}={number} must {limits}.")
     return number
 
@@ -288,6 +292,50 @@ class Settings:
     Interval(),
     "Where guidance acts, low and high, as fractions of the schedule, of which 1 is "
     "pure noise (Kynkäänniemi et al. 2024).",
+  )
+  guidance_method: str = _setting(
+    "cfg",
+    Choice(GUIDANCE_METHODS),
+    "How guidance goes: straight on, without the part that saturates (Sadat et al. "
+    "2024), or from the best multiple of the unconditional prediction (Fan et al. "
+    "2025).",
+  )
+  apg_eta: float = _setting(
+    0.0, Number(1.0), "Share of the saturating part that apg leaves."
+  )
+  apg_threshold: float = _setting(
+    15.0, Number(), "Length beyond which apg shortens an image's difference."
+  )
+  apg_momentum: float = _setting(
+    -0.5,
+    Number(1.0, least=-1.0),
+    "Share of earlier steps' differences that apg adds.",
+  )
+  pag_scale: float = _setting(
+    0.0,
+    Number(),
+    "Perturbed-attention guidance (Ahn et al. 2024); 0 is none, and any other calls "
+    "the network once more a step.",
+  )
+  pag_applied_layers: tuple[int, ...] | None = _setting(
+    None,
+    WholeList(),
+    "Numbers of the layers, from 0, whose self-attention it makes the identity.",
+    optional=True,
+    default_is="the middle layer",
+  )
+  skip_layer_guidance_scale: float = _setting(
+    0.0,
+    Number(),
+    "Skip-layer guidance (Hyung et al. 2024); 0 is none, and any other calls the "
+    "network once more a step.",
+  )
+  skip_guidance_layers: tuple[int, ...] | None = _setting(
+    None,
+    WholeList(),
+    "Numbers of the layers, from 0, that it leaves out.",
+    optional=True,
+    default_is="the middle layer",
   )
   step_caching: float = _setting(
     0.0,

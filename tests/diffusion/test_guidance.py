@@ -4,12 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers.guiders.adaptive_projected_guidance import (
+  MomentumBuffer,
+  normalized_guidance,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pixsigma_jax.diffusion.guidance import (
   guide,
+  guide_away,
   guide_first_three,
+  guide_from_optimal,
+  guide_projected,
   rescale,
   scale_within,
 )
@@ -158,3 +166,92 @@ def test_the_whole_schedule_is_an_interval_too(timestep):
 def test_nothing_short_of_the_whole_schedule_holds_its_last_timestep():
   assert scale_within(jnp.float32(999), 4.5, 0.0, 0.9999, 1000) == 1.0
   assert scale_within(jnp.float32(999), 4.5, 1.0, 1.0, 1000) == 4.5
+
+
+# -------------------------------------------------- other ways to guide, to the side
+
+
+def _predictions(seed=0, shape=(2, 5, 4)):
+  draw = np.random.default_rng(seed)
+  unconditional, conditional = (
+    jnp.asarray(draw.normal(size=shape), jnp.float32) for _ in range(2)
+  )
+  return unconditional, conditional, jnp.ones(shape[:2], bool)
+
+
+@pytest.mark.parametrize("threshold", [1.5, 1e9])
+def test_projected_guidance_is_diffusers_over_two_steps(threshold):
+  buffer = MomentumBuffer(-0.5)
+  average = jnp.zeros((2, 5, 4), jnp.float32)
+  for seed in (0, 1):
+    unconditional, conditional, mask = _predictions(seed)
+    ours, average = guide_projected(
+      unconditional,
+      conditional,
+      4.5,
+      mask,
+      average,
+      momentum=-0.5,
+      threshold=threshold,
+      eta=0.25,
+    )
+    theirs = normalized_guidance(
+      torch.tensor(np.asarray(conditional)),
+      torch.tensor(np.asarray(unconditional)),
+      guidance_scale=3.5,  # counted from the conditional prediction, as in the paper
+      momentum_buffer=buffer,
+      eta=0.25,
+      norm_threshold=threshold,
+      use_original_formulation=True,
+    )
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_projected_guidance_adds_nothing_along_the_conditional_estimate():
+  unconditional, conditional, mask = _predictions()
+  zeros = jnp.zeros_like(conditional)
+  ours, _ = guide_projected(
+    unconditional, conditional, 7.0, mask, zeros, momentum=0.0, threshold=15.0, eta=0.0
+  )
+  along = ((ours - conditional) * conditional).sum(axis=(1, 2))
+  np.testing.assert_allclose(along, 0, atol=1e-4)
+
+
+def test_the_optimal_multiple_leaves_a_difference_at_a_right_angle():
+  unconditional, conditional, mask = _predictions()
+  zero = guide_from_optimal(unconditional, conditional, 0.0, mask)
+  angle = ((conditional - zero) * unconditional).sum(axis=(1, 2))
+  np.testing.assert_allclose(angle, 0, atol=1e-4)
+  one = guide_from_optimal(unconditional, conditional, 1.0, mask)
+  np.testing.assert_allclose(one, conditional, rtol=0, atol=1e-6)
+  doubled = guide_from_optimal(2 * unconditional, conditional, 3.0, mask)
+  same = guide_from_optimal(unconditional, conditional, 3.0, mask)
+  np.testing.assert_allclose(doubled, same, rtol=0, atol=1e-5)
+
+
+def test_padding_turns_neither():
+  unconditional, conditional, mask = _predictions()
+  mask = mask.at[:, 3:].set(False)
+  zeros = jnp.zeros_like(conditional)
+  dirty = conditional.at[:, 3:].add(1e3)
+  for clean, other in zip(
+    *(
+      (
+        guide_from_optimal(unconditional, c, 3.0, mask),
+        guide_projected(
+          unconditional, c, 3.0, mask, zeros, momentum=0.0, threshold=1.0, eta=0.0
+        )[0],
+      )
+      for c in (conditional, dirty)
+    ),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(clean[:, :3], other[:, :3])
+
+
+def test_guiding_away_goes_from_the_weakened_network_to_the_whole_one():
+  guided, conditional, _ = _predictions()
+  weakened = 0.5 * conditional
+  found = guide_away(guided, conditional, weakened, 3.0)
+  np.testing.assert_allclose(found, guided + 1.5 * conditional, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(guide_away(guided, conditional, weakened, 0.0), guided)

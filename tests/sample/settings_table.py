@@ -14,6 +14,9 @@ _HEAD = "| Argument | Default | Is |\n|---|---|---|\n"
 _SECTIONS = {
   "height": "Sizes",
   "guidance_scale": "Guidance and masks",
+  "guidance_method": "Guidance and masks",
+  "pag_scale": "Guidance and masks",
+  "skip_layer_guidance_scale": "Guidance and masks",
   "step_caching": "Step caching",
   "seed": "Seeds",
   "sampler": "Samplers",

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
   AutoencoderKL,
   DPMSolverMultistepScheduler,
+  PixArtSigmaPAGPipeline,
   PixArtSigmaPipeline,
   PixArtTransformer2DModel,
 )
@@ -154,6 +155,53 @@ def test_latents_and_pictures_are_those_of_diffusers(
   for mine, peer in zip(output.images, images, strict=True):
     levels = np.abs(np.asarray(mine, int) - np.asarray(peer, int))
     assert np.mean(levels.max(axis=-1) <= 1) >= 0.999
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+  ("layers", "guidance_scale"),
+  [((0,), 4.5), ((0, 1), 1.0)],
+  ids=["beside guidance", "alone, in both layers"],
+)
+def test_perturbed_attention_guidance_is_that_of_diffusers(
+  ours, theirs, layers, guidance_scale
+):
+  spy = Spy(ours.autoencoder)
+  ours.replace(autoencoder=spy)(
+    PROMPTS,
+    height=64,
+    width=64,
+    seed=3,
+    guidance_scale=guidance_scale,
+    pag_scale=3.0,
+    pag_applied_layers=layers,
+    unconditional_mask="own",
+    caption_cleaning="lower",
+  )
+  start = np.stack([noise(3 + i, 64, 64) for i in range(len(PROMPTS))])
+  before = dict(theirs.transformer.attn_processors)
+  peer = PixArtSigmaPAGPipeline(
+    **theirs.components, pag_applied_layers=[f"blocks.{i}" for i in layers]
+  )
+  peer.set_progress_bar_config(disable=True)
+  latents = peer(
+    prompt=list(PROMPTS),
+    negative_prompt="",
+    height=64,
+    width=64,
+    num_inference_steps=20,
+    guidance_scale=guidance_scale,
+    pag_scale=3.0,
+    latents=torch.tensor(np.moveaxis(start, -1, 1)),
+    clean_caption=False,
+    use_resolution_binning=False,
+    max_sequence_length=LENGTH,
+    output_type="latent",
+  ).images.numpy()
+  theirs.transformer.set_attn_processor(before)
+  scale = np.abs(latents).max()
+  difference = np.concatenate(spy.latents) - np.moveaxis(latents, 1, -1)
+  assert np.abs(difference).max() < 1e-3 * max(1, scale)
 
 
 def test_the_unconditional_masks_differ_and_the_empty_caption_comes_from_t5(ours):
