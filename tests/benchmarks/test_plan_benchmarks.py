@@ -3,6 +3,7 @@
 They run in processes of their own: their flags are not for other commands.
 """
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pixsigma_jax.plan import calibration
+from tests import compilation
 
 # Percent of a training step, PixArt-Σ's Tables 3c and 3d. Its 512 is left out: there
 # its seconds have two digits.
@@ -70,6 +72,7 @@ def test_a_step_is_timed_and_kept_for_plans(tmp_path):
       *("--config.model.variant=Nano/2", "--config.batch_size=8", "--steps=2"),
       f"--measured={kept}",
     ],
+    env=os.environ | compilation.environment(),
     capture_output=True,
     text=True,
   )

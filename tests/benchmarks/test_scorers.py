@@ -2,8 +2,15 @@
 
 import pytest
 
-from benchmarks import scorers
-from benchmarks.scorers import NETWORKS, Network, clip_config
+from benchmarks.scorer_networks import (
+  NETWORKS,
+  Network,
+  clip_config,
+  compiled_for,
+  inputs_of,
+  of_ours,
+  rates,
+)
 from pixsigma_jax.models.clip import abstract_clip_params
 from pixsigma_jax.plan import topology
 from tests.evaluate.networks import small_inception  # noqa: F401
@@ -30,23 +37,23 @@ def test_clip_runs_on_both_sides(tower):
   network = Network(TINY, tower)
   shapes = [
     tuple((side() if i == 0 else side().pooler_output).shape)
-    for i, side in enumerate([scorers.of_ours(network, scorers.inputs_of(network, 2))])
+    for i, side in enumerate([of_ours(network, inputs_of(network, 2))])
   ]
   assert shapes == [(2, 16)]
-  found = scorers.rates(network, 2, rounds=1, runs=2)
+  found = rates(network, 2, rounds=1, runs=2)
   assert [len(side) for side in found] == [2, 2]
   assert min(map(min, found)) > 0
 
 
 def test_inception_runs(small_inception):  # noqa: F811
   network = NETWORKS["Inception-v3"]
-  features, probabilities = scorers.of_ours(network, scorers.inputs_of(network, 1))()
+  features, probabilities = of_ours(network, inputs_of(network, 1))()
   assert (features.shape, probabilities.shape) == ((1, 2048), (1, 1000))
 
 
 def test_a_chip_holds_the_weights_and_takes_no_less_than_its_peaks_allow(libtpu):
   network, batch = Network(TINY), 2
-  made = scorers.compiled_for(network, batch, topology.parse("v5e:1x1"))
+  made = compiled_for(network, batch, topology.parse("v5e:1x1"))
   weights = count(abstract_clip_params(TINY, "image"))
   assert made.parameters == 4 * weights
   assert made.total > made.parameters

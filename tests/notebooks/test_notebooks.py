@@ -27,6 +27,7 @@ from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures
 from pixsigma_jax.sample.encoders import RememberedCaptions
 from pixsigma_jax.transforms import add_kv_compression, interpolate_pe
+from tests import compilation
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
 from tests.convert.test_main import write_diffusers, write_official
@@ -84,9 +85,8 @@ def run(notebook, folder):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    # What one kernel or command has compiled, the next need not.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder.parents[1] / "xla"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    for name, value in compilation.environment().items():
+      monkeypatch.setenv(name, value)
     # Not in the home of whoever runs the tests.
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
       monkeypatch.setenv(name, str(folder.parent / name.lower()))
