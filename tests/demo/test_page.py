@@ -133,7 +133,7 @@ def test_a_random_seed_leaves_room_for_the_pictures_after_it(pipeline, monkeypat
     ({"seed": None}, "There is no seed"),
     ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
     ({"steps": None}, "num_inference_steps must be a whole number, not None"),
-    ({"guidance": None, "sampler": "euler"}, "Unknown sampler 'euler'"),
+    ({"guidance": None, "sampler": "magic"}, "Unknown sampler 'magic'"),
     ({"guidance": -1}, "guidance_scale=-1.0 must be 0 or more"),
     ({"count": None}, "num_images_per_prompt must be a whole number"),
     ({"count": None, "random_seed": True}, "num_images_per_prompt must be a whole"),
