@@ -20,7 +20,7 @@ SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
 COMMANDS = [
   *("train", "sample", "evaluate", "prepare", "convert", "curate", "transform"),
-  *("demo", "plan"),
+  *("demo", "plan", "reproduce"),
 ]
 
 LINTERS = {
@@ -208,7 +208,16 @@ def test_what_the_package_imports_is_a_declared_dependency():
   extras = pyproject()["project"]["optional-dependencies"]
   rooms = [
     pin
-    for room in ("convert", "curate", "demo", "eval", "heif", "int8", "wandb")
+    for room in (
+      "convert",
+      "curate",
+      "demo",
+      "eval",
+      "heif",
+      "int8",
+      "openmoji",
+      "wandb",
+    )
     for pin in extras[room]
   ]
   lines = requirement_lines() + rooms

@@ -44,9 +44,8 @@ def _define(arguments: Sequence[str]) -> tuple[commands.Command, tuple[str, ...]
   known = f"commands are {', '.join(commands.COMMANDS)}, suites {', '.join(SUITES)}"
   if any(word.lstrip("-").partition("=")[0] == "task" for word in arguments):
     raise ValueError(
-      "`evaluate --checkpoints=… --task=digits --output=FILE.json` is now "
-      "`evaluate digits --checkpoints=… --output=FOLDER`: the counts are in "
-      "FOLDER/report.json."
+      "A task is a suite now: `evaluate digits --checkpoints=… --output=FOLDER`. The "
+      "counts are in FOLDER/report.json."
     )
   if first and not first.startswith("-"):
     raise ValueError(f"There is no command or suite {first!r}: {known}.")

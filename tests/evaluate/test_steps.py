@@ -284,7 +284,7 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_draws_the_rest(
   [
     (
       ["--checkpoints=a,b", "--task=digits", "--output=a.json"],
-      "is now `evaluate digits --checkpoints=… --output=FOLDER`",
+      "A task is a suite now: `evaluate digits --checkpoints=… --output=FOLDER`",
     ),
     ([], "Begin with a command or a suite: commands are prompts, "),
     (["digit"], "There is no command or suite 'digit'"),
