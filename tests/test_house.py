@@ -206,21 +206,8 @@ def test_the_suite_runs_with_what_is_pinned():
 def test_what_the_package_imports_is_a_declared_dependency():
   # The extra of a room goes for that room alone: import-linter sees to it.
   extras = pyproject()["project"]["optional-dependencies"]
-  rooms = [
-    pin
-    for room in (
-      "convert",
-      "curate",
-      "demo",
-      "eval",
-      "heif",
-      "int8",
-      "openmoji",
-      "wandb",
-    )
-    for pin in extras[room]
-  ]
-  lines = requirement_lines() + rooms
+  rooms = ("convert", "curate", "demo", "eval", "heif", "int8", "openmoji", "wandb")
+  lines = requirement_lines() + [pin for room in rooms for pin in extras[room]]
   declared = {distribution_name(line) for line in lines}
   owners = metadata.packages_distributions()
   undeclared = {
