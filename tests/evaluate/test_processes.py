@@ -15,7 +15,7 @@ from tests import commands, compilation
 from tests.sample import models
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECONDS = 300  # of patience with one job, on a machine that does much else
+SECONDS = 600  # of patience with one job, on a machine that does much else
 SILENCE = 30  # seconds of a machine; a process that is gone is noticed at once
 PER_TASK = 1  # six images
 # The command, which notes each image that gets its name; at the image KILLED_AT of

@@ -26,7 +26,7 @@ from tests import compilation
 from tests.train import runs
 
 SILENCE = 30  # seconds of a machine; a process that is gone is noticed at once
-SECONDS = 300  # of patience with one job, on a machine that does much else
+SECONDS = 600  # of patience with one job, on a machine that does much else
 FSDP = {"mesh.fsdp": 2}
 BOTH = {"mesh.fsdp": 2, "mesh.context": 2}
 LONG = 1000  # steps: until it is stopped, but not for ever if nobody does
