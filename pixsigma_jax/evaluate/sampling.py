@@ -85,9 +85,10 @@ def sample(
   index, count = jax.process_index(), jax.process_count()
   mine = {item.id for item in folder.items[index::count]}
   missing = [(item, image) for item, image in model.missing() if item.id in mine]
-  if not missing:
+  # Decided by all: to read a checkpoint they must all come, those with nothing to draw
+  # too.
+  if not distributed.of_first(bool(model.missing())):
     logging.info("All images of %s are there.", name)
-    distributed.wait_for_all()
     return model
 
   devices = jax.local_devices()
@@ -99,7 +100,8 @@ def sample(
     batch_size=size,
     mesh=_mesh(devices, size),
   )
-  _draw(pipeline, model, missing, settings)
+  if missing:
+    _draw(pipeline, model, missing, settings)
   distributed.wait_for_all()
   return model
 
