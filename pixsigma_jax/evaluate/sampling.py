@@ -84,10 +84,11 @@ def sample(
   model = folder.model(name)
   index, count = jax.process_index(), jax.process_count()
   mine = {item.id for item in folder.items[index::count]}
-  missing = [(item, image) for item, image in model.missing() if item.id in mine]
+  of_all = model.missing()
+  missing = [(item, image) for item, image in of_all if item.id in mine]
   # Decided by all: to read a checkpoint they must all come, those with nothing to draw
   # too.
-  if not distributed.of_first(bool(model.missing())):
+  if not distributed.of_first(bool(of_all)):
     logging.info("All images of %s are there.", name)
     return model
 
