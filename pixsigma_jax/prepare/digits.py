@@ -7,10 +7,10 @@ import numpy as np
 
 from pixsigma_jax.data import digits
 from pixsigma_jax.data.digits import Scene
-from pixsigma_jax.data.records import Features, Record
+from pixsigma_jax.data.records import Record
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
 from pixsigma_jax.models.pixels import PixelAutoencoder
-from pixsigma_jax.prepare.drawn import write_drawn
+from pixsigma_jax.prepare.drawn import check_drawing, pixel_features, write_drawn
 
 # Pairs are harder to draw than single digits, and there are 63 times as many of them.
 WEIGHTS = {"single": 0.2, "left_of": 0.4, "above": 0.4}
@@ -47,27 +47,13 @@ def prepare_digits(
       f"resolution {resolution} must be a multiple of {digits.CELL}, the side of a "
       "scanned digit in pixels."
     )
-  if count < 1:
-    raise ValueError(f"count {count} must be at least 1.")
-  if seed < 0:
-    raise ValueError(f"seed {seed} must not be negative.")
-  if not (np.isfinite(scaling_factor) and scaling_factor > 0):
-    raise ValueError(f"scaling_factor {scaling_factor} must be positive.")
-  autoencoder, text_encoder = PixelAutoencoder(scaling_factor), HashedWordEncoder()
-  features = Features(
-    kind="latents",
-    channels=autoencoder.channels,
+  check_drawing(count, seed)
+  features = pixel_features(
     resolution=resolution,
-    autoencoder=autoencoder.identity,
-    scaling_factor=scaling_factor,
-    text_encoder=text_encoder.identity,
-    caption_storage="embeddings",
     caption_length=CAPTION_LENGTH,
-    caption_width=text_encoder.width,
-    crop_rule={"name": "none"},  # they are drawn at the size that they are kept at
-    hashes={},
+    scaling_factor=scaling_factor,
   )
-  null_captions, _ = text_encoder.encode([""], CAPTION_LENGTH)
+  null_captions, _ = HashedWordEncoder().encode([""], CAPTION_LENGTH)
   return write_drawn(
     directory,
     features,

@@ -13,6 +13,57 @@ from jaxtyping import Float
 from pixsigma_jax import command, metadata
 from pixsigma_jax.data.records import MANIFEST, Dataset, Features, Record, open_dataset
 from pixsigma_jax.data.writing import RecordWriter
+from pixsigma_jax.models.hashed_words import HashedWordEncoder
+from pixsigma_jax.models.pixels import PixelAutoencoder
+
+# Records are drawn at the size that they are kept at.
+CROP_RULE = {"name": "none"}
+
+
+def check_drawing(count: int, seed: int) -> None:
+  """Refuses a number of records, or a seed, from which nothing can be drawn.
+
+  Raises:
+    ValueError: `count` is below 1, or `seed` below 0.
+  """
+  if count < 1:
+    raise ValueError(f"count {count} must be at least 1.")
+  if seed < 0:
+    raise ValueError(f"seed {seed} must not be negative.")
+
+
+def pixel_features(
+  *,
+  resolution: int,
+  caption_length: int,
+  scaling_factor: float,
+  license: str = "",
+) -> Features:
+  """Features of records of pixels and hashed words, which need no network's files.
+
+  Args:
+    scaling_factor: what the trainer multiplies pixels with.
+
+  Raises:
+    ValueError: `scaling_factor` is not a positive number.
+  """
+  if not (np.isfinite(scaling_factor) and scaling_factor > 0):
+    raise ValueError(f"scaling_factor {scaling_factor} must be positive.")
+  autoencoder, text_encoder = PixelAutoencoder(scaling_factor), HashedWordEncoder()
+  return Features(
+    kind="latents",
+    channels=autoencoder.channels,
+    resolution=resolution,
+    autoencoder=autoencoder.identity,
+    scaling_factor=scaling_factor,
+    text_encoder=text_encoder.identity,
+    caption_storage="embeddings",
+    caption_length=caption_length,
+    caption_width=text_encoder.width,
+    crop_rule=CROP_RULE,
+    hashes={},
+    license=license,
+  )
 
 
 def write_drawn(

@@ -22,7 +22,12 @@ from pixsigma_jax.data.records import Features, Record
 from pixsigma_jax.models.hashed_words import HashedWordEncoder
 from pixsigma_jax.models.pixels import PixelAutoencoder
 from pixsigma_jax.prepare import load
-from pixsigma_jax.prepare.drawn import write_drawn
+from pixsigma_jax.prepare.drawn import (
+  CROP_RULE,
+  check_drawing,
+  pixel_features,
+  write_drawn,
+)
 from pixsigma_jax.prepare.settings import Settings
 
 CAPTION_LENGTH = 32  # tokens; names have up to seven words
@@ -31,7 +36,6 @@ MOST_PIXELS = 4096  # along a side of the square that a resolution stands for
 # Records by which a finished dataset is known again: few, as one of 4096 pixels takes
 # seconds.
 _COMPARED = 2
-_CROP_RULE = {"name": "none"}  # they are drawn at the size that they are kept at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +62,7 @@ class Drawing:
       raise ValueError(
         f"resolution {self.resolution} must be at most {MOST_PIXELS} pixels."
       )
-    if self.count < 1:
-      raise ValueError(f"count {self.count} must be at least 1.")
-    if self.seed < 0:
-      raise ValueError(f"seed {self.seed} must not be negative.")
+    check_drawing(self.count, self.seed)
 
   def scenes(self) -> Iterator[tuple[Scene, Boxes]]:
     """Every scene in order, with the boxes of its objects."""
@@ -154,24 +155,13 @@ def _license() -> str:
 
 
 def _pixels(drawing: Drawing, scaling_factor: float) -> _Networks:
-  if not (np.isfinite(scaling_factor) and scaling_factor > 0):
-    raise ValueError(f"scaling_factor {scaling_factor} must be positive.")
-  autoencoder, text_encoder = PixelAutoencoder(scaling_factor), HashedWordEncoder()
-  features = Features(
-    kind="latents",
-    channels=autoencoder.channels,
+  features = pixel_features(
     resolution=drawing.resolution,
-    autoencoder=autoencoder.identity,
-    scaling_factor=scaling_factor,
-    text_encoder=text_encoder.identity,
-    caption_storage="embeddings",
     caption_length=CAPTION_LENGTH,
-    caption_width=text_encoder.width,
-    crop_rule=_CROP_RULE,
-    hashes={},
+    scaling_factor=scaling_factor,
     license=_license(),
   )
-  return _Networks(features, autoencoder, text_encoder)
+  return _Networks(features, PixelAutoencoder(scaling_factor), HashedWordEncoder())
 
 
 def _frozen(drawing: Drawing, settings: Settings, devices: Sequence[Any]) -> _Networks:
@@ -185,7 +175,7 @@ def _frozen(drawing: Drawing, settings: Settings, devices: Sequence[Any]) -> _Ne
     autoencoder,
     t5_config,
     resolution=drawing.resolution,
-    crop_rule=_CROP_RULE,
+    crop_rule=CROP_RULE,
     license=_license(),
   )
   return _Networks(
