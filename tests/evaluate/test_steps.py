@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from pixsigma_jax.data import digits
-from pixsigma_jax.evaluate import folder
+from pixsigma_jax.evaluate import folder, report, suites
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.sample import models
+from tests.test_house import ROOT
 
 PER_TASK = 2
 SAMPLE = ["--num_inference_steps=2", "--dtype=float32", "--batch_size=6"]
@@ -90,6 +91,19 @@ def test_from_checkpoints_and_a_folder_to_a_report(
   assert done.code == 0, done.err
   assert "There is no report.png: matplotlib is missing" in done.out
   assert not (output / "report.png").exists()
+
+
+def test_the_docs_table_of_the_quickstarts_models_is_the_reports():
+  docs = ROOT / "docs"
+  kept = json.loads((docs / "results" / "quickstart_models.json").read_text())
+  figures = {
+    model["name"]: [suites.Figure(**figure) for figure in model["figures"]]
+    for model in kept["models"]
+  }
+  text = report.markdown(kept["suite"], figures, [], kept["remarks"])
+  table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+  assert set(figures) == {"low", "high", "compressed", "compressed_random"}
+  assert table in (docs / "evaluation.md").read_text()
 
 
 def images_of(output, name):
