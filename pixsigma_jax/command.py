@@ -6,7 +6,6 @@ the program keeps its traceback. Ctrl-C ends in one line, too, and exit code 130
 
 import functools
 import logging as python_logging
-import os
 import pathlib
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import NoReturn, TypeVar
 import jax
 from absl import app, flags, logging
 from tqdm.auto import tqdm
+
+from pixsigma_jax import disk
 
 _PACKAGE = pathlib.Path(__file__).parent
 _SECONDS_BETWEEN_LINES = 10
@@ -51,12 +52,11 @@ def run(main: Callable[[list[str]], None], positional: Sequence[str] = ()) -> No
 def keep_compiled() -> None:
   """Keeps compiled programs in a cache on the disk.
 
-  In JAX's persistent cache: under the user's own caches, or where
-  JAX_COMPILATION_CACHE_DIR says.
+  In JAX's persistent cache: in `disk.user_cache`, or where JAX_COMPILATION_CACHE_DIR
+  says.
   """
   if jax.config.values["jax_compilation_cache_dir"] is None:
-    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(caches / _PACKAGE.name / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(disk.user_cache() / "xla"))
 
 
 def draws_bars() -> bool:

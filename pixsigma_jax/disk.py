@@ -217,6 +217,14 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_cache() -> pathlib.Path:
+  """Folder of what may be made again: PIXSIGMA_JAX_CACHE, or in the user's caches."""
+  if own := os.environ.get("PIXSIGMA_JAX_CACHE"):
+    return pathlib.Path(own).expanduser().absolute()
+  caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  return caches.absolute() / "pixsigma_jax"
+
+
 def sync(path: pathlib.Path) -> None:
   """Returns when a file's content, or a folder's names, are on the disk."""
   descriptor = os.open(path, os.O_RDONLY)

@@ -3,10 +3,10 @@
   python -m pixsigma_jax.convert --from=pixart --to=orbax SRC DST --release=sigma-1024
   python -m pixsigma_jax.convert --from=orbax --to=diffusers SRC DST --verify
 
-SRC and DST are a .pth file for `pixart`, the transformer's folder for `diffusers`, a
-workdir or snapshot for `orbax`. Nothing that exists is overwritten. The frozen networks
-are folders of `diffusers` or of ours, `orbax`; an autoencoder of `ldm` is one file, and
-so is a T5 of `comfyui`:
+SRC and DST are a .pth file for `pixart`, the transformer's folder for `diffusers` (SRC
+also one .safetensors), a workdir or snapshot for `orbax`. Nothing that exists is
+overwritten. The frozen networks are folders of `diffusers` or of ours, `orbax`; an
+autoencoder of `ldm` is one file, and so is a T5 of `comfyui`:
 
   python -m pixsigma_jax.convert --model=vae --from=ldm --to=diffusers SRC DST
   python -m pixsigma_jax.convert --model=t5 --from=diffusers --to=orbax SRC DST
@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from pixsigma_jax import command
 from pixsigma_jax.convert import mmcv, model, t5, vae, verify
-from pixsigma_jax.convert.released import RELEASES
+from pixsigma_jax.convert.source_flags import SourceFlags
 
 _KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS, "t5": t5.FORMATS}
 _FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS, *t5.FORMATS]))
@@ -31,38 +31,7 @@ _FROM = flags.DEFINE_enum(
   "from", None, [*_FORMATS, "mmcv"], "Format of SRC.", required=True
 )
 _TO = flags.DEFINE_enum("to", None, _FORMATS, "Format of DST; of a config, our own.")
-_RELEASE = flags.DEFINE_enum(
-  "release",
-  None,
-  list(RELEASES),
-  "Which published model SRC is, or was fine-tuned from: sets the five flags below.",
-)
-_BASE_SIZE = flags.DEFINE_integer(
-  "base_size", None, "Token grid side of the training resolution: 64 for 1024 pixels."
-)
-_PE_INTERPOLATION = flags.DEFINE_float(
-  "pe_interpolation", None, "Scale of the positions: 2 for 1024 pixels."
-)
-_CAPTION_LENGTH = flags.DEFINE_integer(
-  "caption_length", None, "Tokens of a caption: 300 for Σ, 120 for α."
-)
-_SCALING_FACTOR = flags.DEFINE_float(
-  "scaling_factor", None, "Of the latents: 0.13025 for SDXL's VAE, 0.18215 for SD's."
-)
-_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads: 16 for XL/2.")
-_EMA = flags.DEFINE_bool("ema", False, "Take the EMA weights of a .pth that has both.")
-_POS_EMBED = flags.DEFINE_bool(
-  "pos_embed",
-  True,
-  "Read base_size and pe_interpolation off the table of positions in a .pth; "
-  "--nopos_embed leaves out one that is not the model's, as tools write it.",
-)
-_VARIANT = flags.DEFINE_string(
-  "variant",
-  None,
-  "Which of a folder's weights: fp16 for ….fp16.safetensors. By default those without "
-  "a variant in their name, or the only one.",
-)
+_SOURCE = SourceFlags()
 _GPUS = flags.DEFINE_integer(
   "gpus", None, "Of a config: GPUs that the official launcher would have had."
 )
@@ -97,7 +66,7 @@ def main(arguments: list[str]) -> None:
       target,
       from_format=_FROM.value,
       to_format=to_format,
-      variant=_VARIANT.value,
+      variant=_SOURCE.values().variant,
     )
     print(target)
     return
@@ -107,28 +76,21 @@ def main(arguments: list[str]) -> None:
       target,
       from_layout=_FROM.value,
       to_layout=to_format,
-      scaling_factor=_SCALING_FACTOR.value,
-      variant=_VARIANT.value,
+      scaling_factor=_SOURCE.values().scaling_factor,
+      variant=_SOURCE.values().variant,
     )
     print(target)
     return
-  given = model.Given(
-    base_size=_BASE_SIZE.value,
-    pe_interpolation=_PE_INTERPOLATION.value,
-    caption_length=_CAPTION_LENGTH.value,
-    scaling_factor=_SCALING_FACTOR.value,
-    num_heads=_NUM_HEADS.value,
-  )
-  if _RELEASE.value is not None:
-    given = given.of_release(RELEASES[_RELEASE.value])
+  options = _SOURCE.values()
+  given = options.given()
   model.check_target(target, to_format)
   converted = model.read(
     source,
     _FROM.value,
     given,
-    ema=_EMA.value,
-    stored_positions=_POS_EMBED.value,
-    variant=_VARIANT.value,
+    ema=options.ema,
+    stored_positions=options.pos_embed,
+    variant=options.variant,
   )
   logging.info("Read %s: %s.", source, converted.summary())
   model.write(target, to_format, converted)
@@ -154,12 +116,12 @@ def _convert_config(source: pathlib.Path, target: pathlib.Path) -> None:
 def _verify(
   source: pathlib.Path, target: pathlib.Path, converted: model.Model, to_format: str
 ) -> None:
-  inputs = verify.fixed_inputs(converted.config)
+  inputs, options = verify.fixed_inputs(converted.config), _SOURCE.values()
   logging.info("Running %s and %s on the same inputs.", source, target)
   traces = [
     model.run(path, form, converted, inputs, ema=ema, variant=variant)
     for path, form, ema, variant in (
-      (source, _FROM.value, _EMA.value, _VARIANT.value),
+      (source, _FROM.value, options.ema, options.variant),
       (target, to_format, False, None),
     )
   ]

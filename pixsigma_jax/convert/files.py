@@ -209,6 +209,24 @@ def open_weights(
   return weights
 
 
+def paths_of(
+  path: str | os.PathLike[str], variant: str | None = None
+) -> list[pathlib.Path]:
+  """Files that `open_weights` reads: one, or an index and its shards.
+
+  Raises:
+    FileNotFoundError, ValueError: see `open_weights`.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    return [path]
+  chosen = _chosen(path, variant)
+  if chosen.suffix != ".json":
+    return [chosen]
+  shards = sorted(set(_weight_map(chosen).values()))
+  return [chosen, *(chosen.parent / shard for shard in shards)]
+
+
 def part_of(weights: Weights, network: Network, source: object) -> Weights:
   """The tensors of one network by their own names, out of a file with more or wrapped.
 
@@ -375,6 +393,14 @@ def _open_file(path: pathlib.Path, which: str) -> Weights:
 
 
 def _open_folder(folder: pathlib.Path, which: str, variant: str | None) -> Weights:
+  path = _chosen(folder, variant)
+  if path.suffix == ".json":
+    return _open_index(path)
+  return _open_file(path, which)
+
+
+def _chosen(folder: pathlib.Path, variant: str | None) -> pathlib.Path:
+  """The file or index of a folder that is read."""
   found = weights_in(folder)
   if not found:
     raise FileNotFoundError(
@@ -395,12 +421,9 @@ def _open_folder(folder: pathlib.Path, which: str, variant: str | None) -> Weigh
       f"{folder} has no weights of the variant {variant!r}, only "
       f"{', '.join(name or 'those without one' for name in variants)}."
     )
-  path = found[chosen]
   if chosen:
-    logging.info("Reading %s.", path)
-  if path.suffix == ".json":
-    return _open_index(path)
-  return _open_file(path, which)
+    logging.info("Reading %s.", found[chosen])
+  return found[chosen]
 
 
 def weights_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -424,10 +447,7 @@ def weights_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _open_index(index: pathlib.Path) -> Weights:
   """Shards, in the order of their files: reading all of them opens each once."""
-  content = read_json(index)
-  weight_map = content.get("weight_map") if isinstance(content, dict) else None
-  if not isinstance(weight_map, dict) or not weight_map:
-    raise ValueError(f"{index} has no weight_map: it is not an index of shards.")
+  weight_map = _weight_map(index)
   files: dict[str, pathlib.Path] = {}
   for shard in sorted(set(weight_map.values())):
     path = index.parent / shard
@@ -442,6 +462,15 @@ def _open_index(index: pathlib.Path) -> Weights:
       )
     files |= dict.fromkeys(names, path)
   return _Shards(files)
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  """Tensor → name of its shard."""
+  content = read_json(index)
+  weight_map = content.get("weight_map") if isinstance(content, dict) else None
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise ValueError(f"{index} has no weight_map: it is not an index of shards.")
+  return weight_map
 
 
 def _opened(path: pathlib.Path) -> Any:

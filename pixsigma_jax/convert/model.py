@@ -2,7 +2,7 @@
 
   orbax      WORKDIR/snapshots/STEP, see `checkpoint.py`
   pixart     a .pth of the official repository
-  diffusers  the folder of a PixArtTransformer2DModel
+  diffusers  the folder of a PixArtTransformer2DModel, or one file of its names
 
 The other two formats have no place for most of what a snapshot says about itself
 (stage, provenance, whose latents), so that goes along as JSON: as a second entry of the
@@ -18,7 +18,7 @@ import numpy as np
 
 from pixsigma_jax import checkpoint, disk, tree
 from pixsigma_jax.convert import files, pixart, verify
-from pixsigma_jax.convert.released import Release
+from pixsigma_jax.convert.released import RELEASES, Release
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import vae_identity
 from pixsigma_jax.models.pixart import PixArtConfig
@@ -61,6 +61,45 @@ class Given:
         )
       merged[name] = known if value is None else value
     return Given(**merged)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Answers to what a source leaves open: the flags of `convert`, by their names.
+
+  Attributes:
+    release: key of `RELEASES`, which sets the next four.
+    base_size, pe_interpolation, caption_length, scaling_factor, num_heads: see `Given`.
+    ema: take the EMA weights of a .pth that has both.
+    pos_embed: read the table of positions in a .pth.
+    variant: which of a folder's weights.
+  """
+
+  release: str | None = None
+  base_size: int | None = None
+  pe_interpolation: float | None = None
+  caption_length: int | None = None
+  scaling_factor: float | None = None
+  num_heads: int | None = None
+  ema: bool = False
+  pos_embed: bool = True
+  variant: str | None = None
+
+  def given(self) -> Given:
+    """Hyper-parameters, those of the release included.
+
+    Raises:
+      ValueError: they contradict each other, or there is no such release.
+    """
+    names = [field.name for field in dataclasses.fields(Given)]
+    given = Given(**{name: getattr(self, name) for name in names})
+    if self.release is None:
+      return given
+    if self.release not in RELEASES:
+      raise ValueError(
+        f"Unknown release {self.release!r}; choose one of {', '.join(RELEASES)}."
+      )
+    return given.of_release(RELEASES[self.release])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +166,7 @@ def read(
   if form == "orbax":
     return _read_snapshot(path, given)
   if form == "diffusers":
-    path = files.part_folder(path, "transformer")
+    path = transformer_at(path)
   weights, about = _weights(path, form, ema, variant)
   if about is not None:
     given = _agreed(given, about)
@@ -147,7 +186,7 @@ def read(
       base_size=given.base_size,
       pe_interpolation=given.pe_interpolation,
       caption_length=given.caption_length,
-      config_json=files.read_json(path / _CONFIG),
+      config_json=_config_json(path),
     )
   if about is not None and PixArtConfig.from_dict(about.model) != config:
     raise ValueError(
@@ -208,7 +247,7 @@ def run(
   as ours.
   """
   if form == "diffusers":
-    path = files.part_folder(path, "transformer")
+    path = transformer_at(path)
   if form == "pixart":
     weights, _ = _weights(path, form, ema, variant)
     return verify.run_official(model.config, weights, inputs)
@@ -217,6 +256,55 @@ def run(
     return verify.run_diffusers(model.config, weights, inputs)
   again = read(path, form, Given())
   return verify.run_ours(again.config, again.params, inputs)
+
+
+def transformer_at(path: pathlib.Path) -> pathlib.Path:
+  """The transformer's folder or file, where `path` may be the whole pipeline's folder.
+
+  Raises:
+    FileNotFoundError: it is a pipeline without a transformer; says what it has.
+  """
+  return files.part_folder(path, "transformer") if path.is_dir() else path
+
+
+def form_of(path: pathlib.Path) -> str:
+  """Format of one file with weights: "pixart" or, by its tensors' names, "diffusers".
+
+  Raises:
+    ValueError: it is no file of weights, or damaged.
+  """
+  if path.suffix in files.PICKLES:
+    return "pixart"
+  weights = files.part_of(files.open_weights(path), _NETWORK, path)
+  return "diffusers" if _NETWORK.landmarks[1] in weights else "pixart"
+
+
+def sources_of(
+  path: pathlib.Path, form: str, variant: str | None = None
+) -> list[pathlib.Path]:
+  """All files that `read` reads of a source in another format than ours.
+
+  Raises:
+    FileNotFoundError, ValueError: see `read`.
+  """
+  if form == "diffusers":
+    path = transformer_at(path)
+  found = files.paths_of(path, variant)
+  if path.is_dir():
+    found += [path / name for name in (_CONFIG, _ABOUT)]
+  elif _config_json(path) is not None:
+    found.append(path.with_name(_CONFIG))
+  return [file for file in found if file.exists()]
+
+
+def _config_json(path: pathlib.Path) -> Any:
+  """Config beside diffusers' weights; None for a file that lies by itself."""
+  if path.is_dir():
+    return files.read_json(path / _CONFIG)
+  beside = path.with_name(_CONFIG)
+  # A file with a name of its own may lie among those of another model.
+  own = path in files.weights_in(path.parent).values()
+  return files.read_json(beside) if own and beside.exists() else None
 
 
 def _weights(
@@ -228,15 +316,17 @@ def _weights(
     about = files.note_in(path)
     weights = files.open_weights(path, "ema" if ema else "raw", variant=variant)
   else:
-    if not path.is_dir():
-      raise ValueError(f"{path} is not a folder: --from=diffusers takes a folder.")
+    if not path.exists() or path.suffix in files.PICKLES:
+      raise ValueError(
+        f"{path} is not a folder: --from=diffusers takes a folder, or a .safetensors."
+      )
     if ema:
       raise ValueError(
         "--ema chooses between the two states of a .pth; diffusers keeps EMA weights "
         "in a folder of their own: give that."
       )
     noted = path / _ABOUT
-    about = files.read_json(noted) if noted.exists() else None
+    about = files.read_json(noted) if path.is_dir() and noted.exists() else None
     weights = files.open_weights(path, variant=variant)
   weights = files.part_of(weights, _NETWORK, path)
   return weights, None if about is None else Metadata.from_json(about)

@@ -54,3 +54,19 @@ RELEASES: dict[str, Release] = {
   "alpha-512": _alpha(512, 1.0),
   "alpha-1024": _alpha(1024, 2.0),
 }
+
+# On the hub: pages of diffusers' folders, and files of the official layout.
+HUB_RELEASES: dict[str, str] = {
+  "PixArt-alpha/PixArt-Sigma-XL-2-256x256": "sigma-256",
+  "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "sigma-512",
+  "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "sigma-1024",
+  "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS": "sigma-2048",
+  "PixArt-alpha/PixArt-Sigma/PixArt-Sigma-XL-2-256x256.pth": "sigma-256",
+  "PixArt-alpha/PixArt-Sigma/PixArt-Sigma-XL-2-512-MS.pth": "sigma-512",
+  "PixArt-alpha/PixArt-Sigma/PixArt-Sigma-XL-2-1024-MS.pth": "sigma-1024",
+  "PixArt-alpha/PixArt-Sigma/PixArt-Sigma-XL-2-2K-MS.pth": "sigma-2048",
+  "PixArt-alpha/PixArt-XL-2-512x512": "alpha-512",
+  "PixArt-alpha/PixArt-XL-2-1024-MS": "alpha-1024",
+  "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512": "alpha-512",
+  "PixArt-alpha/PixArt-LCM-XL-2-1024-MS": "alpha-1024",
+}

@@ -5,22 +5,31 @@
 It needs the extra `demo`. Only this machine can see it, unless --host says otherwise.
 """
 
+import dataclasses
+
 from absl import flags
 
 from pixsigma_jax import command
+from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.models import attention
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.wording import install
 
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
+  "checkpoint",
+  None,
+  "A run's workdir, or one of its snapshots; or a folder of diffusers, a .pth, a "
+  ".safetensors, or the id of one on the hub, which are converted once.",
+  required=True,
 )
+_SOURCE = SourceFlags()
 _FROZEN = flags.DEFINE_string(
   "frozen",
   None,
   "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
-  "of one on the hub. By default what the model was published with, from the hub.",
+  "of one on the hub. By default those beside the weights, or what the model was "
+  "published with, from the hub.",
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
@@ -55,6 +64,7 @@ def main(_: list[str]) -> None:
     frozen=_FROZEN.value,
     compute=compute_here(_DTYPE.value, _ATTENTION.value),
     batch_size=_BATCH_SIZE.value,
+    **dataclasses.asdict(_SOURCE.values()),
   )
   server = page.serve(pipeline, _HOST.value, _PORT.value)
   print(f"Open {server.local_url}   Ctrl-C ends it.", flush=True)

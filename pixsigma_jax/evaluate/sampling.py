@@ -1,5 +1,7 @@
 """Images of a checkpoint for the items of a suite, resumed image by image."""
 
+import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,40 +11,56 @@ from absl import logging
 from jax.sharding import Mesh
 
 from pixsigma_jax import checkpoint, command, disk, distributed, sharding
+from pixsigma_jax.convert.model import Options
 from pixsigma_jax.evaluate.folder import EvaluationFolder, ModelFolder
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import pictures, weights
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.sample.settings import Settings
+from pixsigma_jax.sample.weights import Located
 
 
-def find_checkpoints(words: Sequence[str]) -> dict[str, pathlib.Path]:
+def find_checkpoints(
+  words: Sequence[str], options: Options | None = None
+) -> dict[str, Located]:
   """Snapshots by model name, from [NAME=]DIR each.
 
-  A name that is not given is the run's own, with @STEP where two would be the same.
+  A name that is not given is the run's own, with @STEP where two would be the same; of
+  weights of another format, the file's or folder's.
+
+  Args:
+    options: what weights of other formats leave open.
 
   Raises:
-    FileNotFoundError: there is no checkpoint; see `checkpoint.find_snapshot`.
-    ValueError: two models have one name.
+    FileNotFoundError: there is no checkpoint; see `weights.locate`.
+    ValueError: two models have one name, or options are given for none.
   """
-  given, paths = [], []
+  given, found, runs = [], [], []
+  sources = []
   for word in words:
     # A folder may have an equals sign in its own name.
     name, equals, path = word.partition("=")
     named = bool(equals) and not pathlib.Path(word).exists()
     given.append(name if named else None)
-    paths.append(checkpoint.find_snapshot(path if named else word))
-  runs = [path.parents[1].name for path in paths]  # WORKDIR/snapshots/STEP
+    sources.append(path if named else word)
+  ours = [weights.is_ours(source) for source in sources]
+  for source, own in zip(sources, ours, strict=True):
+    # Where all are ours, answers are refused.
+    located = weights.locate(source, options if not own or all(ours) else None)
+    snapshot = checkpoint.find_snapshot(located.checkpoint)
+    found.append(dataclasses.replace(located, checkpoint=snapshot))
+    # WORKDIR/snapshots/STEP
+    runs.append(snapshot.parents[1].name if own else pathlib.Path(source).name)
   names = [name or run for name, run in zip(given, runs, strict=True)]
   if len(set(names)) < len(names):
-    steps = [f"{run}@{path.name}" for run, path in zip(runs, paths, strict=True)]
+    steps = [f"{run}@{at.checkpoint.name}" for run, at in zip(runs, found, strict=True)]
     names = [name or step for name, step in zip(given, steps, strict=True)]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(
       f"--checkpoints has two models called {', '.join(twice)}: tell them apart with "
       "NAME=DIR."
     )
-  return dict(zip(names, paths, strict=True))
+  return dict(zip(names, found, strict=True))
 
 
 def sample(
@@ -53,7 +71,7 @@ def sample(
   settings: Settings,
   dtype: str,
   batch_size: int | None,
-  frozen: str | None,
+  frozen: str | os.PathLike[str] | None,
   replace: bool = False,
 ) -> ModelFolder:
   """Draws what is missing of a checkpoint's images; all processes of a job together.

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pixsigma_jax import command, distributed
+from pixsigma_jax.convert.model import Options as Source
+from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.evaluate import folder as folder_
 from pixsigma_jax.evaluate import foreign, options, report, sampling, scoring
 from pixsigma_jax.evaluate.commands import Command
@@ -14,12 +16,19 @@ from pixsigma_jax.evaluate.scorers import scorer_type
 from pixsigma_jax.evaluate.suites import SUITES, Suite, suite
 from pixsigma_jax.sample.setting_flags import SettingFlags
 from pixsigma_jax.sample.settings import SETTINGS, Settings
+from pixsigma_jax.sample.weights import Located
 
 STEPS = ("prompts", "sample", "score", "report")
 
 _OUTPUT = Option("output", None, "Folder of the evaluation.")
 _SAMPLE = (
-  Option("checkpoints", None, "Workdirs or snapshots as [NAME=]DIR, by commas.", list),
+  Option(
+    "checkpoints",
+    None,
+    "Workdirs or snapshots as [NAME=]DIR, by commas; or folders of diffusers, a .pth, "
+    "a .safetensors, ids on the hub, which are converted once.",
+    list,
+  ),
   Option(
     "frozen",
     None,
@@ -107,11 +116,13 @@ def _define(of: Suite, steps: Sequence[str], words: tuple[str, ...]) -> Command:
   for step in steps:
     groups += by_step[step]
   flags = OptionFlags(options.merge(*groups))
-  settings = SettingFlags(*_SETTINGS) if "sample" in steps else None
+  draws = "sample" in steps
+  settings = SettingFlags(*_SETTINGS) if draws else None
+  source = SourceFlags() if draws else None
 
   def run(_: list[str]) -> None:
     asked = settings.values() if settings is not None else {}
-    _run(of, steps, flags.values(), asked)
+    _run(of, steps, flags.values(), asked, source.values() if source else None)
 
   return Command(run, words)
 
@@ -125,12 +136,13 @@ def _run(
   steps: Sequence[str],
   values: Mapping[str, Any],
   settings: Mapping[str, Any],
+  source: Source | None,
 ) -> None:
   """Runs steps in their order, after all that can be refused beforehand is."""
   if values["output"] is None:
     raise ValueError("Give --output=FOLDER, where the evaluation is or is to be.")
   path = pathlib.Path(values["output"])
-  checkpoints = sampling.find_checkpoints(values.get("checkpoints") or [])
+  checkpoints = sampling.find_checkpoints(values.get("checkpoints") or [], source)
   images = foreign.find_pictures(values.get("images") or [])
   if both := sorted(set(checkpoints) & set(images)):
     raise ValueError(f"--checkpoints and --images both have a model {both[0]}.")
@@ -196,20 +208,21 @@ def _open(of: Suite, path: pathlib.Path) -> EvaluationFolder:
 
 def _sample(
   folder: EvaluationFolder,
-  checkpoints: Mapping[str, pathlib.Path],
+  checkpoints: Mapping[str, Located],
   settings: Settings,
   values: Mapping[str, Any],
 ) -> None:
   command.keep_compiled()
-  for name, path in checkpoints.items():
+  for name, located in checkpoints.items():
+    frozen = values["frozen"]
     sampling.sample(
       folder,
       name,
-      path,
+      located.checkpoint,
       settings=settings,
       dtype=values["dtype"],
       batch_size=values["batch_size"],
-      frozen=values["frozen"],
+      frozen=located.encoders if frozen is None else frozen,
       replace=values["redraw"] == "stale",
     )
 

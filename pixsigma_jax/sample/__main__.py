@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from pixsigma_jax import checkpoint, command, disk, sharding
+from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import captions, pictures
+from pixsigma_jax.sample import captions, pictures, weights
 from pixsigma_jax.sample.encoders import RememberedCaptions, load_text_encoder
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS, Output, Pipeline
 from pixsigma_jax.sample.program import compute_here
@@ -35,14 +36,20 @@ from pixsigma_jax.sample.settings import SETTINGS, Settings, check_prompts
 from pixsigma_jax.sample.timing import Timing
 
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A run's workdir, or one of its snapshots.", required=True
+  "checkpoint",
+  None,
+  "A run's workdir, or one of its snapshots; or a folder of diffusers, a .pth, a "
+  ".safetensors, or the id of one on the hub, which are converted once.",
+  required=True,
 )
+_SOURCE = SourceFlags()
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.", required=True)
 _FROZEN = flags.DEFINE_string(
   "frozen",
   None,
   "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
-  "of one on the hub. By default what the model was published with, from the hub.",
+  "of one on the hub. By default those beside the weights, or what the model was "
+  "published with, from the hub.",
 )
 _OWN_SETTINGS = [name for name, setting in SETTINGS.items() if setting.of_a_prompt]
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
@@ -147,6 +154,7 @@ def _draw(
     guidance_passes=_GUIDANCE_PASSES.value,
     quantize=_QUANTIZE.value,
     timing=timing,
+    **dataclasses.asdict(_SOURCE.values()),
   )
   drawn = pipeline.stream(prompts, **asked)
   folder = pictures.PictureFolder(directory, _FORMAT.value)
@@ -250,8 +258,10 @@ def _remembered(
   """
   if _CAPTIONS.value is not None:
     return RememberedCaptions.load(_CAPTIONS.value)
-  metadata = checkpoint.read_metadata(_CHECKPOINT.value)
-  encoder = load_text_encoder(metadata, _FROZEN.value, dtype=compute.dtype, mesh=mesh)
+  located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
+  metadata = checkpoint.read_metadata(located.checkpoint)
+  frozen = located.encoders if _FROZEN.value is None else _FROZEN.value
+  encoder = load_text_encoder(metadata, frozen, dtype=compute.dtype, mesh=mesh)
   length = metadata.model["caption_length"]
   cleaned = [captions.clean_caption(text, cleaning) for text in texts]
   with timing.part("text encoder"):

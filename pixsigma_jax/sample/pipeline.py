@@ -56,7 +56,7 @@ from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
-from pixsigma_jax.sample import captions, pictures, program
+from pixsigma_jax.sample import captions, pictures, program, weights
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
 from pixsigma_jax.sample.settings import (
@@ -206,26 +206,39 @@ class Pipeline:
     guidance_passes: int | np.integer[Any] | None = None,
     quantize: str = "none",
     timing: Timing | None = None,
+    **source: Any,
   ) -> "Pipeline":
-    """The model of a snapshot: a run's workdir (its newest), or one of its snapshots.
+    """The model of a checkpoint, of diffusers' folder, of a file, or of the hub.
+
+    Other formats than ours are converted once, into the user's cache.
 
     Args:
+      path: a run's workdir (its newest snapshot), or one of its snapshots; or what
+        `weights.locate` finds elsewhere.
       frozen: where VAE, T5 and tokenizer are, if the model needs them: a folder of
         diffusers with `vae/`, `text_encoder/` and `tokenizer/`, or the id of one on the
-        hub. None for the ones that PixArt was published with.
+        hub. None for those beside the weights, or for the ones that PixArt was
+        published with.
       text_encoder: to use instead of loading one, such as
         `encoders.RememberedCaptions`.
       mesh: devices to share parameters and batches, see `sharding.py`.
       compute: see the class; None for `program.compute_here()`.
       batch_size, guidance_passes, timing: see the class.
       quantize: a key of `QUANTIZATIONS`, what is made of the parameters.
+      source: what weights of another format leave open, by the flags of `convert`:
+        release, base_size, pe_interpolation, caption_length, scaling_factor, num_heads,
+        ema, pos_embed, variant.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is damaged, or needs an encoder that this version does not have.
+      TypeError: `source` has an argument of another name.
+      ValueError: it is damaged, leaves open what is not given, or needs an encoder that
+        this version does not have.
     """
     _check_choice("quantize", quantize, QUANTIZATIONS)
-    snapshot = checkpoint.read_snapshot(os.fspath(path), mesh)
+    located = weights.locate(path, weights.options_of(source))
+    frozen = located.encoders if frozen is None else frozen
+    snapshot = checkpoint.read_snapshot(os.fspath(located.checkpoint), mesh)
     metadata = snapshot.metadata
     compute = compute or program.compute_here()
     dtype = jnp.dtype(compute.dtype)
@@ -253,9 +266,13 @@ class Pipeline:
         "stage": metadata.stage,
         "step": snapshot.step,
         "quantize": quantize,
+        **located.origin,
       },
       timing=Timing() if timing is None else timing,
     )
+
+  # By the name that diffusers' users know.
+  from_pretrained = from_checkpoint
 
   def replace(self, **fields: Any) -> "Pipeline":
     """This pipeline with other `params`, say; compiled programs stay shared.
