@@ -14,6 +14,7 @@ same model.
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,12 +43,28 @@ _PARTS = {
   ".lora_B.weight": UP,
   ".lora_magnitude_vector": MAGNITUDE,
 }
+# What is more or other than down · up → a tensor of it, by the ends of names that
+# LyCORIS (lycoris/modules), its readers and PEFT give them.
+_OTHER_KINDS = {
+  "a LoHa": r"\.hada_[wt][12]",
+  "a LoKr": r"\.lokr_[wt][12]",
+  "a LoCon in Tucker's form": r"\.lora_mid\.weight$",
+  "a DoRA of LyCORIS": r"\.dora_scale$",
+  "an OFT or BOFT": r"\.(oft_(blocks|diag|r)|boft_[rs])\b",
+  "an (IA)³": r"\.(on_input|ia3_l)\b",
+  "a GLoRA": r"\.[ab][12]\.weight$",
+  "a change of whole matrices": r"\.(diff|diff_b|set_weight)$",
+}
 _ALPHA = "alpha"  # of a module by itself: Kohya's files have no settings
 _READ = _PARTS | {".lora_down.weight": DOWN, ".lora_up.weight": UP, ".alpha": _ALPHA}
 
 
 def write_lora(
-  folder: pathlib.Path, config: PixArtConfig, adapter: Any, lora: Lora
+  folder: pathlib.Path,
+  config: PixArtConfig,
+  adapter: Any,
+  lora: Lora,
+  note: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes an adapter in both formats, all files or none; what is there stays.
 
@@ -56,6 +73,7 @@ def write_lora(
     config: of the model that it changes.
     adapter: see `transforms.lora`.
     lora: how it was trained.
+    note: JSON for `note_of_lora`.
   """
   if folder.exists():
     return
@@ -97,6 +115,7 @@ def write_lora(
       files.write_safetensors(
         partial / file,
         {k: np.ascontiguousarray(v) for k, v in weights.items()},
+        note,
         header=header,
       )
 
@@ -192,27 +211,58 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
   return nested(leaves)
 
 
-def _open(path: pathlib.Path) -> tuple[files.Weights, Settings | None]:
-  """Opens an adapter: its tensors, and PEFT's settings if it has any."""
+def note_of_lora(path: str | pathlib.Path) -> Any:
+  """JSON that `write_lora` left in an adapter's files, None in others'.
+
+  Raises:
+    FileNotFoundError: there is no adapter.
+  """
+  file = _file_at(pathlib.Path(path))
+  return files.note_in(file) if file.suffix == ".safetensors" else None
+
+
+def _file_at(path: pathlib.Path) -> pathlib.Path:
+  """The file with an adapter's tensors: `path` or, in a folder, by its usual names."""
   if not path.exists():
     raise FileNotFoundError(f"There is no adapter at {path}: no such file or folder.")
-  file = path
-  if path.is_dir():
-    names = (*_PEFT, _DIFFUSERS)
-    file = next((path / name for name in names if (path / name).exists()), path)
-    if file == path:
-      found = listed(disk.whole_files(path))
-      raise FileNotFoundError(
-        f"{path} holds no adapter: expected one of {', '.join(names)}, found {found}."
-      )
+  if not path.is_dir():
+    return path
+  names = (*_PEFT, _DIFFUSERS)
+  file = next((path / name for name in names if (path / name).exists()), None)
+  if file is None:
+    found = listed(disk.whole_files(path))
+    raise FileNotFoundError(
+      f"{path} holds no adapter: expected one of {', '.join(names)}, found {found}."
+    )
+  return file
+
+
+def _open(path: pathlib.Path) -> tuple[files.Weights, Settings | None]:
+  """Opens an adapter: its tensors, and PEFT's settings if it has any."""
+  file = _file_at(path)
   fields = _fields_of(file)
+  weights = files.open_weights(file)
+  _refuse_other_kinds(path, weights)
   if fields is None:
-    return files.open_weights(file), None
+    return weights, None
   try:
     settings = Settings(fields)
   except ValueError as error:
     raise ValueError(f"{path} cannot be merged here: {error}.") from None
-  return files.open_weights(file), settings
+  return weights, settings
+
+
+def _refuse_other_kinds(path: pathlib.Path, weights: files.Weights) -> None:
+  """Refuses what LyCORIS and its like keep beside or in place of down and up."""
+  for kind, ending in _OTHER_KINDS.items():
+    found = next(
+      (name for name in weights if re.search(ending, name, re.IGNORECASE)), None
+    )
+    if found is not None:
+      raise ValueError(
+        f"{path} is {kind} ({found}), not a LoRA, and is not supported: merge it into "
+        "its model with the program that trained it, and convert the model."
+      )
 
 
 def _fields_of(file: pathlib.Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from absl import flags
 from pixsigma_jax import command
 from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.models import attention
+from pixsigma_jax.sample import adapters
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.wording import install
@@ -30,6 +31,12 @@ _FROZEN = flags.DEFINE_string(
   "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
   "of one on the hub. By default those beside the weights, or what the model was "
   "published with, from the hub.",
+)
+_LORA = flags.DEFINE_multi_string(
+  "lora",
+  [],
+  "PATH[:SCALE] of a LoRA that draws along: a file or folder of PEFT, diffusers or "
+  "Kohya's names, or a run that trains one; may be repeated.",
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
@@ -66,6 +73,8 @@ def main(_: list[str]) -> None:
     batch_size=_BATCH_SIZE.value,
     **dataclasses.asdict(_SOURCE.values()),
   )
+  if _LORA.value:
+    pipeline = pipeline.with_adapters(adapters.read_flags(_LORA.value, pipeline.config))
   server = page.serve(pipeline, _HOST.value, _PORT.value)
   print(f"Open {server.local_url}   Ctrl-C ends it.", flush=True)
   page.wait(server)

@@ -27,7 +27,8 @@ from pixsigma_jax import checkpoint, command, disk, sharding
 from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import captions, pictures, weights
+from pixsigma_jax.models.pixart import PixArtConfig
+from pixsigma_jax.sample import adapters, captions, pictures, weights
 from pixsigma_jax.sample.encoders import RememberedCaptions, load_text_encoder
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS, Output, Pipeline
 from pixsigma_jax.sample.program import compute_here
@@ -68,6 +69,12 @@ _CAPTIONS = flags.DEFINE_string(
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
+)
+_LORA = flags.DEFINE_multi_string(
+  "lora",
+  [],
+  "PATH[:SCALE] of a LoRA that draws along: a file or folder of PEFT, diffusers or "
+  "Kohya's names, or a run that trains one; may be repeated.",
 )
 _GUIDANCE_PASSES = flags.DEFINE_integer(
   "guidance_passes",
@@ -141,13 +148,19 @@ def _draw(
   compute = compute_here(_DTYPE.value, _ATTENTION.value)
   mesh, timing = _mesh(), Timing()
   asked = dataclasses.asdict(settings)
+  # Before T5 is read, which takes minutes.
+  located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
+  metadata = checkpoint.read_metadata(located.checkpoint)
+  loras = adapters.read_flags(_LORA.value, PixArtConfig.from_dict(metadata.model))
   texts = prompts + [
     about["negative_prompt"] for about in settings.of_prompts(len(prompts))
   ]
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
     frozen=_FROZEN.value,
-    text_encoder=_remembered(texts, settings.caption_cleaning, compute, mesh, timing),
+    text_encoder=_remembered(
+      texts, settings.caption_cleaning, located, compute, mesh, timing
+    ),
     compute=compute,
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
@@ -156,6 +169,8 @@ def _draw(
     timing=timing,
     **dataclasses.asdict(_SOURCE.values()),
   )
+  if loras:
+    pipeline = pipeline.with_adapters(loras)
   drawn = pipeline.stream(prompts, **asked)
   folder = pictures.PictureFolder(directory, _FORMAT.value)
   for_grid: dict[int, tuple[Image.Image, dict[str, Any]]] = {}
@@ -201,9 +216,10 @@ def _way_on(
   # Captions are saved before the first picture, and would be written over by fewer.
   replaced = {"prompt", "prompts_file", "num_images_per_prompt", "save_captions"}
   given = [
-    flag.serialize()
+    word
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     if flag.present and flag.name not in replaced.union(_OWN_SETTINGS)
+    for word in flag.serialize().splitlines()  # one for each time it was given
   ]
   words = ["python", "-m", "pixsigma_jax.sample", *given, f"--prompts_file={path}"]
   return f"{count} This draws the others: {shlex.join(words)}"
@@ -248,6 +264,7 @@ def _settings(requests: list[dict[str, Any]]) -> dict[str, Any]:
 def _remembered(
   texts: list[str],
   cleaning: str,
+  located: weights.Located,
   compute: Compute,
   mesh: Mesh | None,
   timing: Timing,
@@ -258,7 +275,6 @@ def _remembered(
   """
   if _CAPTIONS.value is not None:
     return RememberedCaptions.load(_CAPTIONS.value)
-  located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
   metadata = checkpoint.read_metadata(located.checkpoint)
   frozen = located.encoders if _FROZEN.value is None else _FROZEN.value
   encoder = load_text_encoder(metadata, frozen, dtype=compute.dtype, mesh=mesh)

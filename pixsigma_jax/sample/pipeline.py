@@ -57,6 +57,7 @@ from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import captions, pictures, program, weights
+from pixsigma_jax.sample.adapters import Adapter, Adapters, read_adapter
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
 from pixsigma_jax.sample.settings import (
@@ -139,6 +140,7 @@ class Pipeline:
       2 one after the other, in about half the memory; None decides by the tokens that
       a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
+    loras: what LoRAs are in `params`, see `load_lora_weights`.
     timing: adds up the seconds of `text encoder`, `transformer`, `autoencoder` and
       `compilation` over all calls, those of `replace`d pipelines included.
 
@@ -157,6 +159,7 @@ class Pipeline:
   mesh: Mesh | None = None
   guidance_passes: int | np.integer[Any] | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  loras: Adapters = dataclasses.field(default_factory=Adapters)
   timing: Timing = dataclasses.field(default_factory=Timing)
 
   def __post_init__(self):
@@ -268,6 +271,7 @@ class Pipeline:
         "quantize": quantize,
         **located.origin,
       },
+      loras=Adapters(snapshot.path),
       timing=Timing() if timing is None else timing,
     )
 
@@ -281,6 +285,66 @@ class Pipeline:
     of one architecture share them too.
     """
     return dataclasses.replace(self, **fields)
+
+  def load_lora_weights(
+    self,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    weight_name: str | None = None,
+  ) -> "Pipeline":
+    """This pipeline with one more LoRA, which acts at the scale 1.
+
+    Compiled programs stay shared, whichever LoRAs act at which scales.
+
+    Args:
+      path, weight_name: see `adapters.read_adapter`.
+      adapter_name: for `set_adapters`; by default `default_NUMBER`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of another model or kind, it is in the model already, or the
+        name is taken.
+    """
+    name = adapter_name or f"default_{len(self.loras.loaded)}"
+    adapter = read_adapter(path, self.config, weight_name)
+    return self.with_adapters({name: (adapter, 1.0)})
+
+  def set_adapters(
+    self,
+    adapter_names: str | Sequence[str],
+    adapter_weights: float | int | Sequence[float | int] | None = None,
+  ) -> "Pipeline":
+    """This pipeline with these of its LoRAs acting and no others.
+
+    Args:
+      adapter_names: of some of the loaded; an empty list for none of them.
+      adapter_weights: their scales, one for all or one for each; 1 by default.
+
+    Raises:
+      ValueError: there is none of a name, or a scale is not finite.
+    """
+    return self._with(self.loras.scaled(adapter_names, adapter_weights))
+
+  def unload_lora_weights(self) -> "Pipeline":
+    """This pipeline without LoRAs: the model itself, to the bit."""
+    own = self._with(self.loras.scaled([]))
+    return own.replace(loras=Adapters(self.loras.snapshot))
+
+  def with_adapters(self, further: Mapping[str, tuple[Adapter, float]]) -> "Pipeline":
+    """This pipeline with further LoRAs by name, each with its scale.
+
+    Raises:
+      ValueError: a name is taken, or a LoRA is in the model already.
+    """
+    read = {name: adapter for name, (adapter, _) in further.items()}
+    added = self.loras.add(read, self.params, self.config)
+    scales = {**added.scales, **{name: scale for name, (_, scale) in further.items()}}
+    return self._with(added.scaled(list(scales), list(scales.values())))
+
+  def _with(self, changed: Adapters) -> "Pipeline":
+    params = changed.applied(self.params, self.config)
+    return self.replace(params=params, loras=changed)
 
   def __call__(self, prompt: Any, **settings: Any) -> Output:
     """Draws the prompts; settings, their defaults and errors are those of `stream`."""
@@ -333,6 +397,7 @@ class Pipeline:
       "batch_size": self.batch_size,
       "pixsigma_jax": pixsigma_jax.__version__,
       **self.origin,
+      **self.loras.about(),
     }
     threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
     return self._draw(requests, table, guidance, threshold, asked, about)

@@ -184,6 +184,7 @@ class Run:
       about = compatibility.metadata_of(config, self._model, mixture, parent)
     history = run_directory.go_on_from(self.workdir, history, start or 0)
     self._about: Metadata = dataclasses.replace(about, history=history)
+    self._base: str | None = None  # the fingerprint of what an adapter changes
 
     null_caption = self._open_captions()
     init_key, key = jax.random.split(jax.random.key(config["seed"]))
@@ -572,10 +573,16 @@ class Run:
     save_snapshots(self.workdir, self._program.ema, state, self._about, model_of)
     snapshot = self.workdir / checkpoint.SNAPSHOTS / str(step)
     logging.info("The model of step %d is saved: %s.", step, snapshot)
-    if lora and step and distributed.is_first():
+    if not lora or not step:
+      return
+    if self._base is None:
+      self._base = tree.fingerprint(state.frozen)  # asked of all processes
+    if distributed.is_first():
       adapter = jax.device_get(self._program.ema.for_use(state.ema_params))
-      model = self._program.model.config
-      write_lora(self.workdir / "adapters" / str(step), model, adapter, lora)
+      history = self._about.history
+      note = {"base": self._base, "run": history and history.run, "step": step}
+      model, folder = self._program.model.config, self.workdir / "adapters" / str(step)
+      write_lora(folder, model, adapter, lora, note)
 
 
 class _RollBack(Exception):

@@ -115,7 +115,7 @@ class Lora:
     }
 
 
-def merged(params: Any, adapter: Any, scale: float) -> Any:
+def merged(params: Any, adapter: Any, scale: float, base: Any = None) -> Any:
   """The parameters with the adapter's change in them; all other leaves are shared.
 
   Where `magnitude` is not a number columns keep the length that down · up gives them:
@@ -125,7 +125,10 @@ def merged(params: Any, adapter: Any, scale: float) -> Any:
     params: of the model.
     adapter: of some of its kernels, see above.
     scale: what down · up is multiplied with.
+    base: the model that the adapter was trained on, where `params` have other adapters
+      in them already: a DoRA's lengths relate to it, as in PEFT. By default `params`.
   """
+  originals = {} if base is None else tree.named_leaves(base)
   parts: dict[str, dict[str, Any]] = {}
   for name, leaf in tree.named_leaves(adapter).items():
     module, _, part = name.rpartition("/")
@@ -135,12 +138,14 @@ def merged(params: Any, adapter: Any, scale: float) -> Any:
     part = parts.get(name.removesuffix(_KERNEL)) if name.endswith(_KERNEL) else None
     if part is None:
       return kernel
-    change = jnp.matmul(part[DOWN], part[UP], precision="highest")
-    matrices = _matrices(name, kernel) + scale * change
+    change = scale * jnp.matmul(part[DOWN], part[UP], precision="highest")
+    matrices = _matrices(name, kernel) + change
     if MAGNITUDE in part:
       # Section 4.3: no gradient through the length, which saves a third of the memory
       # and costs nothing in accuracy.
-      length = jax.lax.stop_gradient(_lengths(matrices))
+      original = originals.get(name)
+      alone = matrices if original is None else _matrices(name, original) + change
+      length = jax.lax.stop_gradient(_lengths(alone))
       magnitude = part[MAGNITUDE]
       factor = magnitude / jnp.where(length > 0, length, 1)
       factor = jnp.where(jnp.isnan(magnitude), 1, factor)
