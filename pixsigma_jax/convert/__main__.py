@@ -11,6 +11,10 @@ autoencoder of `ldm` is one file, and so is a T5 of `comfyui`:
   python -m pixsigma_jax.convert --model=vae --from=ldm --to=diffusers SRC DST
   python -m pixsigma_jax.convert --model=t5 --from=diffusers --to=orbax SRC DST
 
+A LoRA is a folder of `peft`, or one .safetensors of `diffusers` or `kohya`:
+
+  python -m pixsigma_jax.convert --model=lora --from=peft --to=kohya SRC DST
+
 A training config of the official repository becomes one of ours:
 
   python -m pixsigma_jax.convert --from=mmcv SRC.py DST.py --gpus=32 --images=18000000
@@ -21,11 +25,16 @@ import pathlib
 from absl import flags, logging
 
 from pixsigma_jax import command
-from pixsigma_jax.convert import mmcv, model, t5, vae, verify
+from pixsigma_jax.convert import lora, mmcv, model, t5, vae, verify
 from pixsigma_jax.convert.source_flags import SourceFlags
 
-_KINDS = {"transformer": model.FORMATS, "vae": vae.LAYOUTS, "t5": t5.FORMATS}
-_FORMATS = list(dict.fromkeys([*model.FORMATS, *vae.LAYOUTS, *t5.FORMATS]))
+_KINDS = {
+  "transformer": model.FORMATS,
+  "vae": vae.LAYOUTS,
+  "t5": t5.FORMATS,
+  "lora": lora.FORMATS,
+}
+_FORMATS = list(dict.fromkeys(form for forms in _KINDS.values() for form in forms))
 _MODEL = flags.DEFINE_enum("model", "transformer", list(_KINDS), "Which network.")
 _FROM = flags.DEFINE_enum(
   "from", None, [*_FORMATS, "mmcv"], "Format of SRC.", required=True
@@ -60,6 +69,10 @@ def main(arguments: list[str]) -> None:
         f"--model={_MODEL.value} has no format {form!r}, only "
         f"{', '.join(_KINDS[_MODEL.value])}."
       )
+  if _MODEL.value == "lora":
+    lora.convert_lora(source, target, from_format=_FROM.value, to_format=to_format)
+    print(target)
+    return
   if _MODEL.value == "t5":
     t5.convert_text_encoder(
       source,

@@ -8,15 +8,17 @@ A folder of an adapter holds it in both formats:
 Names are those of diffusers' modules, `transformer_blocks.0.attn1.to_q.lora_A.weight`,
 after `base_model.model.` in the one and `transformer.` in the other. In diffusers' file
 lora_B is scaled already: whoever reads it, with or without an idea of alpha, finds the
-same model.
+same model. Kohya's trainer, OneTrainer and ComfyUI keep one file of flattened names,
+with alpha beside each module: `lora_transformer_transformer_blocks_0_attn1_to_q.alpha`.
 """
 
+import collections
 import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from absl import logging
@@ -28,6 +30,11 @@ from pixsigma_jax.convert.lora_settings import Settings
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms.lora import DOWN, MAGNITUDE, UP, Lora, nested
 from pixsigma_jax.wording import listed
+
+FORMATS = ("peft", "diffusers", "kohya")
+
+# Module of diffusers → its tensors as torch lays them out, by our names.
+Modules: TypeAlias = Mapping[str, Mapping[str, Array]]
 
 _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
@@ -55,6 +62,7 @@ _OTHER_KINDS = {
   "a GLoRA": r"\.[ab][12]\.weight$",
   "a change of whole matrices": r"\.(diff|diff_b|set_weight)$",
 }
+_LAYER = re.compile(r"transformer_blocks[._](\d+)[._]")
 _ALPHA = "alpha"  # of a module by itself: Kohya's files have no settings
 _READ = _PARTS | {".lora_down.weight": DOWN, ".lora_up.weight": UP, ".alpha": _ALPHA}
 
@@ -78,18 +86,136 @@ def write_lora(
   if folder.exists():
     return
   tensors = _tensors(config, adapter)
-  settings = {
+  alphas = dict.fromkeys(tensors, lora.alpha)
+  with disk.whole_folder(folder) as partial:
+    _write_peft(partial, tensors, alphas, note)
+    _write_diffusers(partial / _DIFFUSERS, tensors, alphas, note)
+
+
+def convert_lora(
+  source: pathlib.Path, target: pathlib.Path, *, from_format: str, to_format: str
+) -> None:
+  """Writes a LoRA under the names of another program; numbers stay to the bit.
+
+  But for `diffusers`, whose `up` has the scale in it, as in `write_lora`.
+
+  Args:
+    source: a file or folder as in `read_lora`.
+    target: a new folder for `peft`, a new .safetensors else.
+
+  Raises:
+    FileNotFoundError: there is no adapter.
+    FileExistsError: there is something at `target` already.
+    ValueError: it is no LoRA for PixArt or of another format, or the format of `target`
+      cannot hold it.
+  """
+  if to_format != "peft" and target.suffix != ".safetensors":
+    raise ValueError(
+      f"{target} must end in .safetensors: {to_format} is one such file."
+    )
+  if target.exists():
+    raise FileExistsError(f"{target} exists already and is left as it is.")
+  weights, settings = _open(source)
+  found = _format_of(weights)
+  if found != from_format:
+    raise ValueError(
+      f"{source} has the names of {found}, not of {from_format}: give --from={found}."
+    )
+  depth = 1 + max((int(n) for name in weights for n in _LAYER.findall(name)), default=0)
+  modules, problems = _by_module(weights, _modules_of(depth))
+  alphas = {}
+  for module, parts in modules.items():
+    scale, problem = _scale(module, parts, settings)
+    if problem:
+      problems.append(f"{module}: {problem}")
+    else:
+      alphas[module] = scale * len(parts[DOWN])
+  if problems or not modules:
+    shown = listed(problems, joint="; ") if problems else "it holds no tensors"
+    raise ValueError(f"{source} is no LoRA for a PixArt: {shown}.")
+  _warn_of_alpha(source, modules, settings)
+  match to_format:
+    case "peft":
+      with disk.whole_folder(target) as partial:
+        _write_peft(partial, modules, alphas, None)
+    case "diffusers":
+      _write_diffusers(target, modules, alphas, None)
+    case _:
+      _write_kohya(target, modules, alphas)
+
+
+def _write_peft(
+  folder: pathlib.Path, modules: Modules, alphas: Mapping[str, float | int], note: Any
+) -> None:
+  ranks = {module: len(parts[DOWN]) for module, parts in modules.items()}
+  files.write_json(folder / _CONFIG, _fields(modules, ranks, alphas))
+  tensors = _renamed(modules, _PREFIXES[0], dict.fromkeys(modules, 1.0))
+  files.write_safetensors(folder / _PEFT[0], tensors, note)
+
+
+def _write_diffusers(
+  file: pathlib.Path, modules: Modules, alphas: Mapping[str, float | int], note: Any
+) -> None:
+  ranks = {module: len(parts[DOWN]) for module, parts in modules.items()}
+  fields = _fields(modules, ranks, ranks)  # as the scale is in the tensors
+  header = {_HEADER: json.dumps({f"{_PREFIXES[1]}{k}": v for k, v in fields.items()})}
+  scales = {module: alphas[module] / ranks[module] for module in modules}
+  tensors = _renamed(modules, _PREFIXES[1], scales)
+  files.write_safetensors(file, tensors, note, header=header)
+
+
+def _write_kohya(
+  file: pathlib.Path, modules: Modules, alphas: Mapping[str, float | int]
+) -> None:
+  dora = [module for module, parts in modules.items() if MAGNITUDE in parts]
+  if dora:
+    raise ValueError(
+      f"{dora[0]} has a DoRA's magnitude, which programs with Kohya's names read in "
+      "ways of their own: convert it to peft or diffusers."
+    )
+  tensors: dict[str, Array] = {}
+  for module, parts in modules.items():
+    name = f"{_FLAT_PREFIXES[0]}{module.replace('.', '_')}"
+    tensors |= {
+      f"{name}.lora_down.weight": np.ascontiguousarray(parts[DOWN]),
+      f"{name}.lora_up.weight": np.ascontiguousarray(parts[UP]),
+      f"{name}.alpha": np.asarray(alphas[module], np.float32),
+    }
+  files.write_safetensors(file, tensors)
+
+
+def _renamed(
+  modules: Modules, prefix: str, scales: Mapping[str, float | int]
+) -> dict[str, Array]:
+  """Tensors by PEFT's names after a prefix, `up` scaled."""
+  return {
+    f"{prefix}{module}{suffix}": np.ascontiguousarray(
+      parts[part] * (scales[module] if part == UP else 1)
+    )
+    for module, parts in modules.items()
+    for suffix, part in _PARTS.items()
+    if part in parts
+  }
+
+
+def _fields(
+  modules: Modules, ranks: Mapping[str, int], alphas: Mapping[str, float | int]
+) -> dict[str, Any]:
+  """PEFT's settings: the commonest rank and alpha, and patterns for other modules."""
+  (rank, _), *_ = collections.Counter(ranks.values()).most_common(1)
+  (alpha, _), *_ = collections.Counter(alphas.values()).most_common(1)
+  return {
     "peft_type": "LORA",
     "task_type": None,
     "base_model_name_or_path": None,
-    "r": lora.rank,
-    "lora_alpha": lora.alpha,
+    "r": rank,
+    "lora_alpha": alpha,
     "lora_dropout": 0.0,
-    "target_modules": list(tensors),
-    "use_dora": lora.dora,
+    "target_modules": list(modules),
+    "use_dora": any(MAGNITUDE in parts for parts in modules.values()),
     "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
+    "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+    "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
     "init_lora_weights": True,
     "inference_mode": True,
     "bias": "none",
@@ -98,26 +224,24 @@ def write_lora(
     "modules_to_save": None,
     "layer_replication": None,
   }
-  with disk.whole_folder(folder) as partial:
-    files.write_json(partial / _CONFIG, settings)
-    scaled = {**settings, "lora_alpha": lora.rank}
-    packed = {f"{_PREFIXES[1]}{name}": value for name, value in scaled.items()}
-    for file, prefix, scale, header in (
-      (_PEFT[0], _PREFIXES[0], 1.0, {}),
-      (_DIFFUSERS, _PREFIXES[1], lora.scale, {_HEADER: json.dumps(packed)}),
-    ):
-      weights = {
-        f"{prefix}{module}{suffix}": parts[part] * (scale if part == UP else 1)
-        for module, parts in tensors.items()
-        for suffix, part in _PARTS.items()
-        if part in parts
-      }
-      files.write_safetensors(
-        partial / file,
-        {k: np.ascontiguousarray(v) for k, v in weights.items()},
-        note,
-        header=header,
-      )
+
+
+def _format_of(weights: files.Weights) -> str:
+  """A key of `FORMATS` by the names of the first tensor."""
+  name = next(iter(weights), "")
+  if name.startswith(_FLAT_PREFIXES):
+    return "kohya"
+  return "peft" if name.startswith(_PREFIXES[0]) else "diffusers"
+
+
+def _modules_of(depth: int) -> list[str]:
+  """Names of all maps that an adapter may change, of a model of so many layers."""
+  names = []
+  for ours, rule in DIFFUSERS.items():
+    if ours.endswith("/kernel"):
+      layers = range(depth) if ours.startswith("blocks/") else range(1)
+      names += [n.format(i=i) for i in layers for n in rule.names]
+  return [name.removesuffix(".weight") for name in names]
 
 
 def _tensors(config: PixArtConfig, adapter: Any) -> dict[str, dict[str, Array]]:
@@ -166,15 +290,9 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
   path = pathlib.Path(path)
   weights, settings = _open(path)
   slots = slots_of(config, DIFFUSERS)
-  modules, problems = _by_module(weights, slots)
-  if settings is None and not all(_ALPHA in parts for parts in modules.values()):
-    logging.warning(
-      "%s says nothing of alpha, which is taken for the rank of each module, as "
-      "diffusers does. If it was trained with another, merge it with "
-      "--scale=ALPHA/RANK; or put PEFT's adapter_config.json beside its %s.",
-      path,
-      _PEFT[0],
-    )
+  known = [n.removesuffix(".weight") for n, s in slots.items() if _is_kernel(s.leaf)]
+  modules, problems = _by_module(weights, known)
+  _warn_of_alpha(path, modules, settings)
   kernels = tree.named_leaves(abstract_params(config))
   found: dict[str, list[tuple[tuple[int, ...], dict[str, Array]]]] = {}
   for module, parts in modules.items():
@@ -209,6 +327,23 @@ def read_lora(path: str | pathlib.Path, config: PixArtConfig) -> Any:
     if not np.isnan(magnitude).all():
       leaves[f"{name}/{MAGNITUDE}"] = magnitude
   return nested(leaves)
+
+
+def _is_kernel(leaf: str) -> bool:
+  return leaf.endswith("/kernel")
+
+
+def _warn_of_alpha(
+  path: pathlib.Path, modules: Modules, settings: Settings | None
+) -> None:
+  if settings is None and not all(_ALPHA in parts for parts in modules.values()):
+    logging.warning(
+      "%s says nothing of alpha, which is taken for the rank of each module, as "
+      "diffusers does. If it was trained with another, give it the scale ALPHA/RANK; "
+      "or put PEFT's adapter_config.json beside its %s.",
+      path,
+      _PEFT[0],
+    )
 
 
 def note_of_lora(path: str | pathlib.Path) -> Any:
@@ -287,12 +422,12 @@ def _fields_of(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _by_module(
-  weights: files.Weights, slots: Mapping[str, TensorSlot]
+  weights: files.Weights, known: Sequence[str]
 ) -> tuple[dict[str, dict[str, Array]], list[str]]:
-  """Groups tensors by module, and lists problems with their names."""
+  """Groups tensors by module of `known`, and lists problems with their names."""
   modules: dict[str, dict[str, Array]] = {}
   problems: list[str] = []
-  known = [name.removesuffix(".weight") for name in slots]
+  names = set(known)
   flat = {f"{p}{m.replace('.', '_')}": m for p in _FLAT_PREFIXES for m in known}
   for name in weights:
     bare = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
@@ -300,8 +435,7 @@ def _by_module(
     suffix = next((suffix for suffix in _READ if bare.endswith(suffix)), None)
     module = bare.removesuffix(suffix or "")
     module = flat.get(module, module)
-    slot = slots.get(f"{module}.weight")
-    if suffix is None or slot is None or not slot.leaf.endswith("/kernel"):
+    if suffix is None or module not in names:
       problems.append(f"{name} is not used")
     else:
       tensor = np.asarray(weights[name], np.float32)
@@ -317,10 +451,9 @@ def _moved(
   module: str,
 ) -> tuple[dict[str, Array], str]:
   """A module's matrices in our layout, or the reason why they do not fit."""
-  if missing := [
-    s for s, part in _PARTS.items() if part in (DOWN, UP) and part not in parts
-  ]:
-    return {}, f"{missing[0].removeprefix('.')} is missing"
+  scale, problem = _scale(module, parts, settings)
+  if problem:
+    return {}, problem
   matrix = kernel[len(slot.index) :]
   shape = (math.prod(matrix[:-1]), matrix[-1])
   down, up = parts[DOWN], parts[UP]
@@ -335,18 +468,6 @@ def _moved(
     if parts[part].shape != want:
       have = list(parts[part].shape)
       return {}, f"{part} has shape {have}, not {list(want)}"
-  scale = 1.0
-  if settings is not None:
-    if problem := settings.problem(module, rank, dora=MAGNITUDE in parts):
-      return {}, problem
-    scale = settings.scale(module, rank)
-  if _ALPHA in parts:
-    alpha = parts[_ALPHA]
-    if alpha.size != 1 or not 0 < alpha.item() < math.inf:
-      return {}, f"its alpha is {listed(alpha.reshape(-1).tolist())}"
-    if settings is not None and not math.isclose(scale, alpha.item() / rank):
-      return {}, f"its alpha is {alpha.item():g}, and the settings say {scale * rank:g}"
-    scale = alpha.item() / rank
   moved = {
     DOWN: slot.rearrangement.to_ours(down).reshape(-1, rank),
     UP: up.reshape(-1, rank).T * np.float32(scale),
@@ -356,3 +477,29 @@ def _moved(
       return {}, f"the magnitude has {parts[MAGNITUDE].size} numbers, not {shape[1]}"
     moved[MAGNITUDE] = parts[MAGNITUDE].reshape(-1)
   return moved, ""
+
+
+def _scale(
+  module: str, parts: Mapping[str, Array], settings: Settings | None
+) -> tuple[float, str]:
+  """Factor of a module's down · up, or why its tensors are none of a LoRA's."""
+  if missing := [
+    s for s, part in _PARTS.items() if part in (DOWN, UP) and part not in parts
+  ]:
+    return 0.0, f"{missing[0].removeprefix('.')} is missing"
+  rank, scale = len(parts[DOWN]), 1.0
+  if parts[UP].shape[1:2] != (rank,):
+    return 0.0, f"down has {rank} rows, and up the shape {list(parts[UP].shape)}"
+  if settings is not None:
+    if problem := settings.problem(module, rank, dora=MAGNITUDE in parts):
+      return 0.0, problem
+    scale = settings.scale(module, rank)
+  if _ALPHA in parts:
+    alpha = parts[_ALPHA]
+    if alpha.size != 1 or not 0 < alpha.item() < math.inf:
+      return 0.0, f"its alpha is {listed(alpha.reshape(-1).tolist())}"
+    if settings is not None and not math.isclose(scale, alpha.item() / rank):
+      says = f"the settings say {scale * rank:g}"
+      return 0.0, f"its alpha is {alpha.item():g}, and {says}"
+    scale = alpha.item() / rank
+  return scale, ""

@@ -20,6 +20,7 @@ from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
 from pixsigma_jax.transforms import merge_lora
 from pixsigma_jax.transforms.lora import Lora
+from tests import commands
 from tests.convert.test_pixart import random_model
 
 # The modules that the official training script of a LoRA names.
@@ -678,3 +679,78 @@ def test_an_adapter_fits_a_model_with_the_same_layers_in_other_stacks(tmp_path):
     np.testing.assert_array_equal(
       have[0], whole["blocks_00_01/attention/qkv/down"][layer]
     )
+
+
+@pytest.fixture
+def convert_lora(capsys, monkeypatch):
+  def run(source, target, from_format, to_format):
+    return commands.run(
+      *(capsys, monkeypatch, "convert", "--model=lora", source, target),
+      *(f"--from={from_format}", f"--to={to_format}"),
+    )
+
+  return run
+
+
+def test_a_lora_goes_to_kohyas_names_and_back_to_the_bit(convert_lora, tmp_path):
+  """Of ranks and alphas that differ, the patches' convolution included."""
+  config, params = random_model()
+  settings = peft.LoraConfig(
+    r=4,
+    lora_alpha=6,
+    target_modules=["to_q", "to_k", "proj", "linear_1"],
+    rank_pattern={"to_k": 7, "attn2.to_q": 2},
+    alpha_pattern={"attn1.to_k": 3},
+  )
+  trained_by_peft(settings, config, params).save_pretrained(tmp_path / "peft")
+  ways = (("peft", "kohya"), ("kohya", "diffusers"), ("kohya", "peft"))
+  paths = {"peft": tmp_path / "peft"}
+  for start, end in ways:
+    target = tmp_path / (f"{end}-again" if end == "peft" else f"{end}.safetensors")
+    done = convert_lora(paths[start], target, start, end)
+    assert done.code == 0, done.err
+    paths[end] = target
+  file = "adapter_model.safetensors"
+  before, after = (load_file(tmp_path / f / file) for f in ("peft", "peft-again"))
+  assert before.keys() == after.keys()
+  for name, array in before.items():
+    np.testing.assert_array_equal(after[name], array, err_msg=name)
+  want = merged_by_peft(tmp_path / "peft", config, params)
+  base = to_diffusers(config, params)
+  assert_merged_alike(merged_by_peft(paths["peft"], config, params), want, base)
+  for path in paths.values():
+    assert_merged_alike(merged_by_us(path, config, params), want, base)
+  # What whoever reads Kohya's names expects of them.
+  flat = load_file(paths["kohya"])
+  module = "lora_transformer_transformer_blocks_1_attn1_to_k"
+  assert flat[f"{module}.lora_down.weight"].shape == (7, config.width)
+  assert flat[f"{module}.lora_up.weight"].shape == (config.width, 7)
+  assert flat[f"{module}.alpha"].shape == ()
+  assert flat[f"{module}.alpha"] == 3
+
+
+def test_conversions_of_a_lora_that_cannot_be_end_in_one_line(convert_lora, tmp_path):
+  config, params = random_model()
+  for name, dora in (("plain", False), ("dora", True)):
+    spec = lora(("qkv",), dora=dora)
+    write_lora(tmp_path / name, config, random_adapter(spec, params), spec)
+  plain, new = tmp_path / "plain", tmp_path / "new.safetensors"
+  (tmp_path / "there.safetensors").write_text("mine")
+  for source, target, start, end, message in (
+    (
+      plain,
+      new,
+      "kohya",
+      "diffusers",
+      "has the names of peft, not of kohya: give --from",
+    ),
+    (plain, tmp_path / "new", "peft", "kohya", "must end in .safetensors"),
+    (plain, tmp_path / "there.safetensors", "peft", "kohya", "exists already"),
+    (tmp_path / "dora", new, "peft", "kohya", "has a DoRA's magnitude, which programs"),
+    (tmp_path / "none", new, "peft", "kohya", "There is no adapter at"),
+  ):
+    done = convert_lora(source, target, start, end)
+    assert done.code == 1
+    assert message in done.err.splitlines()[-1]
+    assert not new.exists()
+  assert (tmp_path / "there.safetensors").read_text() == "mine"
