@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from configs import lora
 from pixsigma_jax import checkpoint, tree
-from pixsigma_jax.convert.lora import read_lora
+from pixsigma_jax.convert.lora import note_of_lora, read_lora
 from pixsigma_jax.data import mixture
 from pixsigma_jax.data.records import open_dataset
 from pixsigma_jax.train.program import make_program
@@ -112,9 +113,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(adapted, data, done, tmp_path):
   for what in ("checkpoints", "snapshots"):
     runs.assert_same(runs.arrays(workdir, 4, what), runs.arrays(adapted, 4, what))
   assert runs.measured(workdir) == runs.measured(adapted)
-  for name in ("adapter_model.safetensors", "adapter_config.json"):
-    have, want = (w / "adapters" / "4" / name for w in (workdir, adapted))
-    assert have.read_bytes() == want.read_bytes()
+  have, want = (w / "adapters" / "4" for w in (workdir, adapted))
+  config = "adapter_config.json"
+  assert (have / config).read_bytes() == (want / config).read_bytes()
+  # But for the note on which run it is of.
+  tensors = [load_file(f / "adapter_model.safetensors") for f in (have, want)]
+  assert tensors[0].keys() == tensors[1].keys()
+  for name, tensor in tensors[0].items():
+    np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+  notes = [note_of_lora(f) for f in (have, want)]
+  base = checkpoint.read_snapshot(done).with_fingerprint().fingerprint
+  for note, run in zip(notes, (workdir, adapted), strict=True):
+    history = checkpoint.read_metadata(run).history
+    assert note == {"base": base, "run": history.run, "step": 4}
 
 
 def test_what_an_adapter_changes_may_be_split_over_devices(
