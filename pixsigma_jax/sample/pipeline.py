@@ -28,6 +28,9 @@ differences:
 - The network learns nothing of embeddings made elsewhere (`prompt_embeds`,
   `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`),
   but from a `text_encoder` such as `encoders.RememberedCaptions`.
+- `from_pretrained` is `from_checkpoint`: precision is `compute`, and files that are not
+  ours are converted. `load_lora_weights` and `set_adapters`, which its PixArt pipelines
+  lack and others have, return a pipeline and change none; LoRAs are always fused.
 - `stream` hands over whole pictures; there is no `callback`, `callback_steps`,
   `output_type` or `return_dict`.
 """
