@@ -501,9 +501,9 @@ def _not_pixart(weights: Weights) -> str:
   if any("lora" in name.lower() for name in names):
     return (
       f"These are the weights of a LoRA ({names[0]}), not of a model: give it to "
-      "python -m pixsigma_jax.sample as --lora; or convert the model that it changes to "
-      "orbax, and merge the two with python -m pixsigma_jax.transform merge_lora MODEL "
-      "DST --adapter=LORA."
+      "python -m pixsigma_jax.sample as --lora; or convert the model that it changes "
+      "to orbax, and merge the two with python -m pixsigma_jax.transform merge_lora "
+      "MODEL DST --adapter=LORA."
     )
   return (
     f"These are not PixArt's weights in this layout: no layer was found among "

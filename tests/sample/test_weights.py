@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from pixsigma_jax import checkpoint, disk
 from pixsigma_jax.convert import model
 from pixsigma_jax.convert.model import Options
+from pixsigma_jax.evaluate import sampling
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures, weights
 from tests import commands
@@ -322,3 +323,20 @@ def test_torch_is_not_imported_where_no_pickle_is_read(pipeline_folder, tmp_path
     text=True,
   )
   assert done.stdout == "False\n", done.stderr
+
+
+def test_an_evaluation_takes_them_beside_checkpoints_of_ours(tmp_path):
+  write_snapshot(tmp_path / "run")
+  write_diffusers(tmp_path / "theirs" / "transformer")
+  write_official(tmp_path / "model.pth")
+  words = [str(tmp_path / "run"), str(tmp_path / "model.pth")]
+  words.append(f"peer={tmp_path / 'theirs'}")
+  options = Options(scaling_factor=0.13025, num_heads=4, caption_length=10)
+  found = sampling.find_checkpoints(words, options)
+  assert list(found) == ["run", "model.pth", "peer"]
+  assert found["run"].checkpoint == tmp_path / "run" / "snapshots" / "7"
+  assert found["peer"].origin["checkpoint"] == str(tmp_path / "theirs")
+  for located in found.values():
+    assert params_of(located)
+  with pytest.raises(ValueError, match="leave out --caption_length, --scaling_factor"):
+    sampling.find_checkpoints(words[:1], options)
