@@ -32,7 +32,6 @@ from tests.convert.test_pixart import random_model
 from tests.sample import models
 
 DRAW = {"num_inference_steps": 2, "guidance_scale": 1.0}
-EVERYTHING = ("kernel",)
 # Everything above the rounding of float32 through a few layers.
 TOLERANCE = 1e-5
 
@@ -49,8 +48,8 @@ def files(config, tmp_path_factory):
   params = models.random_params(config)
   for seed, (name, spec) in enumerate(
     {
-      "style": lora(("attention/", "mlp/")),
-      "subject": lora(EVERYTHING, rank=2, alpha=1.0),
+      "style": lora(("qkv",)),
+      "subject": lora(("qkv", "patch_embedding"), rank=2, alpha=1.0),
       "dora": lora(("qkv",), dora=True),
     }.items()
   ):
@@ -310,7 +309,7 @@ def test_an_image_says_which_loras_drew_it_at_which_scale(
 def test_a_run_that_trains_a_lora_is_one_and_not_twice(config, tmp_path, caplog):
   params = models.random_params(config)
   base = tree.fingerprint(params)
-  spec = lora()
+  spec = lora(("qkv",))
   run = History("a" * 12)
   for step in (5, 10):
     adapter = random_adapter(spec, params, seed=step)
