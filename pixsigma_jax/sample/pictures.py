@@ -47,6 +47,18 @@ def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
   return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
+def fit_array(
+  image: Float[np.ndarray, "H W 3"], height: int, width: int
+) -> Float[np.ndarray, "height width 3"]:
+  """As `fit`, of an image in [-1, 1], and without eight bits: from 0 to 1."""
+  image = image.astype(np.float32) / 2 + 0.5
+  if image.shape[:2] != (height, width):
+    channels = (Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0))
+    fitted = [np.asarray(fit(channel, height, width)) for channel in channels]
+    image = np.stack(fitted, axis=-1)
+  return np.clip(image, 0.0, 1.0)
+
+
 def next_number(directory: pathlib.Path) -> int:
   """The number after the highest of `directory`/NNNNN.*, 0 if there are none."""
   names = (path.name for path in directory.iterdir())

@@ -11,9 +11,9 @@ differences:
   of `clean_caption`. One that is too long is refused, not cut at `max_sequence_length`.
 - The samplers `lcm`, `tcd` and `dmd` draw without guidance by default; a negative
   `guidance_scale` is refused, not taken for none.
-- `seed`, `sampler` and `use_karras_sigmas` stand in place of `generator`, `latents`,
-  `eta`, `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds
-  give other pictures.
+- `seed`, `sampler` and `use_karras_sigmas` stand in place of `generator`, `eta`,
+  `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds give
+  other pictures. `latents` are one array a picture, channels last.
 - `height`, `width`, `seed` and `negative_prompt` can be each prompt's own. Sides are
   multiples of a token's, where diffusers asks for multiples of 8; sizes far from the
   training's are remarked upon or refused.
@@ -25,17 +25,19 @@ differences:
   `skip_guidance_layers`, and `step_caching` are more than it has. `pag_scale` and
   `pag_applied_layers` are its `PixArtSigmaPAGPipeline`'s; layers are numbers, none of
   which stands for others too, as its "blocks.1" does for 1 and 10 … 19.
-- The network learns nothing of embeddings made elsewhere (`prompt_embeds`,
-  `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`),
-  but from a `text_encoder` such as `encoders.RememberedCaptions`.
 - `from_pretrained` is `from_checkpoint`: precision is `compute`, and files that are not
   ours are converted. `load_lora_weights` and `set_adapters`, which its PixArt pipelines
   lack and others have, return a pipeline and change none; LoRAs are always fused.
-- `stream` hands over whole pictures; there is no `callback`, `callback_steps`,
-  `output_type` or `return_dict`.
+- `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
+  `negative_prompt_attention_mask` may be shorter than the model's captions, not longer.
+- `output_type` is "pil", "np" or "latent". Pictures are always a list, latents have
+  channels last, and there is no `return_dict`.
+- `callback_on_step_end` is that of diffusers' newer pipelines, in place of `callback`
+  and `callback_steps`: see `Pipeline.stream`. `stream` hands over whole pictures.
 """
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,16 +61,29 @@ from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
-from pixsigma_jax.sample import captions, pictures, program, weights
+from pixsigma_jax.sample import (
+  call_arguments,
+  captions,
+  pictures,
+  previews,
+  program,
+  weights,
+)
 from pixsigma_jax.sample.adapters import Adapter, Adapters, read_adapter
+from pixsigma_jax.sample.call_arguments import (
+  CallArguments,
+  Embedded,
+  StepCallback,
+  StopDrawing,
+)
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
 from pixsigma_jax.sample.settings import (
   SETTINGS,
   UNGUIDED_SAMPLERS,
   Settings,
-  check_prompts,
 )
+from pixsigma_jax.sample.step_caching import Computed
 from pixsigma_jax.sample.timing import Timing
 from pixsigma_jax.wording import shortened
 
@@ -91,9 +106,9 @@ _UNUSUAL_CROP = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """Images, and the settings that reproduce each."""
+  """Images, of the `output_type` that was asked for, and settings of each."""
 
-  images: list[Image.Image]
+  images: list[Any]
   settings: list[dict[str, Any]]
 
   def grid(self, columns: int | None = None) -> Image.Image:
@@ -107,9 +122,10 @@ class _Request(NamedTuple):
 
   prompt: str
   negative_prompt: str
-  caption: str  # the prompt after cleaning
-  negative: str
+  caption: str | Embedded  # the prompt after cleaning
+  negative: str | Embedded
   seed: int
+  noise: Float32[np.ndarray, "h w c"] | None  # None for the seed's
   height: int
   width: int
   drawn: Bucket
@@ -349,31 +365,48 @@ class Pipeline:
     params = changed.applied(self.params, self.config)
     return self.replace(params=params, loras=changed)
 
-  def __call__(self, prompt: Any, **settings: Any) -> Output:
-    """Draws the prompts; settings, their defaults and errors are those of `stream`."""
-    drawn = sorted(self.stream(prompt, **settings), key=lambda item: item[0])
+  def __call__(self, prompt: Any = None, **arguments: Any) -> Output:
+    """Draws the prompts; arguments, their defaults and errors are those of `stream`.
+
+    Images that a callback has stopped are left out.
+    """
+    drawn = sorted(self.stream(prompt, **arguments), key=lambda item: item[0])
     return Output([item[1] for item in drawn], [item[2] for item in drawn])
 
   def stream(
-    self, prompt: Any, **settings: Any
-  ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
+    self, prompt: Any = None, **arguments: Any
+  ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     """Draws the prompts and hands over (number, picture, settings) as they are ready.
 
     Pictures of one size come in the order of their numbers.
 
+    `callback_on_step_end(pipeline, step, timestep, known)` is called after each call of
+    the network, one batch after the other, with a dict `known`:
+
+    - latents: of each image of the batch, `[h w c]`, as the next step takes them;
+    - clean_latents: the step's estimate of each image, for `preview`;
+    - images: the numbers of these images;
+    - num_steps: how many steps there are.
+
+    It returns None, or a dict whose latents the next step takes. `StopDrawing`, raised
+    in it, leaves these images undrawn and goes on with other batches; any other
+    exception ends the call. Steps come back to Python one by one, in a program of their
+    own, whose rounding may differ from the whole's.
+
     Args:
       prompt: one or several.
-      settings: any of `settings.SETTINGS`, which says what they are; numbers may be
-        Python's or scalars of NumPy or JAX.
+      arguments: any of `settings.SETTINGS` and `call_arguments.CALL_ARGUMENTS`, which
+        say what they are; numbers may be Python's or scalars of NumPy or JAX.
 
     Raises:
-      TypeError: there is no setting of a name.
+      TypeError: there is no argument of a name.
       ValueError: an argument is out of its range, a size does not go with the model, or
         a caption is too long. All before the first picture is begun.
-      ValueError: a picture is not made of finite numbers.
+      ValueError: a picture is not made of finite numbers, or a callback returns
+        something else.
     """
-    asked = Settings.of(settings)
-    requests = self._requests(check_prompts(prompt), asked)
+    asked, given = call_arguments.split(arguments)
+    requests = self._requests(given.prompts(prompt, asked), asked, given)
     self._check_captions([text for r in requests for text in (r.negative, r.caption)])
     table = solver_table(
       asked.sampler,
@@ -403,7 +436,19 @@ class Pipeline:
       **self.loras.about(),
     }
     threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
-    return self._draw(requests, table, guidance, threshold, asked, about)
+    return self._draw(requests, table, guidance, threshold, asked, given, about)
+
+  def preview(self, latents: Float32[np.ndarray, "h w c"]) -> Image.Image:
+    """A small image of clean latents, one pixel for each, without the decoder.
+
+    By the linear map that comes nearest to the autoencoder, see `previews.fit`; it is
+    fitted at the first call.
+    """
+    return self._previewer(latents)
+
+  @functools.cached_property
+  def _previewer(self) -> previews.Previewer:
+    return previews.fit(self.autoencoder)
 
   def _guidance(self, asked: Settings) -> Guidance | None:
     """What joins the branches of a prediction; None for a single branch.
@@ -441,12 +486,22 @@ class Pipeline:
     which = np.isin(np.arange(depth), chosen)
     return Weakened(jnp.float32(getattr(asked, scale)), which)
 
-  def _requests(self, prompts: list[str], asked: Settings) -> list[_Request]:
+  def _requests(
+    self, prompts: list[str], asked: Settings, given: CallArguments
+  ) -> list[_Request]:
     """One request a picture, its size checked."""
+    config = self.config
+    embedded, negatives = (
+      given.captions(
+        negative, len(prompts), config.caption_length, config.caption_width
+      )
+      for negative in (False, True)
+    )
     binned = asked.use_resolution_binning and self.resolution in buckets.BUCKETS
     places: dict[tuple[int, int], tuple[Bucket, Grid]] = {}
     requests = []
-    for prompt, own in zip(prompts, asked.of_prompts(len(prompts)), strict=True):
+    of_prompts = asked.of_prompts(len(prompts))
+    for i, (prompt, own) in enumerate(zip(prompts, of_prompts, strict=True)):
       height, width = (
         self.resolution if own[name] is None else own[name]
         for name in ("height", "width")
@@ -456,7 +511,9 @@ class Pipeline:
       drawn, grid = places[height, width]
       caption, negative = (
         captions.clean_caption(text, asked.caption_cleaning)
-        for text in (prompt, own["negative_prompt"])
+        if instead is None
+        else instead[i]
+        for text, instead in ((prompt, embedded), (own["negative_prompt"], negatives))
       )
       requests += [
         _Request(
@@ -465,6 +522,7 @@ class Pipeline:
           caption=caption,
           negative=negative,
           seed=own["seed"] + copy,
+          noise=None,
           height=height,
           width=width,
           drawn=drawn,
@@ -472,7 +530,15 @@ class Pipeline:
         )
         for copy in range(asked.num_images_per_prompt)
       ]
+    noise = given.noise([self._latent_shape(request.grid) for request in requests])
+    if noise is not None:
+      requests = [r._replace(noise=own) for r, own in zip(requests, noise, strict=True)]
     return requests
+
+  def _latent_shape(self, grid: Grid) -> tuple[int, int, int]:
+    """Height, width and channels of an image's latents."""
+    patch = self.config.patch_size
+    return grid[0] * patch, grid[1] * patch, self.config.in_channels
 
   def _place(self, height: int, width: int, binned: bool) -> tuple[Bucket, Grid]:
     """The size to draw at for a picture of this size, and its token grid."""
@@ -521,9 +587,10 @@ class Pipeline:
       )
     return grid
 
-  def _check_captions(self, captions: Sequence[str]) -> None:
+  def _check_captions(self, captions: Sequence[str | Embedded]) -> None:
     length = self.config.caption_length
-    for caption in dict.fromkeys(captions):
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    for caption in dict.fromkeys(texts):
       if self.text_encoder.count(caption) > length:
         self.text_encoder.encode([caption], length)  # refuses it, in its own words
 
@@ -534,8 +601,9 @@ class Pipeline:
     guidance: Guidance | None,
     threshold: Float32[Array, ""] | None,
     asked: Settings,
+    given: CallArguments,
     settings: dict[str, Any],
-  ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
+  ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     """Draws requests of one sequence length together, `batch_size` at a time."""
     numbers_by_length: dict[int, list[int]] = {}
     for number, request in enumerate(requests):
@@ -556,23 +624,19 @@ class Pipeline:
               rows, batch["caption_mask"], asked.unconditional_mask
             )
         batch |= self._images(rows, length)
-        compute = self.compute
-        with self.timing.part("transformer"):
-          if self.mesh is not None:
-            batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
-            compute = dataclasses.replace(compute, mesh=self.mesh)
-          sequences, computed = program.sample(
-            self.params,
-            batch,
-            table,
-            guidance,
-            threshold,
-            config=self.config,
-            compute=compute,
-            passes=passes,
-            cfg_zero=asked.guided and asked.guidance_method == "cfg-zero",
+        watch = None
+        if given.callback_on_step_end is not None:
+          watch = functools.partial(
+            self._call_back, given.callback_on_step_end, table, chosen, rows
           )
-          sequences = np.asarray(sequences)
+        cfg_zero = asked.guided and asked.guidance_method == "cfg-zero"
+        try:
+          sequences, computed = self._solve(
+            batch, table, guidance, threshold, passes, cfg_zero, watch
+          )
+        except StopDrawing:
+          logging.info("Stopped by the callback, and not drawn: images %s.", chosen)
+          continue
         if computed is not None:
           logging.info(
             "Step caching: a batch of %d computed %d of %d steps.",
@@ -580,7 +644,7 @@ class Pipeline:
           )
         for row, number in enumerate(chosen):
           request = requests[number]
-          picture = self._decode(sequences[row], request, number)
+          picture = self._decode(sequences[row], request, number, given.output_type)
           about = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -593,7 +657,109 @@ class Pipeline:
           }
           if computed is not None:
             about["computed_steps"] = int(computed.images[row])
+          for name, what in (
+            ("prompt_embeds", request.caption),
+            ("negative_prompt_embeds", request.negative),
+          ):
+            if isinstance(what, Embedded):
+              about[name] = what.digest
+          if request.noise is not None:
+            about["latents"] = call_arguments.digest(request.noise)
           yield number, picture, about | settings
+
+  def _solve(
+    self,
+    batch: Batch,
+    table: SolverTable,
+    guidance: Guidance | None,
+    threshold: Float32[Array, ""] | None,
+    passes: int,
+    cfg_zero: bool,
+    watch: Callable[..., Float32[np.ndarray, "b n c"] | None] | None,
+  ) -> tuple[Float32[np.ndarray, "b n c"], Computed | None]:
+    """The latents of a batch as sequences, in one program; with `watch` step by step.
+
+    Args:
+      watch: the step's number, latents and clean latents → other latents, or None.
+    """
+    compute = self.compute
+    if self.mesh is not None:
+      batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
+      compute = dataclasses.replace(compute, mesh=self.mesh)
+    arguments = self.params, batch, table, guidance, threshold
+    static: dict[str, Any] = {
+      "config": self.config,
+      "compute": compute,
+      "passes": passes,
+      "cfg_zero": cfg_zero,
+    }
+    if watch is None:
+      with self.timing.part("transformer"):
+        sequences, computed = program.sample(*arguments, **static)
+        return np.asarray(sequences), computed
+    with self.timing.part("transformer"):
+      conditions, state = jax.block_until_ready(program.start(*arguments, **static))
+    for number in range(len(table.timesteps)):
+      with self.timing.part("transformer"):
+        state, clean = program.step(
+          *arguments, conditions, state, np.int32(number), **static
+        )
+        latents, clean = np.asarray(state.latents), np.asarray(clean)
+      changed = watch(number, latents, clean)
+      if changed is not None:
+        # Where and how they lay, or the step would be compiled anew.
+        like = state.latents
+        changed = (
+          jax.device_put(changed, like.sharding)
+          if like.committed
+          else jnp.asarray(changed)
+        )
+        state = state._replace(latents=changed)
+    caching = state.memory.caching
+    return np.asarray(state.latents), None if caching is None else caching.computed
+
+  def _call_back(
+    self,
+    callback: StepCallback,
+    table: SolverTable,
+    numbers: Sequence[int],
+    requests: Sequence[_Request],
+    step: int,
+    sequences: Float32[np.ndarray, "b n c"],
+    clean: Float32[np.ndarray, "b n c"],
+  ) -> Float32[np.ndarray, "b n c"] | None:
+    """Calls a step's callback; returns the sequences if it has changed any.
+
+    Args:
+      numbers: of the images; the batch may have further rows.
+      requests: of all rows.
+    """
+    known = {
+      "latents": self._unpacked(sequences, requests[: len(numbers)]),
+      "clean_latents": self._unpacked(clean, requests[: len(numbers)]),
+      "images": list(numbers),
+      "num_steps": len(table.timesteps),
+    }
+    shapes = [image.shape for image in known["latents"]]
+    returned = callback(self, step, float(table.timesteps[step]), known)
+    latents = call_arguments.after_callback(returned, shapes)
+    if latents is None:
+      return None
+    changed = sequences.copy()
+    for row, image in enumerate(latents):
+      sequence = tokens.to_tokens(image, self.config.patch_size, self.config.window)
+      changed[row, : len(sequence)] = sequence
+    return None if np.array_equal(changed, sequences) else changed
+
+  def _unpacked(
+    self, sequences: Float32[np.ndarray, "b n c"], requests: Sequence[_Request]
+  ) -> list[np.ndarray]:
+    """Latents `[h w c]` of the images of a batch."""
+    patch, window = self.config.patch_size, self.config.window
+    return [
+      tokens.from_tokens(sequence, request.grid, patch, window)
+      for sequence, request in zip(sequences, requests, strict=False)
+    ]
 
   def _length(self, grid: Grid) -> int:
     """Tokens that a picture's sequence is padded to: a function of its size alone."""
@@ -608,10 +774,15 @@ class Pipeline:
 
   def _captions(self, requests: list[_Request]) -> Batch:
     """Captions of the network, a row for each request."""
-    embeddings, mask = self.text_encoder.encode(
-      [r.caption for r in requests], self.config.caption_length
-    )
+    embeddings, mask = self._encoded([r.caption for r in requests])
     return {"caption_embeddings": embeddings, "caption_mask": mask}
+
+  def _encoded(self, captions: Sequence[str | Embedded]) -> tuple[Any, Any]:
+    """Embeddings and mask of captions, all texts or all given as embeddings."""
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    if texts:
+      return self.text_encoder.encode(texts, self.config.caption_length)
+    return tuple(map(np.stack, zip(*captions, strict=True)))
 
   def _images(self, requests: list[_Request], length: int) -> Batch:
     """Initial noise and sizes of the images of a batch."""
@@ -633,12 +804,10 @@ class Pipeline:
     self, requests: list[_Request], caption_mask: Any, unconditional_mask: str
   ) -> Batch:
     """Embeddings and mask of guidance's unconditional half."""
-    texts = [r.negative for r in requests]
-    embeddings, mask = map(
-      np.array, self.text_encoder.encode(texts, self.config.caption_length)
-    )
-    for row, text in enumerate(texts):
-      if not text:
+    negatives = [r.negative for r in requests]
+    embeddings, mask = map(np.array, self._encoded(negatives))
+    for row, text in enumerate(negatives):
+      if text == "":
         if self.null_caption is not None:
           embeddings[row] = np.asarray(self.null_caption)
         if unconditional_mask == "caption":
@@ -646,15 +815,22 @@ class Pipeline:
     return {"negative_embeddings": embeddings, "negative_mask": mask}
 
   def _noise(self, request: _Request, length: int) -> Float32[np.ndarray, "n c"]:
-    """Noise of the latents' own shape, from the seed alone, as padded tokens."""
-    patch = self.config.patch_size
-    shape = (*(side * patch for side in request.grid), self.config.in_channels)
-    latents = np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
-    return _padded(tokens.to_tokens(latents, patch, self.config.window), length)
+    """Noise of the latents' own shape, given or of the seed alone, as padded tokens."""
+    latents = request.noise
+    if latents is None:
+      shape = self._latent_shape(request.grid)
+      latents = np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
+    sequence = tokens.to_tokens(latents, self.config.patch_size, self.config.window)
+    return _padded(sequence, length)
 
   def _decode(
-    self, sequence: Float32[np.ndarray, "n c"], request: _Request, number: int
-  ) -> Image.Image:
+    self,
+    sequence: Float32[np.ndarray, "n c"],
+    request: _Request,
+    number: int,
+    output_type: str,
+  ) -> Any:
+    """What `output_type` asks for of an image."""
     latents = tokens.from_tokens(
       sequence, request.grid, self.config.patch_size, self.config.window
     )
@@ -665,6 +841,8 @@ class Pipeline:
         "dtype overflows. Try --dtype=float32, or with "
         "--checkpoint=RUN/snapshots/STEP an earlier step."
       )
+    if output_type == "latent":
+      return latents
     # One at a time: pictures may differ in size, and large ones fill the memory.
     with self.timing.part("autoencoder"):
       latents = latents[None] / self.autoencoder.scaling_factor
@@ -675,6 +853,8 @@ class Pipeline:
         "are: the autoencoder's weights are damaged, or its dtype overflows. Try "
         "float32, or another copy of the autoencoder."
       )
+    if output_type == "np":
+      return pictures.fit_array(image, request.height, request.width)
     picture = pictures.to_picture(image)
     return pictures.fit(picture, request.height, request.width)
 
@@ -683,10 +863,13 @@ class Pipeline:
 Pipeline.stream.__signature__ = Pipeline.__call__.__signature__ = inspect.Signature(  # pyright: ignore
   [
     inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-    inspect.Parameter("prompt", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+    inspect.Parameter("prompt", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
     *(
-      inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=setting.default)
-      for name, setting in SETTINGS.items()
+      inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+      for name, default in (
+        *((setting.name, setting.default) for setting in SETTINGS.values()),
+        *((field.name, field.default) for field in dataclasses.fields(CallArguments)),
+      )
     ),
   ]
 )

@@ -29,20 +29,9 @@ NOT_OF_DIFFUSERS: dict[str, str] = {
   "sigmas": "give num_inference_steps, timesteps or use_karras_sigmas",
   "eta": "give a sampler: ddim adds no noise, euler-ancestral and dpm++-sde do",
   "generator": "give seed",
-  "latents": "give seed",
-  **dict.fromkeys(
-    (
-      "prompt_embeds",
-      "prompt_attention_mask",
-      "negative_prompt_embeds",
-      "negative_prompt_attention_mask",
-    ),
-    "give the pipeline a text_encoder of its own, such as RememberedCaptions",
-  ),
-  "output_type": "pictures are PIL images",
   "return_dict": "calling a pipeline returns an Output",
-  "callback": "take pictures from Pipeline.stream as they are ready",
-  "callback_steps": "take pictures from Pipeline.stream as they are ready",
+  "callback": "give callback_on_step_end",
+  "callback_steps": "give callback_on_step_end",
   "clean_caption": "give caption_cleaning",
   "max_sequence_length": "it is the model's caption_length",
 }
