@@ -102,6 +102,42 @@ def solver_table(
   return SAMPLERS[sampler](schedule, num_steps)
 
 
+def later_start(
+  sampler: str, table: SolverTable, num_steps: int, kept: int
+) -> SolverTable:
+  """The last `kept` of a table's `num_steps` steps, as a table that starts there.
+
+  Before its start there is no x_0: weights of earlier ones go to the first that there
+  is, which makes the first step one of first order, as any multistep solver's. A step
+  of several calls of the network is not cut: with dpm++-2s one step more may be kept.
+
+  Args:
+    sampler: the table's.
+    num_steps: of the whole table.
+    kept: from 1 to `num_steps`.
+  """
+  dropped = num_steps - kept
+  if sampler == "heun":
+    dropped *= 2
+  elif sampler == "dpm++-2s":
+    dropped -= dropped % 2
+  if dropped == 0:
+    return table
+  table = jax.tree.map(lambda column: column[dropped:], table)
+  if table.previous is None:
+    return table
+  if table.earlier is not None:
+    before = table.earlier[:2]
+    table = table._replace(
+      previous=table.previous.at[: len(before)].add(before),
+      earlier=table.earlier.at[: len(before)].set(0),
+    )
+  return table._replace(
+    current=table.current.at[0].add(table.previous[0]),
+    previous=table.previous.at[0].set(0),
+  )
+
+
 class Prediction(NamedTuple):
   """A network's prediction for noisy latents.
 

@@ -5,13 +5,13 @@ diffusers, and are checked here, as far as that can be done without the model.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from pixsigma_jax.sample.editing import digest
 from pixsigma_jax.sample.settings import (
   NOT_OF_DIFFUSERS,
   SETTINGS,
@@ -23,6 +23,11 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 
 # What each argument is.
 CALL_ARGUMENTS: dict[str, str] = {
+  "image": "An image to edit, or one for each prompt: a path, a file's bytes, a PIL "
+  "image or a uint8 array.",
+  "mask_image": "White where the image is drawn anew, black where it stays.",
+  "regions": "Parts of the image that have prompts of their own; or such a list for "
+  "each prompt.",
   "latents": "Unit normal noise in place of the seed's: `[h w c]` for each image.",
   "prompt_embeds": "Embeddings `[b t e]` in place of prompts; the prompt is then None.",
   "prompt_attention_mask": "Which of their tokens are there, `[b t]`.",
@@ -61,15 +66,6 @@ class Embedded(NamedTuple):
     return digest(self.embeddings, self.mask)
 
 
-def digest(*arrays: np.ndarray) -> str:
-  """The first half of a SHA-256 of arrays, in hexadecimal digits."""
-  whole = hashlib.sha256()
-  for array in arrays:
-    whole.update(f"{array.dtype}{array.shape}".encode())
-    whole.update(np.ascontiguousarray(array).tobytes())
-  return whole.hexdigest()[:32]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallArguments:
   """What a call takes beside prompts and settings.
@@ -83,6 +79,9 @@ class CallArguments:
   # What is given may be of any library; the suite's checker would refuse it.
   __no_type_check__: ClassVar[bool] = True
 
+  image: Any = None
+  mask_image: Any = None
+  regions: Any = None
   latents: Any = None
   prompt_embeds: Any = None
   prompt_attention_mask: Any = None
@@ -170,6 +169,25 @@ class CallArguments:
     mask = np.pad(mask, ((0, 0), (0, missing)))
     given = [Embedded(*row) for row in zip(embeddings, mask, strict=True)]
     return given if len(given) == count else given * count
+
+  def regions_of(self, count: int) -> list[Any]:
+    """Regions of each of `count` prompts, not yet read; None for none.
+
+    Raises:
+      ValueError: there are more or fewer lists than prompts.
+    """
+    given = self.regions
+    of_each = isinstance(given, list | tuple) and all(
+      one is None or isinstance(one, list | tuple) for one in given
+    )
+    if not given or not of_each:
+      return [given] * count
+    if len(given) != count:
+      raise ValueError(
+        f"regions has {len(given)} lists for {count} prompts: give one list for all, "
+        "or one for each."
+      )
+    return list(given)
 
   def noise(self, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray] | None:
     """The given initial noise `[h w c]` of each image; None if there is none.

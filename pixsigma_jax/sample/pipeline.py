@@ -28,6 +28,10 @@ differences:
 - `from_pretrained` is `from_checkpoint`: precision is `compute`, and files that are not
   ours are converted. `load_lora_weights` and `set_adapters`, which its PixArt pipelines
   lack and others have, return a pipeline and change none; LoRAs are always fused.
+- `image`, `mask_image` and `strength` are those of diffusers' pipelines for other
+  models; it has none to edit with Σ. The image's own size is drawn, nothing of it is
+  cropped, the mean of its posterior taken, and pixels outside of the mask stay as they
+  are. `outpaint` and `regions` are more than it has.
 - `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
   `negative_prompt_attention_mask` may be shorter than the model's captions, not longer.
 - `output_type` is "pil", "np" or "latent". Pictures are always a list, latents have
@@ -48,14 +52,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 from PIL import Image
 
 import pixsigma_jax
 from pixsigma_jax import checkpoint, sharding
-from pixsigma_jax.data import buckets
-from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.diffusion.solvers import SolverTable, solver_table
+from pixsigma_jax.diffusion.solvers import SolverTable, later_start, solver_table
 from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
@@ -63,7 +65,6 @@ from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import (
   call_arguments,
-  captions,
   pictures,
   previews,
   program,
@@ -76,8 +77,10 @@ from pixsigma_jax.sample.call_arguments import (
   StepCallback,
   StopDrawing,
 )
+from pixsigma_jax.sample.editing import digest
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
+from pixsigma_jax.sample.requests import Planner, Request
 from pixsigma_jax.sample.settings import (
   SETTINGS,
   UNGUIDED_SAMPLERS,
@@ -96,12 +99,6 @@ QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
 # Sequences are padded to a multiple of this share of the training grid's tokens: the
 # buckets of a resolution, all near the same area, share two or three programs.
 _LENGTHS_PER_GRID = 16
-# Areas, relative to the training resolution's, beyond which a size is remarked upon,
-# or refused because the positions of its tokens lie too far from any that were learned.
-_UNUSUAL_AREA, _IMPOSSIBLE_AREA = 2.0, 4.5
-# Share of a picture that is cropped away, beyond which it is remarked upon; between two
-# sizes of a table it is 0.15 at most.
-_UNUSUAL_CROP = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +114,24 @@ class Output:
     return pictures.grid(self.images, columns, labels)
 
 
-class _Request(NamedTuple):
-  """One picture to make: drawn at `drawn`, then resized and cropped to its size."""
+class _Kind(NamedTuple):
+  """What images of one batch have in common, each by its own request alone.
 
-  prompt: str
-  negative_prompt: str
-  caption: str | Embedded  # the prompt after cleaning
-  negative: str | Embedded
-  seed: int
-  noise: Float32[np.ndarray, "h w c"] | None  # None for the seed's
-  height: int
-  width: int
-  drawn: Bucket
-  grid: Grid
+  Attributes:
+    length: of the padded sequences.
+    steps: that are taken.
+    captions: of each image.
+    edited: whether there is an image to edit.
+    noised: whether the steps begin with it, under noise.
+    masked: whether parts of it are kept.
+  """
+
+  length: int
+  steps: int
+  captions: int
+  edited: bool
+  noised: bool
+  masked: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -406,8 +408,8 @@ class Pipeline:
         something else.
     """
     asked, given = call_arguments.split(arguments)
-    requests = self._requests(given.prompts(prompt, asked), asked, given)
-    self._check_captions([text for r in requests for text in (r.negative, r.caption)])
+    requests = self._planner.requests(given.prompts(prompt, asked), asked, given)
+    self._check_captions([c for r in requests for c in (r.negative, *r.captions)])
     table = solver_table(
       asked.sampler,
       program.SCHEDULE,
@@ -445,6 +447,10 @@ class Pipeline:
     fitted at the first call.
     """
     return self._previewer(latents)
+
+  @property
+  def _planner(self) -> Planner:
+    return Planner(self.config, self.autoencoder.downsampling, self.resolution)
 
   @functools.cached_property
   def _previewer(self) -> previews.Previewer:
@@ -486,107 +492,6 @@ class Pipeline:
     which = np.isin(np.arange(depth), chosen)
     return Weakened(jnp.float32(getattr(asked, scale)), which)
 
-  def _requests(
-    self, prompts: list[str], asked: Settings, given: CallArguments
-  ) -> list[_Request]:
-    """One request a picture, its size checked."""
-    config = self.config
-    embedded, negatives = (
-      given.captions(
-        negative, len(prompts), config.caption_length, config.caption_width
-      )
-      for negative in (False, True)
-    )
-    binned = asked.use_resolution_binning and self.resolution in buckets.BUCKETS
-    places: dict[tuple[int, int], tuple[Bucket, Grid]] = {}
-    requests = []
-    of_prompts = asked.of_prompts(len(prompts))
-    for i, (prompt, own) in enumerate(zip(prompts, of_prompts, strict=True)):
-      height, width = (
-        self.resolution if own[name] is None else own[name]
-        for name in ("height", "width")
-      )
-      if (height, width) not in places:
-        places[height, width] = self._place(height, width, binned)
-      drawn, grid = places[height, width]
-      caption, negative = (
-        captions.clean_caption(text, asked.caption_cleaning)
-        if instead is None
-        else instead[i]
-        for text, instead in ((prompt, embedded), (own["negative_prompt"], negatives))
-      )
-      requests += [
-        _Request(
-          prompt=prompt,
-          negative_prompt=own["negative_prompt"],
-          caption=caption,
-          negative=negative,
-          seed=own["seed"] + copy,
-          noise=None,
-          height=height,
-          width=width,
-          drawn=drawn,
-          grid=grid,
-        )
-        for copy in range(asked.num_images_per_prompt)
-      ]
-    noise = given.noise([self._latent_shape(request.grid) for request in requests])
-    if noise is not None:
-      requests = [r._replace(noise=own) for r, own in zip(requests, noise, strict=True)]
-    return requests
-
-  def _latent_shape(self, grid: Grid) -> tuple[int, int, int]:
-    """Height, width and channels of an image's latents."""
-    patch = self.config.patch_size
-    return grid[0] * patch, grid[1] * patch, self.config.in_channels
-
-  def _place(self, height: int, width: int, binned: bool) -> tuple[Bucket, Grid]:
-    """The size to draw at for a picture of this size, and its token grid."""
-    drawn = Bucket(height, width)
-    if binned and min(height, width) > 0:
-      drawn = buckets.nearest(buckets.sampling_buckets(self.resolution), height, width)
-    grid = self._grid(*drawn)
-    if drawn != (height, width):
-      _remark_upon_fitting(drawn, height, width)
-    return drawn, grid
-
-  def _grid(self, height: int, width: int) -> Grid:
-    """The token grid of pictures of this size, if the model can draw them."""
-    config = self.config
-    unit = self.autoencoder.downsampling * config.patch_size
-    if min(height, width) < 1 or height % unit or width % unit:
-      near = " x ".join(
-        str(max(1, round(side / unit)) * unit) for side in (height, width)
-      )
-      raise ValueError(
-        f"A picture of {height} x {width} pixels (height x width) cannot be cut into "
-        f"tokens: both sides must be multiples of {unit}, for example {near}."
-      )
-    grid = (height // unit, width // unit)
-    count, learned = grid[0] * grid[1], config.base_size**2
-    if not 1 / _IMPOSSIBLE_AREA <= count / learned <= _IMPOSSIBLE_AREA:
-      raise ValueError(
-        f"A picture of {height} x {width} pixels (height x width) has {grid[0]} x "
-        f"{grid[1]} tokens, but the checkpoint's position embedding is laid out for "
-        f"base_size={config.base_size}, {config.base_size} x {config.base_size}: it "
-        f"would draw nothing sensible. Ask for --height and --width near "
-        f"{config.base_size * unit} x {config.base_size * unit}, or train a stage at "
-        "this size after the transform interpolate_pe with "
-        f"base_size={round(count**0.5)}."
-      )
-    area = height * width / self.resolution**2
-    if not 1 / _UNUSUAL_AREA <= area <= _UNUSUAL_AREA:
-      logging.warning(
-        "A picture of %d x %d pixels has %.2g times the area of those that this "
-        "checkpoint was trained on (%d x %d): expect it to be worse.",
-        height,
-        width,
-        area,
-        self.resolution,
-        self.resolution,
-      )
-    return grid
-
   def _check_captions(self, captions: Sequence[str | Embedded]) -> None:
     length = self.config.caption_length
     texts = [caption for caption in captions if isinstance(caption, str)]
@@ -596,7 +501,7 @@ class Pipeline:
 
   def _draw(
     self,
-    requests: list[_Request],
+    requests: list[Request],
     table: SolverTable,
     guidance: Guidance | None,
     threshold: Float32[Array, ""] | None,
@@ -604,12 +509,15 @@ class Pipeline:
     given: CallArguments,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-    """Draws requests of one sequence length together, `batch_size` at a time."""
-    numbers_by_length: dict[int, list[int]] = {}
+    """Draws requests of one kind together, `batch_size` at a time."""
+    whole, steps = table, asked.num_inference_steps
+    numbers_by_kind: dict[_Kind, list[int]] = {}
     for number, request in enumerate(requests):
-      numbers_by_length.setdefault(self._length(request.grid), []).append(number)
-    for length, numbers in numbers_by_length.items():
-      passes = self._passes(length) if guidance is not None else 1
+      numbers_by_kind.setdefault(self._kind(request), []).append(number)
+    for kind, numbers in numbers_by_kind.items():
+      passes = self._passes(kind.length) if guidance is not None else 1
+      if kind.steps:
+        table = later_start(asked.sampler, whole, steps, kind.steps)
       for start in range(0, len(numbers), self.batch_size):
         chosen = numbers[start : start + self.batch_size]
         # Rows nobody asked for keep the program, and with it every rounding, the same.
@@ -623,7 +531,7 @@ class Pipeline:
             batch |= self._negatives(
               rows, batch["caption_mask"], asked.unconditional_mask
             )
-        batch |= self._images(rows, length)
+        batch |= self._images(rows, kind, table)
         watch = None
         if given.callback_on_step_end is not None:
           watch = functools.partial(
@@ -631,9 +539,12 @@ class Pipeline:
           )
         cfg_zero = asked.guided and asked.guidance_method == "cfg-zero"
         try:
-          sequences, computed = self._solve(
-            batch, table, guidance, threshold, passes, cfg_zero, watch
-          )
+          if kind.steps:
+            sequences, computed = self._solve(
+              batch, table, guidance, threshold, passes, cfg_zero, watch
+            )
+          else:
+            sequences, computed = batch["noise"], None
         except StopDrawing:
           logging.info("Stopped by the callback, and not drawn: images %s.", chosen)
           continue
@@ -658,13 +569,14 @@ class Pipeline:
           if computed is not None:
             about["computed_steps"] = int(computed.images[row])
           for name, what in (
-            ("prompt_embeds", request.caption),
+            ("prompt_embeds", request.captions[0]),
             ("negative_prompt_embeds", request.negative),
           ):
             if isinstance(what, Embedded):
               about[name] = what.digest
           if request.noise is not None:
-            about["latents"] = call_arguments.digest(request.noise)
+            about["latents"] = digest(request.noise)
+          about |= request.about
           yield number, picture, about | settings
 
   def _solve(
@@ -723,7 +635,7 @@ class Pipeline:
     callback: StepCallback,
     table: SolverTable,
     numbers: Sequence[int],
-    requests: Sequence[_Request],
+    requests: Sequence[Request],
     step: int,
     sequences: Float32[np.ndarray, "b n c"],
     clean: Float32[np.ndarray, "b n c"],
@@ -752,7 +664,7 @@ class Pipeline:
     return None if np.array_equal(changed, sequences) else changed
 
   def _unpacked(
-    self, sequences: Float32[np.ndarray, "b n c"], requests: Sequence[_Request]
+    self, sequences: Float32[np.ndarray, "b n c"], requests: Sequence[Request]
   ) -> list[np.ndarray]:
     """Latents `[h w c]` of the images of a batch."""
     patch, window = self.config.patch_size, self.config.window
@@ -760,6 +672,17 @@ class Pipeline:
       tokens.from_tokens(sequence, request.grid, patch, window)
       for sequence, request in zip(sequences, requests, strict=False)
     ]
+
+  def _kind(self, request: Request) -> _Kind:
+    source = request.source
+    return _Kind(
+      length=self._length(request.grid),
+      steps=request.steps,
+      captions=len(request.captions),
+      edited=source is not None,
+      noised=request.about.get("strength", 1.0) < 1,
+      masked=source is not None and source.mask is not None,
+    )
 
   def _length(self, grid: Grid) -> int:
     """Tokens that a picture's sequence is padded to: a function of its size alone."""
@@ -772,10 +695,13 @@ class Pipeline:
       return int(self.guidance_passes)
     return program.passes_by_size(int(self.batch_size), length, self.mesh)
 
-  def _captions(self, requests: list[_Request]) -> Batch:
+  def _captions(self, requests: list[Request]) -> Batch:
     """Captions of the network, a row for each request."""
-    embeddings, mask = self._encoded([r.caption for r in requests])
-    return {"caption_embeddings": embeddings, "caption_mask": mask}
+    batch = {}
+    for i, name in enumerate(program.caption_names(len(requests[0].captions))):
+      embeddings, mask = self._encoded([r.captions[i] for r in requests])
+      batch |= {f"{name}_embeddings": embeddings, f"{name}_mask": mask}
+    return batch
 
   def _encoded(self, captions: Sequence[str | Embedded]) -> tuple[Any, Any]:
     """Embeddings and mask of captions, all texts or all given as embeddings."""
@@ -784,11 +710,16 @@ class Pipeline:
       return self.text_encoder.encode(texts, self.config.caption_length)
     return tuple(map(np.stack, zip(*captions, strict=True)))
 
-  def _images(self, requests: list[_Request], length: int) -> Batch:
-    """Initial noise and sizes of the images of a batch."""
-    config = self.config
-    return {
-      "noise": np.stack([self._noise(r, length) for r in requests]),
+  def _images(self, requests: list[Request], kind: _Kind, table: SolverTable) -> Batch:
+    """Latents to start from, sizes, masks and areas of the images of a batch.
+
+    Args:
+      table: of the steps that are taken.
+    """
+    config, length = self.config, kind.length
+    noise = np.stack([self._packed(self._noise(r), length) for r in requests])
+    batch: Batch = {
+      "noise": noise,
       "seed": np.array([r.seed for r in requests], np.uint32),
       "coordinates": np.stack(
         [_padded(tokens.coordinates(r.grid, config.window), length) for r in requests]
@@ -799,9 +730,61 @@ class Pipeline:
         [r.drawn.height / r.drawn.width for r in requests], np.float32
       ),
     }
+    if kind.captions > 1:
+      batch["areas"] = np.stack([self._areas(r, length) for r in requests])
+    if not kind.edited:
+      return batch
+    originals: dict[int, np.ndarray] = {}
+    for request in requests:  # images of one prompt share one
+      if id(request.source) not in originals:
+        latents = self._encode(request)
+        originals[id(request.source)] = self._packed(latents, length)
+    original = np.stack([originals[id(request.source)] for request in requests])
+    if kind.steps == 0:
+      batch["noise"] = original
+    elif kind.noised:
+      signal_scale, noise_scale = table.signal_scale[0], table.noise_scale[0]
+      batch["noise"] = np.float32(signal_scale) * original
+      batch["noise"] += np.float32(noise_scale) * noise
+    if kind.masked:
+      batch["original"], batch["original_noise"] = original, noise
+      batch["redrawn"] = np.stack([self._redrawn(r, length) for r in requests])
+    return batch
+
+  def _packed(
+    self, latents: Float32[np.ndarray, "h w c1"], length: int
+  ) -> Float32[np.ndarray, "n c2"]:
+    """Latents of an image as padded tokens."""
+    sequence = tokens.to_tokens(latents, self.config.patch_size, self.config.window)
+    return _padded(sequence, length)
+
+  def _spread(
+    self, values: Float32[np.ndarray, "h w"], length: int
+  ) -> Float32[np.ndarray, "n c"]:
+    """A number for each latent as padded tokens, the same for all channels."""
+    channels = self.config.in_channels
+    return self._packed(np.repeat(values[..., None], channels, axis=-1), length)
+
+  def _areas(self, request: Request, length: int) -> Float32[np.ndarray, "k n c"]:
+    assert request.weights is not None
+    return np.stack([self._spread(weights, length) for weights in request.weights])
+
+  def _redrawn(self, request: Request, length: int) -> Bool[np.ndarray, "n c"]:
+    assert request.source is not None
+    redrawn = request.source.mask_at(request.drawn, self.autoencoder.downsampling)
+    assert redrawn is not None
+    return self._spread(redrawn.astype(np.float32), length) > 0
+
+  def _encode(self, request: Request) -> Float32[np.ndarray, "h w c"]:
+    """Scaled latents of an image to edit: the mean of the posterior."""
+    assert request.source is not None
+    with self.timing.part("autoencoder"):
+      image = request.source.at(request.drawn)[None]
+      latents = np.asarray(self.autoencoder.encode(image)[0], np.float32)
+    return latents * np.float32(self.autoencoder.scaling_factor)
 
   def _negatives(
-    self, requests: list[_Request], caption_mask: Any, unconditional_mask: str
+    self, requests: list[Request], caption_mask: Any, unconditional_mask: str
   ) -> Batch:
     """Embeddings and mask of guidance's unconditional half."""
     negatives = [r.negative for r in requests]
@@ -814,19 +797,17 @@ class Pipeline:
           mask[row] = caption_mask[row]
     return {"negative_embeddings": embeddings, "negative_mask": mask}
 
-  def _noise(self, request: _Request, length: int) -> Float32[np.ndarray, "n c"]:
-    """Noise of the latents' own shape, given or of the seed alone, as padded tokens."""
-    latents = request.noise
-    if latents is None:
-      shape = self._latent_shape(request.grid)
-      latents = np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
-    sequence = tokens.to_tokens(latents, self.config.patch_size, self.config.window)
-    return _padded(sequence, length)
+  def _noise(self, request: Request) -> Float32[np.ndarray, "h w c"]:
+    """Initial noise of the latents' own shape, given or of the seed alone."""
+    if request.noise is not None:
+      return request.noise
+    shape = self._planner.latent_shape(request.grid)
+    return np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
 
   def _decode(
     self,
     sequence: Float32[np.ndarray, "n c"],
-    request: _Request,
+    request: Request,
     number: int,
     output_type: str,
   ) -> Any:
@@ -853,10 +834,13 @@ class Pipeline:
         "are: the autoencoder's weights are damaged, or its dtype overflows. Try "
         "float32, or another copy of the autoencoder."
       )
+    source, size = request.source, (request.height, request.width)
+    resize = pictures.fit if source is None else pictures.stretch
     if output_type == "np":
-      return pictures.fit_array(image, request.height, request.width)
-    picture = pictures.to_picture(image)
-    return pictures.fit(picture, request.height, request.width)
+      array = pictures.resized_array(resize, image, *size)
+      return array if source is None else source.over_array(array)
+    picture = resize(pictures.to_picture(image), *size)
+    return picture if source is None else source.over(picture)
 
 
 # What help() and notebooks show, in place of **settings.
@@ -873,29 +857,6 @@ Pipeline.stream.__signature__ = Pipeline.__call__.__signature__ = inspect.Signat
     ),
   ]
 )
-
-
-def _remark_upon_fitting(drawn: Bucket, height: int, width: int) -> None:
-  """Says what resizing and cropping do to a picture, unless it is hardly anything."""
-  scale = max(height / drawn.height, width / drawn.width)
-  cropped = 1 - height * width / (scale**2 * drawn.height * drawn.width)
-  remarks = []
-  if scale**2 > _UNUSUAL_AREA:
-    remarks.append(f"enlarged {scale:.3g} times, with no more detail than it had")
-  if scale**2 < 1 / _UNUSUAL_AREA:
-    remarks.append(f"reduced {1 / scale:.3g} times")
-  if cropped > _UNUSUAL_CROP:
-    remarks.append(f"cropped by {100 * cropped:.0f} %")
-  if remarks:
-    logging.warning(
-      "A picture of %d x %d pixels is drawn at %d x %d, the nearest size of this "
-      "checkpoint's training, and then %s. use_resolution_binning=False draws at the "
-      "size itself, if the model can.",
-      height,
-      width,
-      *drawn,
-      " and ".join(remarks),
-    )
 
 
 def _check_choice(name: str, value: str, known: Any) -> None:

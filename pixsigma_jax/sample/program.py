@@ -11,7 +11,7 @@ branches, the unconditional first.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -146,7 +146,11 @@ def sample(
   Args:
     batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
       `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
-      caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
+      caption_mask `[b t]`; negative_embeddings, negative_mask for guidance; and to
+      keep parts of an image, original `[b n c]`, its scaled latents, original_noise
+      `[b n c]`, the noise over them, and redrawn, bool `[b n c]`, what is not kept.
+      With k captions for each image, areas `[b k n c]` are the weights of their
+      predictions, and region_1_embeddings, region_1_mask … the others than the first.
     threshold: of step caching; None computes every step and remembers nothing.
     passes: 2 takes the branches of guidance one after the other; 1 without guidance.
     cfg_zero: join predictions by `guide_from_optimal`.
@@ -164,6 +168,7 @@ def sample(
     table,
     drawing.fresh_noise,
     drawing.nothing_remembered(),
+    drawing.after_step(),
   )
   return latents, None if memory.caching is None else memory.caching.computed
 
@@ -225,7 +230,9 @@ def step(
   )
   row = jax.tree.map(lambda column: column[number], table)
   denoise = drawing.denoiser(conditions)
-  return take_step(denoise, state, number, row, drawing.fresh_noise)
+  return take_step(
+    denoise, state, number, row, drawing.fresh_noise, drawing.after_step()
+  )
 
 
 def _log_compilation(
@@ -240,6 +247,11 @@ def _log_compilation(
     if guidance is None
     else f"with guidance in {('one batch', 'two passes')[passes - 1]}",
   )
+
+
+def caption_names(count: int) -> list[str]:
+  """Names under which a batch has its captions: the prompt's, then of regions."""
+  return ["caption", *(f"region_{i}" for i in range(1, count))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,9 +285,23 @@ class _Drawing:
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
   @property
+  def regions(self) -> int:
+    """Number of captions whose predictions are averaged, one for each region."""
+    return self.batch["areas"].shape[1] if "areas" in self.batch else 1
+
+  @property
   def captions(self) -> list[str]:
     """The captions of the branches, in their order."""
-    return ["negative"] * self.guided + ["caption"] * (1 + len(self.weakened))
+    own = caption_names(self.regions)
+    return ["negative"] * self.guided + own * (1 + len(self.weakened))
+
+  def averaged(self, predictions: Sequence[Array]) -> Array:
+    """Predictions of all regions as one, each weighing what its region does there."""
+    if len(predictions) == 1:
+      return predictions[0]
+    areas = self.batch["areas"]
+    weighted = [areas[:, i] * one for i, one in enumerate(predictions)]
+    return functools.reduce(jnp.add, weighted)
 
   def by_pass(self, *of_branches: Array) -> Array:
     """Arrays `[rows …]` of the branches as `[passes rows …]`."""
@@ -299,13 +325,15 @@ class _Drawing:
       lambda *captions: caption_keys_values(params, config, compute, *captions),
       *(embeddings, mask),
     )
-    first_weakened = branches - len(self.weakened)
-    for branch, (name, kind) in enumerate(self.weakened.items(), first_weakened):
+    regions = self.regions
+    first = branches - regions * len(self.weakened)
+    for name, kind in self.weakened.items():
       whole = jnp.zeros((len(batch["noise"]), config.depth), bool)
       weak = jnp.broadcast_to(kind.layers, whole.shape)
       given[name] = self.by_pass(
-        *(weak if i == branch else whole for i in range(branches))
+        *(weak if first <= i < first + regions else whole for i in range(branches))
       )
+      first += regions
     return given
 
   def nothing_remembered(self) -> _Memory:
@@ -334,6 +362,26 @@ class _Drawing:
         jax.random.fold_in(jax.random.key(seed), step), shape
       )
     )(self.batch["seed"])
+
+  def after_step(self) -> Callable[[Array, Array], Array] | None:
+    """Puts back what is kept of an image, under the noise that the next step expects.
+
+    After the last step there is none. With one noise for all steps (RePaint, Lugmayr
+    et al. 2022, equation 8, but for that: as diffusers' inpainting has it).
+    """
+    if "redrawn" not in self.batch:
+      return None
+    original, noise, redrawn = (
+      self.batch[name] for name in ("original", "original_noise", "redrawn")
+    )
+    signal_scale = jnp.append(self.table.signal_scale[1:], 1.0)
+    noise_scale = jnp.append(self.table.noise_scale[1:], 0.0)
+
+    def put_back(number: Array, latents: Array) -> Array:
+      kept = signal_scale[number] * original + noise_scale[number] * noise
+      return jnp.where(redrawn, latents, kept)
+
+    return put_back
 
   def denoiser(self, given: Batch) -> RememberingDenoiser:
     """The network with its guidance; `given` is what `conditions` says."""
@@ -390,10 +438,15 @@ class _Drawing:
         output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
       output = output.reshape(branches * rows, *output.shape[2:])
       noise, logits = split_prediction(output, config)
-      if guidance is None:
+      if branches == 1:
         return Prediction(noise, logits), _Memory(caching, average)
       predictions = jnp.split(noise, branches)
-      logits = None if logits is None else jnp.split(logits, branches)[self.guided]
+      own = slice(self.guided, self.guided + self.regions)
+      if logits is not None:
+        logits = self.averaged(jnp.split(logits, branches)[own])
+      if guidance is None:
+        noise = self.averaged(predictions)
+        return Prediction(noise, logits), _Memory(caching, average)
       noise, average = self._guide(
         guidance, predictions, noisy_latents, row, average, token_mask
       )
@@ -412,7 +465,8 @@ class _Drawing:
   ) -> tuple[Array, Any]:
     """The branches' noise joined to one, and the average that `apg` remembers."""
     unconditional, *predictions = predictions if self.guided else (None, *predictions)
-    noise, *weak = predictions
+    kinds = range(0, len(predictions), self.regions)
+    noise, *weak = (self.averaged(predictions[i : i + self.regions]) for i in kinds)
 
     def scale_now(
       scale: Any, outside: float, low: Any = guidance.low, high: Any = guidance.high

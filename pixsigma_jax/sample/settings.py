@@ -127,6 +127,20 @@ class WholeList:
 
 
 @dataclasses.dataclass(frozen=True)
+class Margins:
+  """Four whole numbers, 0 or more: of the left, above, of the right, below."""
+
+  def check(self, name: str, value: Any) -> tuple[int, ...]:
+    """The value as Python's own; see `Setting.check`."""
+    if not isinstance(value, list | tuple) or len(value) != 4:
+      raise ValueError(
+        f"{name} must be four whole numbers, left, top, right and bottom, not "
+        f"{value!r}."
+      )
+    return tuple(Whole(0).check(name, plain(side)) for side in value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
   """One of several names."""
 
@@ -152,7 +166,9 @@ class Switch:
     return value
 
 
-Kind: TypeAlias = Text | Whole | Number | Interval | WholeList | Choice | Switch
+Kind: TypeAlias = (
+  Text | Whole | Number | Interval | WholeList | Margins | Choice | Switch
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +364,22 @@ class Settings:
     Switch(),
     "Draw at the nearest size of the training, then resize and crop; without effect at "
     "resolutions that have no table of sizes.",
+  )
+  strength: float | tuple[float | None, ...] | None = _setting(
+    None,
+    Number(1.0),
+    "Share of the steps that change the image given: 1 draws it anew, 0 only encodes "
+    "and decodes it.",
+    of_a_prompt=True,
+    optional=True,
+    default_is="0.8; 1 with mask_image or outpaint",
+  )
+  outpaint: tuple[int, ...] | None = _setting(
+    None,
+    Margins(),
+    "Pixels to draw around the image given: left, top, right, bottom.",
+    optional=True,
+    default_is="none",
   )
   unconditional_mask: str = _setting(
     "caption",

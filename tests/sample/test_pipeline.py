@@ -403,6 +403,7 @@ def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(draw
     "timesteps": None,
     "use_karras_sigmas": False,
     "step_caching": 0.0,
+    "outpaint": None,
     "use_resolution_binning": True,
     "unconditional_mask": "caption",
     "caption_cleaning": "raw",

@@ -46,8 +46,8 @@ def test_numbers_of_any_library_are_pythons(name, kind):
 def test_each_prompts_own_values_may_be_an_array(make):
   settings = Settings(seed=make(range(4, 6)), height=[np.int64(8), None])
   assert settings.of_prompts(2) == [
-    {"negative_prompt": "", "height": 8, "width": None, "seed": 4},
-    {"negative_prompt": "", "height": None, "width": None, "seed": 5},
+    {"negative_prompt": "", "height": 8, "width": None, "strength": None, "seed": 4},
+    {"negative_prompt": "", "height": None, "width": None, "strength": None, "seed": 5},
   ]
   json.dumps(settings.of_prompts(2))
 

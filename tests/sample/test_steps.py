@@ -273,7 +273,7 @@ def test_every_kind_of_output_is_the_same_image(subject):
 def test_arrays_are_fitted_as_images_are():
   y, x, c = np.meshgrid(np.arange(16), np.arange(24), np.arange(3), indexing="ij")
   image = (0.8 * np.sin(0.3 * y + 0.2 * x + c)).astype(np.float32)
-  fitted = pictures.fit_array(image, 9, 18)
+  fitted = pictures.resized_array(pictures.fit, image, 9, 18)
   peer = pictures.fit(pictures.to_picture(image), 9, 18)
   assert fitted.shape == (9, 18, 3)
   assert np.abs(fitted * 255 - np.asarray(peer, int)).max() <= 2  # rounded twice
