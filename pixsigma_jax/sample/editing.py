@@ -45,11 +45,11 @@ class Source:
 
   def about(self, strength: float) -> dict[str, Any]:
     """What an image's settings say of its source."""
-    about: dict[str, Any] = {"image": digest(self.image), "strength": strength}
+    about: dict[str, Any] = {"image_digest": digest(self.image), "strength": strength}
     if self.name is not None:
       about["image_name"] = self.name
     if self.mask is not None:
-      about["mask_image"] = digest(self.mask)
+      about["mask_image_digest"] = digest(self.mask)
     return about
 
   def at(self, drawn: Bucket) -> Float32[np.ndarray, "h w 3"]:

@@ -31,7 +31,7 @@ differences:
 - `image`, `mask_image` and `strength` are those of diffusers' pipelines for other
   models; it has none to edit with Σ. The image's own size is drawn, nothing of it is
   cropped, the mean of its posterior taken, and pixels outside of the mask stay as they
-  are. `outpaint` and `regions` are more than it has.
+  are. `outpaint`, `regions` and `prompt_weighting` are more than it has.
 - `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
   `negative_prompt_attention_mask` may be shorter than the model's captions, not longer.
 - `output_type` is "pil", "np" or "latent". Pictures are always a list, latents have
@@ -88,6 +88,7 @@ from pixsigma_jax.sample.settings import (
 )
 from pixsigma_jax.sample.step_caching import Computed
 from pixsigma_jax.sample.timing import Timing
+from pixsigma_jax.sample.weighting import WeightedEncoder
 from pixsigma_jax.wording import shortened
 
 # What is made of a checkpoint's parameters before they draw.
@@ -409,7 +410,10 @@ class Pipeline:
     """
     asked, given = call_arguments.split(arguments)
     requests = self._planner.requests(given.prompts(prompt, asked), asked, given)
-    self._check_captions([c for r in requests for c in (r.negative, *r.captions)])
+    encoder = self._encoder(asked)
+    self._check_captions(
+      encoder, [c for r in requests for c in (r.negative, *r.captions)]
+    )
     table = solver_table(
       asked.sampler,
       program.SCHEDULE,
@@ -492,12 +496,17 @@ class Pipeline:
     which = np.isin(np.arange(depth), chosen)
     return Weakened(jnp.float32(getattr(asked, scale)), which)
 
-  def _check_captions(self, captions: Sequence[str | Embedded]) -> None:
+  def _encoder(self, asked: Settings) -> Any:
+    """The text encoder, by which prompts may have weights."""
+    encoder = self.text_encoder
+    return WeightedEncoder(encoder) if asked.prompt_weighting else encoder
+
+  def _check_captions(self, encoder: Any, captions: Sequence[str | Embedded]) -> None:
     length = self.config.caption_length
     texts = [caption for caption in captions if isinstance(caption, str)]
     for caption in dict.fromkeys(texts):
-      if self.text_encoder.count(caption) > length:
-        self.text_encoder.encode([caption], length)  # refuses it, in its own words
+      if encoder.count(caption) > length:
+        encoder.encode([caption], length)  # refuses it, in its own words
 
   def _draw(
     self,
@@ -526,10 +535,11 @@ class Pipeline:
           for number in chosen + chosen[-1:] * (self.batch_size - len(chosen))
         ]
         with self.timing.part("text encoder"):
-          batch = self._captions(rows)
+          encoder = self._encoder(asked)
+          batch = self._captions(encoder, rows)
           if asked.guided:
             batch |= self._negatives(
-              rows, batch["caption_mask"], asked.unconditional_mask
+              encoder, rows, batch["caption_mask"], asked.unconditional_mask
             )
         batch |= self._images(rows, kind, table)
         watch = None
@@ -573,9 +583,9 @@ class Pipeline:
             ("negative_prompt_embeds", request.negative),
           ):
             if isinstance(what, Embedded):
-              about[name] = what.digest
+              about[f"{name}_digest"] = what.digest
           if request.noise is not None:
-            about["latents"] = digest(request.noise)
+            about["latents_digest"] = digest(request.noise)
           about |= request.about
           yield number, picture, about | settings
 
@@ -695,19 +705,21 @@ class Pipeline:
       return int(self.guidance_passes)
     return program.passes_by_size(int(self.batch_size), length, self.mesh)
 
-  def _captions(self, requests: list[Request]) -> Batch:
+  def _captions(self, encoder: Any, requests: list[Request]) -> Batch:
     """Captions of the network, a row for each request."""
     batch = {}
     for i, name in enumerate(program.caption_names(len(requests[0].captions))):
-      embeddings, mask = self._encoded([r.captions[i] for r in requests])
+      embeddings, mask = self._encoded(encoder, [r.captions[i] for r in requests])
       batch |= {f"{name}_embeddings": embeddings, f"{name}_mask": mask}
     return batch
 
-  def _encoded(self, captions: Sequence[str | Embedded]) -> tuple[Any, Any]:
+  def _encoded(
+    self, encoder: Any, captions: Sequence[str | Embedded]
+  ) -> tuple[Any, Any]:
     """Embeddings and mask of captions, all texts or all given as embeddings."""
     texts = [caption for caption in captions if isinstance(caption, str)]
     if texts:
-      return self.text_encoder.encode(texts, self.config.caption_length)
+      return encoder.encode(texts, self.config.caption_length)
     return tuple(map(np.stack, zip(*captions, strict=True)))
 
   def _images(self, requests: list[Request], kind: _Kind, table: SolverTable) -> Batch:
@@ -784,11 +796,15 @@ class Pipeline:
     return latents * np.float32(self.autoencoder.scaling_factor)
 
   def _negatives(
-    self, requests: list[Request], caption_mask: Any, unconditional_mask: str
+    self,
+    encoder: Any,
+    requests: list[Request],
+    caption_mask: Any,
+    unconditional_mask: str,
   ) -> Batch:
     """Embeddings and mask of guidance's unconditional half."""
     negatives = [r.negative for r in requests]
-    embeddings, mask = map(np.array, self._encoded(negatives))
+    embeddings, mask = map(np.array, self._encoded(encoder, negatives))
     for row, text in enumerate(negatives):
       if text == "":
         if self.null_caption is not None:

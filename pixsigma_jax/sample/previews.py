@@ -5,9 +5,11 @@ autoencoder at hand turns a latent into the mean color of the pixels that it sta
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float32
 from PIL import Image
 
@@ -74,3 +76,28 @@ def mean_colors(
   b, height, width, _ = images.shape
   shape = b, height // downsampling, downsampling, width // downsampling, downsampling
   return np.clip(images, -1, 1).reshape(*shape, 3).mean(axis=(2, 4), dtype=np.float32)
+
+
+class PreviewFiles:
+  """A `callback_on_step_end` that says where drawing is, and shows it in files.
+
+  Attributes:
+    directory: of the previews, NNNNN.png by the image's number in its call, each
+      written over by the next step's.
+    total: images of the call.
+  """
+
+  def __init__(self, directory: pathlib.Path, total: int):
+    directory.mkdir(parents=True, exist_ok=True)
+    self.directory, self.total = directory, total
+
+  def __call__(
+    self, pipeline: Any, step: int, timestep: float, known: dict[str, Any]
+  ) -> None:
+    """See `Pipeline.stream`."""
+    for number, latents in zip(known["images"], known["clean_latents"], strict=True):
+      logging.info(
+        "Image %d of %d, step %d of %d.",
+        *(number + 1, self.total, step + 1, known["num_steps"]),
+      )
+      pipeline.preview(latents).save(self.directory / f"{number:05d}.png")

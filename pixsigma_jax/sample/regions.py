@@ -60,7 +60,7 @@ def _region(i: int, given: Any, height: int, width: int) -> Region:
         f"{where}'s mask has {inside.shape[0]} x {inside.shape[1]} pixels (height x "
         f"width) and the image {height} x {width}: resize it."
       )
-    about["mask"] = editing.digest(inside)
+    about["mask_digest"] = editing.digest(inside)
   else:
     box = plain(given["box"])
     if not isinstance(box, list | tuple) or len(box) != 4:

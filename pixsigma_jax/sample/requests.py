@@ -102,7 +102,7 @@ class Planner:
           (own["negative_prompt"], negatives),
         )
       )
-      strength = _strength(i, own["strength"], source)
+      strength = strength_of(i, own["strength"], source)
       about: dict[str, Any] = {} if source is None else source.about(strength)
       all_captions, weights = (caption,), None
       if all_regions[i]:
@@ -123,7 +123,7 @@ class Planner:
           seed=own["seed"] + copy,
           noise=None,
           source=source,
-          steps=_steps(asked.num_inference_steps, strength),
+          steps=steps_of(asked.num_inference_steps, strength),
           height=height,
           width=width,
           drawn=drawn,
@@ -209,7 +209,7 @@ class Planner:
     return grid
 
 
-def _strength(i: int, strength: float | None, source: Source | None) -> float:
+def strength_of(i: int, strength: float | None, source: Source | None) -> float:
   """Share of the steps that are taken; all of them without an image."""
   if source is None:
     if strength is not None:
@@ -223,7 +223,7 @@ def _strength(i: int, strength: float | None, source: Source | None) -> float:
   return strength
 
 
-def _steps(num_inference_steps: int, strength: float) -> int:
+def steps_of(num_inference_steps: int, strength: float) -> int:
   """Number of the last steps that are taken."""
   steps = int(num_inference_steps * strength + 1e-6)  # 0.29 of 100 are 29
   if steps == 0 and strength > 0:

@@ -390,10 +390,18 @@ class Settings:
   caption_cleaning: str = _setting(
     "raw", Choice(tuple(captions.MODES)), "What is done to prompts."
   )
+  prompt_weighting: bool = _setting(
+    False, Switch(), "Read (a red seven:1.3) as a weight of these words."
+  )
 
   def __post_init__(self):
     for name, setting in SETTINGS.items():
       object.__setattr__(self, name, setting.check(getattr(self, name)))
+    if self.prompt_weighting and self.caption_cleaning == "clean":
+      raise ValueError(
+        "caption_cleaning=clean takes out the parentheses that prompt_weighting reads: "
+        "give raw or lower."
+      )
     check_time_grid(self.sampler, self.timesteps, self.use_karras_sigmas)
     if self.timesteps is not None:
       object.__setattr__(self, "num_inference_steps", len(self.timesteps))

@@ -303,7 +303,7 @@ def test_images_come_as_files_bytes_pictures_and_arrays(subject, tmp_path):
     None,
     None,
   ]
-  assert len({about["image"] for about in output.settings}) == 1
+  assert len({about["image_digest"] for about in output.settings}) == 1
   json.dumps(output.settings)
 
 

@@ -407,6 +407,7 @@ def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(draw
     "use_resolution_binning": True,
     "unconditional_mask": "caption",
     "caption_cleaning": "raw",
+    "prompt_weighting": False,
     "num_inference_steps": STEPS,
     "guidance_scale": 2.5,
     "sampler": "dpm++",

@@ -236,9 +236,9 @@ def test_settings_name_what_was_given(subject):
   other = embedded(["a two"])
   second = subject(None, **other, latents=noise, num_inference_steps=1).settings[0]
   assert first["prompt"] == ""
-  assert first["latents"] == second["latents"]
-  assert first["prompt_embeds"] != second["prompt_embeds"]
-  assert "latents" not in subject("a", num_inference_steps=1).settings[0]
+  assert first["latents_digest"] == second["latents_digest"]
+  assert first["prompt_embeds_digest"] != second["prompt_embeds_digest"]
+  assert "latents_digest" not in subject("a", num_inference_steps=1).settings[0]
 
 
 # ------------------------------------------------------------ latents, kinds of output
