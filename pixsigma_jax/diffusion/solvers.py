@@ -124,17 +124,16 @@ def later_start(
   if dropped == 0:
     return table
   table = jax.tree.map(lambda column: column[dropped:], table)
-  if table.previous is None:
+  current, previous, earlier = table.current, table.previous, table.earlier
+  if previous is None:
     return table
-  if table.earlier is not None:
-    before = table.earlier[:2]
-    table = table._replace(
-      previous=table.previous.at[: len(before)].add(before),
-      earlier=table.earlier.at[: len(before)].set(0),
-    )
+  if earlier is not None:  # what the first two steps have of it
+    previous = previous.at[:2].add(earlier[:2])
+    earlier = earlier.at[:2].set(0)
   return table._replace(
-    current=table.current.at[0].add(table.previous[0]),
-    previous=table.previous.at[0].set(0),
+    current=current.at[0].add(previous[0]),
+    previous=previous.at[0].set(0),
+    earlier=earlier,
   )
 
 
