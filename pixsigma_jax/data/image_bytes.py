@@ -98,6 +98,22 @@ def open_image(data: bytes, *, at_least: int | None = None) -> Image.Image:
   return decode(data, at_least=at_least).image
 
 
+def displayed(image: Image.Image) -> Image.Image:
+  """An image that Pillow has opened already, as `open_image` gives it.
+
+  Raises:
+    ValueError: with the reason in a few words.
+  """
+  orientation = _orientation(image, _MARKS_OF_EXIF[0])
+  with _decoding():
+    image.load()
+  turned, _ = _rgb(image)
+  if orientation in _UPRIGHT:
+    turned = turned.transpose(_UPRIGHT[orientation])
+  turned.info = {}
+  return turned
+
+
 def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
   """`open_image`, and how the color profile was handled."""
   image, orientation = _opened(data)

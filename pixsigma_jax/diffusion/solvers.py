@@ -102,6 +102,41 @@ def solver_table(
   return SAMPLERS[sampler](schedule, num_steps)
 
 
+def later_start(
+  sampler: str, table: SolverTable, num_steps: int, kept: int
+) -> SolverTable:
+  """The last `kept` of a table's `num_steps` steps, as a table that starts there.
+
+  Before its start there is no x_0: weights of earlier ones go to the first that there
+  is, which makes the first step one of first order, as any multistep solver's. A step
+  of several calls of the network is not cut: with dpm++-2s one step more may be kept.
+
+  Args:
+    sampler: the table's.
+    num_steps: of the whole table.
+    kept: from 1 to `num_steps`.
+  """
+  dropped = num_steps - kept
+  if sampler == "heun":
+    dropped *= 2
+  elif sampler == "dpm++-2s":
+    dropped -= dropped % 2
+  if dropped == 0:
+    return table
+  table = jax.tree.map(lambda column: column[dropped:], table)
+  current, previous, earlier = table.current, table.previous, table.earlier
+  if previous is None:
+    return table
+  if earlier is not None:  # what the first two steps have of it
+    previous = previous.at[:2].add(earlier[:2])
+    earlier = earlier.at[:2].set(0)
+  return table._replace(
+    current=current.at[0].add(previous[0]),
+    previous=previous.at[0].set(0),
+    earlier=earlier,
+  )
+
+
 class Prediction(NamedTuple):
   """A network's prediction for noisy latents.
 
@@ -154,46 +189,96 @@ def solve(
   return latents
 
 
+class SolverState(NamedTuple):
+  """Between two steps: latents, clean latents of earlier steps, a network's memory.
+
+  Attributes:
+    latents: noisy as the table's next row has them; after the last step the result.
+    history: x_0 of earlier steps, the latest first, as many as the table has weights.
+    memory: what the network remembers, any pytree.
+  """
+
+  latents: Array
+  history: tuple[Array, ...]
+  memory: Any
+
+
 def solve_remembering(
   denoise: RememberingDenoiser,
   noisy_latents: Float[Array, "*shape"],
   table: SolverTable,
   fresh_noise: Callable[[Array], Array] | None,
   memory: Any,
+  after_step: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Float32[Array, "*shape"], Any]:
   """As `solve`, for a network that remembers its earlier steps.
 
   Args:
     memory: what the network is given in its first step.
+    after_step: see `take_step`.
 
   Returns:
     The latents, and the memory after the last step.
   """
-  if table.fresh is not None and fresh_noise is None:
-    raise ValueError("This sampler adds noise on its way: give solve() a fresh_noise.")
 
-  def step(
-    state: tuple[Array, tuple[Array, ...], Any], numbered: tuple[Array, SolverTable]
-  ):
-    noisy_latents, history, memory = state
+  def step(state: SolverState, numbered: tuple[Array, SolverTable]):
     number, row = numbered
-    prediction, memory = denoise(noisy_latents, row, memory)
-    noise = prediction.noise.astype(jnp.float32)
-    latents = (noisy_latents - row.noise_scale * noise) / row.signal_scale
-    following = row.carry * noisy_latents + row.current * latents
-    for weight, before in zip(_weights_of_history(row), history, strict=True):
-      following += weight * before
-    if row.fresh is not None and fresh_noise is not None:
-      scale = row.fresh * _spread(row, prediction)
-      following += scale * fresh_noise(number).astype(jnp.float32)
-    return (following, (latents, *history)[: len(history)], memory), None
+    state, _ = take_step(denoise, state, number, row, fresh_noise, after_step)
+    return state, None
 
+  numbers = jnp.arange(len(table.timesteps), dtype=jnp.int32)
+  start = start_state(noisy_latents, table, memory)
+  state, _ = jax.lax.scan(step, start, (numbers, table))
+  return state.latents, state.memory
+
+
+def start_state(
+  noisy_latents: Float[Array, "*shape"], table: SolverTable, memory: Any
+) -> SolverState:
+  """The state before the first step of `table`."""
   start = noisy_latents.astype(jnp.float32)
   history = tuple(jnp.zeros_like(start) for _ in _weights_of_history(table))
-  numbers = jnp.arange(len(table.timesteps), dtype=jnp.int32)
-  state, _ = jax.lax.scan(step, (start, history, memory), (numbers, table))
-  latents, _, memory = state
-  return latents, memory
+  return SolverState(start, history, memory)
+
+
+def take_step(
+  denoise: RememberingDenoiser,
+  state: SolverState,
+  number: Array,
+  row: SolverTable,
+  fresh_noise: Callable[[Array], Array] | None,
+  after_step: Callable[[Array, Array], Array] | None = None,
+) -> tuple[SolverState, Float32[Array, "*shape"]]:
+  """One step of a sampler: the body of `solve`'s scan, and of any loop beside it.
+
+  Args:
+    number: of the step, a traced int32 from 0 on.
+    row: of the table, its columns scalars.
+    fresh_noise: see `solve`.
+    after_step: the number of the step, the latents it leads to → other latents.
+
+  Returns:
+    The state after the step, and the clean latents that the step has estimated.
+
+  Raises:
+    ValueError: if the table asks for noise or for a variance that is not given.
+  """
+  if row.fresh is not None and fresh_noise is None:
+    raise ValueError("This sampler adds noise on its way: give solve() a fresh_noise.")
+  noisy_latents, history, memory = state
+  prediction, memory = denoise(noisy_latents, row, memory)
+  noise = prediction.noise.astype(jnp.float32)
+  latents = (noisy_latents - row.noise_scale * noise) / row.signal_scale
+  following = row.carry * noisy_latents + row.current * latents
+  for weight, before in zip(_weights_of_history(row), history, strict=True):
+    following += weight * before
+  if row.fresh is not None and fresh_noise is not None:
+    scale = row.fresh * _spread(row, prediction)
+    following += scale * fresh_noise(number).astype(jnp.float32)
+  if after_step is not None:
+    following = after_step(number, following)
+  history = (latents, *history)[: len(history)]
+  return SolverState(following, history, memory), latents
 
 
 def _weights_of_history(row: SolverTable) -> list[Array]:

@@ -28,10 +28,19 @@ from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.sample import adapters, captions, pictures, weights
+from pixsigma_jax.sample import (
+  adapters,
+  captions,
+  editing,
+  pictures,
+  weighting,
+  weights,
+)
 from pixsigma_jax.sample.encoders import RememberedCaptions, load_text_encoder
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS, Output, Pipeline
+from pixsigma_jax.sample.previews import PreviewFiles
 from pixsigma_jax.sample.program import compute_here
+from pixsigma_jax.sample.requests import steps_of, strength_of
 from pixsigma_jax.sample.setting_flags import SettingFlags
 from pixsigma_jax.sample.settings import SETTINGS, Settings, check_prompts
 from pixsigma_jax.sample.timing import Timing
@@ -58,9 +67,22 @@ _PROMPTS_FILE = flags.DEFINE_string(
   "prompts_file",
   None,
   "Prompts after those of --prompt, one a line; - for standard input. In a .jsonl file "
-  f"a line is an object: prompt, and of its own {', '.join(_OWN_SETTINGS)}.",
+  f"a line is an object: prompt, and of its own {', '.join(_OWN_SETTINGS)}, image, "
+  "mask_image, regions.",
 )
 _SETTINGS = SettingFlags()
+_IMAGE = flags.DEFINE_multi_string(
+  "image", [], "File of an image to edit; once for all prompts, or once for each."
+)
+_MASK_IMAGE = flags.DEFINE_multi_string(
+  "mask_image", [], "File that is white where the image is drawn anew; as --image."
+)
+_OWN_ARGUMENTS = ("image", "mask_image", "regions")
+_PREVIEWS = flags.DEFINE_string(
+  "previews",
+  None,
+  "Directory for a small image of each step, written over by the next.",
+)
 _SAVE_CAPTIONS = flags.DEFINE_string(
   "save_captions", None, "Also write the prompts' embeddings to this .safetensors file."
 )
@@ -111,10 +133,17 @@ def main(_: list[str]) -> None:
   if not requests:
     raise ValueError("Give --prompt=TEXT, once or more, or --prompts_file=FILE.")
   prompts = check_prompts([request["prompt"] for request in requests])
+  _give_files(requests)
   settings = Settings.of(_settings(requests))
   own = settings.of_prompts(len(prompts))
-  for sides in own:
-    pictures.check_sides(_FORMAT.value, sides["height"] or 0, sides["width"] or 0)
+  arguments = _arguments(requests)
+  sources = editing.sources(
+    arguments["image"], arguments["mask_image"], len(prompts), settings.outpaint
+  )
+  for i, (about, source) in enumerate(zip(own, sources, strict=True)):
+    sides = (about["height"] or 0, about["width"] or 0)
+    pictures.check_sides(_FORMAT.value, *(source.size if source else sides))
+    steps_of(settings.num_inference_steps, strength_of(i, about["strength"], source))
   directory = pathlib.Path(_OUTPUT.value)
   disk.check_writable(directory)
   if _SAVE_CAPTIONS.value is not None:
@@ -126,13 +155,18 @@ def main(_: list[str]) -> None:
     disk.check_writable(pathlib.Path(_SAVE_CAPTIONS.value).parent)
 
   rest = [
-    {"prompt": prompt, **about, "seed": about["seed"] + copy}
-    for prompt, about in zip(prompts, own, strict=True)
+    {
+      "prompt": prompt,
+      **about,
+      **{name: request.get(name) for name in _OWN_ARGUMENTS},
+      "seed": about["seed"] + copy,
+    }
+    for request, prompt, about in zip(requests, prompts, own, strict=True)
     for copy in range(settings.num_images_per_prompt)
   ]
   written: dict[int, pathlib.Path] = {}
   try:
-    _draw(prompts, settings, directory, written)
+    _draw(prompts, settings, arguments, directory, written)
   except KeyboardInterrupt:
     raise command.Interrupted(_way_on(rest, written, directory)) from None
 
@@ -140,6 +174,7 @@ def main(_: list[str]) -> None:
 def _draw(
   prompts: list[str],
   settings: Settings,
+  arguments: dict[str, Any],
   directory: pathlib.Path,
   written: dict[int, pathlib.Path],
 ) -> None:
@@ -155,12 +190,12 @@ def _draw(
   texts = prompts + [
     about["negative_prompt"] for about in settings.of_prompts(len(prompts))
   ]
+  for regions in filter(None, arguments["regions"]):
+    texts += [region["prompt"] for region in regions if "prompt" in region]
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
     frozen=_FROZEN.value,
-    text_encoder=_remembered(
-      texts, settings.caption_cleaning, located, compute, mesh, timing
-    ),
+    text_encoder=_remembered(texts, settings, located, compute, mesh, timing),
     compute=compute,
     batch_size=_BATCH_SIZE.value,
     mesh=mesh,
@@ -171,10 +206,13 @@ def _draw(
   )
   if loras:
     pipeline = pipeline.with_adapters(loras)
-  drawn = pipeline.stream(prompts, **asked)
+  total = len(prompts) * settings.num_images_per_prompt
+  if _PREVIEWS.value is not None:
+    previewed = PreviewFiles(pathlib.Path(_PREVIEWS.value), total)
+    arguments = {**arguments, "callback_on_step_end": previewed}
+  drawn = pipeline.stream(prompts, **asked, **arguments)
   folder = pictures.PictureFolder(directory, _FORMAT.value)
   for_grid: dict[int, tuple[Image.Image, dict[str, Any]]] = {}
-  total = len(prompts) * settings.num_images_per_prompt
   for number, picture, about in command.progress(drawn, total, "Pictures"):
     written[number] = path = folder.save(number, picture, about)
     print(path, flush=True)
@@ -215,10 +253,11 @@ def _way_on(
   path = _save_rest("".join(f"{line}\n" for line in lines), directory)
   # Captions are saved before the first picture, and would be written over by fewer.
   replaced = {"prompt", "prompts_file", "num_images_per_prompt", "save_captions"}
+  replaced |= {*_OWN_SETTINGS, *_OWN_ARGUMENTS}
   given = [
     word
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    if flag.present and flag.name not in replaced.union(_OWN_SETTINGS)
+    if flag.present and flag.name not in replaced
     for word in flag.serialize().splitlines()  # one for each time it was given
   ]
   words = ["python", "-m", "pixsigma_jax.sample", *given, f"--prompts_file={path}"]
@@ -240,6 +279,24 @@ def _save_rest(text: str, directory: pathlib.Path) -> pathlib.Path:
   raise AssertionError("numbers do not end")
 
 
+def _give_files(requests: list[dict[str, Any]]) -> None:
+  """Gives requests the images of the flags, where they have none of their own."""
+  for name, given in (("image", _IMAGE.value), ("mask_image", _MASK_IMAGE.value)):
+    without = [request for request in requests if name not in request]
+    if len(given) > 1 and len(given) != len(without):
+      raise ValueError(
+        f"--{name} is given {len(given)} times for {len(without)} prompts without one: "
+        "give it once, or once for each."
+      )
+    for i, request in enumerate(without if given else []):
+      request[name] = given[i % len(given)]
+
+
+def _arguments(requests: list[dict[str, Any]]) -> dict[str, list[Any]]:
+  """Images and regions of the prompts."""
+  return {name: [r.get(name) for r in requests] for name in _OWN_ARGUMENTS}
+
+
 def _settings(requests: list[dict[str, Any]]) -> dict[str, Any]:
   """Settings from the flags and from lines of the prompts' file."""
   values = _SETTINGS.values()
@@ -258,12 +315,20 @@ def _settings(requests: list[dict[str, Any]]) -> dict[str, Any]:
       request.get(name, flag + i * step if step else flag)
       for i, request in enumerate(requests)
     ]
+  # The flag is of the prompts that have an image.
+  strengths = values["strength"]
+  values["strength"] = [
+    None
+    if request.get("image") is None and "strength" not in request
+    else (strengths[i] if isinstance(strengths, list) else strengths)
+    for i, request in enumerate(requests)
+  ]
   return values
 
 
 def _remembered(
   texts: list[str],
-  cleaning: str,
+  settings: Settings,
   located: weights.Located,
   compute: Compute,
   mesh: Mesh | None,
@@ -279,7 +344,9 @@ def _remembered(
   frozen = located.encoders if _FROZEN.value is None else _FROZEN.value
   encoder = load_text_encoder(metadata, frozen, dtype=compute.dtype, mesh=mesh)
   length = metadata.model["caption_length"]
-  cleaned = [captions.clean_caption(text, cleaning) for text in texts]
+  cleaned = [captions.clean_caption(t, settings.caption_cleaning) for t in texts]
+  if settings.prompt_weighting:
+    cleaned = [needed for text in cleaned for needed in weighting.texts_of(text)]
   with timing.part("text encoder"):
     known = RememberedCaptions.of(encoder, cleaned, length)
   if _SAVE_CAPTIONS.value is not None:
@@ -324,10 +391,15 @@ def _request(where: str, line: str) -> dict[str, Any]:
   for name, value in request.items():
     if name == "prompt":
       continue
+    if name in _OWN_ARGUMENTS:
+      kind, what = (list, "a list") if name == "regions" else (str, "a file's path")
+      if not isinstance(value, kind):
+        raise ValueError(f"{where}: {name} must be {what}, not {value!r}.")
+      continue
     if name not in _OWN_SETTINGS:
       raise ValueError(
         f"{where} has {name!r}, which is no setting of a prompt: known are prompt, "
-        f"{', '.join(_OWN_SETTINGS)}."
+        f"{', '.join((*_OWN_SETTINGS, *_OWN_ARGUMENTS))}."
       )
     try:
       request[name] = SETTINGS[name].check_one(value)

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,28 @@ def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
   if (picture.height, picture.width) == (height, width):
     return picture
   return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def stretch(picture: Image.Image, height: int, width: int) -> Image.Image:
+  """The picture at another size, nothing cropped, whatever its aspect ratio."""
+  if (picture.height, picture.width) == (height, width):
+    return picture
+  return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def resized_array(
+  resize: Callable[[Image.Image, int, int], Image.Image],
+  image: Float[np.ndarray, "H W 3"],
+  height: int,
+  width: int,
+) -> Float[np.ndarray, "h w 3"]:
+  """As `fit` or `stretch`, of an image in [-1, 1], in full precision: from 0 to 1."""
+  image = image.astype(np.float32) / 2 + 0.5
+  if image.shape[:2] != (height, width):
+    channels = (Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0))
+    resized = [np.asarray(resize(channel, height, width)) for channel in channels]
+    image = np.stack(resized, axis=-1)
+  return np.clip(image, 0.0, 1.0)
 
 
 def next_number(directory: pathlib.Path) -> int:

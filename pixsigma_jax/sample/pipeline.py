@@ -11,9 +11,9 @@ differences:
   of `clean_caption`. One that is too long is refused, not cut at `max_sequence_length`.
 - The samplers `lcm`, `tcd` and `dmd` draw without guidance by default; a negative
   `guidance_scale` is refused, not taken for none.
-- `seed`, `sampler` and `use_karras_sigmas` stand in place of `generator`, `latents`,
-  `eta`, `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds
-  give other pictures.
+- `seed`, `sampler` and `use_karras_sigmas` stand in place of `generator`, `eta`,
+  `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds give
+  other pictures. `latents` are one array a picture, channels last.
 - `height`, `width`, `seed` and `negative_prompt` can be each prompt's own. Sides are
   multiples of a token's, where diffusers asks for multiples of 8; sizes far from the
   training's are remarked upon or refused.
@@ -25,17 +25,23 @@ differences:
   `skip_guidance_layers`, and `step_caching` are more than it has. `pag_scale` and
   `pag_applied_layers` are its `PixArtSigmaPAGPipeline`'s; layers are numbers, none of
   which stands for others too, as its "blocks.1" does for 1 and 10 … 19.
-- The network learns nothing of embeddings made elsewhere (`prompt_embeds`,
-  `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`),
-  but from a `text_encoder` such as `encoders.RememberedCaptions`.
 - `from_pretrained` is `from_checkpoint`: precision is `compute`, and files that are not
   ours are converted. `load_lora_weights` and `set_adapters`, which its PixArt pipelines
   lack and others have, return a pipeline and change none; LoRAs are always fused.
-- `stream` hands over whole pictures; there is no `callback`, `callback_steps`,
-  `output_type` or `return_dict`.
+- `image`, `mask_image` and `strength` are those of diffusers' pipelines for other
+  models; it has none to edit with Σ. The image's own size is drawn, nothing of it is
+  cropped, the mean of its posterior taken, and pixels outside of the mask stay as they
+  are. `outpaint`, `regions` and `prompt_weighting` are more than it has.
+- `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
+  `negative_prompt_attention_mask` may be shorter than the model's captions, not longer.
+- `output_type` is "pil", "np" or "latent". Pictures are always a list, latents have
+  channels last, and there is no `return_dict`.
+- `callback_on_step_end` is that of diffusers' newer pipelines, in place of `callback`
+  and `callback_steps`: see `Pipeline.stream`. `stream` hands over whole pictures.
 """
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,30 +52,43 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 from PIL import Image
 
 import pixsigma_jax
 from pixsigma_jax import checkpoint, sharding
-from pixsigma_jax.data import buckets
-from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.diffusion.solvers import SolverTable, solver_table
+from pixsigma_jax.diffusion.solvers import SolverTable, later_start, solver_table
 from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
-from pixsigma_jax.sample import captions, pictures, program, weights
+from pixsigma_jax.sample import (
+  call_arguments,
+  pictures,
+  previews,
+  program,
+  weights,
+)
 from pixsigma_jax.sample.adapters import Adapter, Adapters, read_adapter
+from pixsigma_jax.sample.call_arguments import (
+  CallArguments,
+  Embedded,
+  StepCallback,
+  StopDrawing,
+)
+from pixsigma_jax.sample.editing import digest
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
 from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
+from pixsigma_jax.sample.requests import Planner, Request
 from pixsigma_jax.sample.settings import (
   SETTINGS,
   UNGUIDED_SAMPLERS,
   Settings,
-  check_prompts,
 )
+from pixsigma_jax.sample.step_caching import Computed
 from pixsigma_jax.sample.timing import Timing
+from pixsigma_jax.sample.weighting import WeightedEncoder
 from pixsigma_jax.wording import shortened
 
 # What is made of a checkpoint's parameters before they draw.
@@ -81,19 +100,13 @@ QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
 # Sequences are padded to a multiple of this share of the training grid's tokens: the
 # buckets of a resolution, all near the same area, share two or three programs.
 _LENGTHS_PER_GRID = 16
-# Areas, relative to the training resolution's, beyond which a size is remarked upon,
-# or refused because the positions of its tokens lie too far from any that were learned.
-_UNUSUAL_AREA, _IMPOSSIBLE_AREA = 2.0, 4.5
-# Share of a picture that is cropped away, beyond which it is remarked upon; between two
-# sizes of a table it is 0.15 at most.
-_UNUSUAL_CROP = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """Images, and the settings that reproduce each."""
+  """Images, of the `output_type` that was asked for, and settings of each."""
 
-  images: list[Image.Image]
+  images: list[Any]
   settings: list[dict[str, Any]]
 
   def grid(self, columns: int | None = None) -> Image.Image:
@@ -102,18 +115,24 @@ class Output:
     return pictures.grid(self.images, columns, labels)
 
 
-class _Request(NamedTuple):
-  """One picture to make: drawn at `drawn`, then resized and cropped to its size."""
+class _Kind(NamedTuple):
+  """What images of one batch have in common, each by its own request alone.
 
-  prompt: str
-  negative_prompt: str
-  caption: str  # the prompt after cleaning
-  negative: str
-  seed: int
-  height: int
-  width: int
-  drawn: Bucket
-  grid: Grid
+  Attributes:
+    length: of the padded sequences.
+    steps: that are taken.
+    captions: of each image.
+    edited: whether there is an image to edit.
+    noised: whether the steps begin with it, under noise.
+    masked: whether parts of it are kept.
+  """
+
+  length: int
+  steps: int
+  captions: int
+  edited: bool
+  noised: bool
+  masked: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -349,32 +368,52 @@ class Pipeline:
     params = changed.applied(self.params, self.config)
     return self.replace(params=params, loras=changed)
 
-  def __call__(self, prompt: Any, **settings: Any) -> Output:
-    """Draws the prompts; settings, their defaults and errors are those of `stream`."""
-    drawn = sorted(self.stream(prompt, **settings), key=lambda item: item[0])
+  def __call__(self, prompt: Any = None, **arguments: Any) -> Output:
+    """Draws the prompts; arguments, their defaults and errors are those of `stream`.
+
+    Images that a callback has stopped are left out.
+    """
+    drawn = sorted(self.stream(prompt, **arguments), key=lambda item: item[0])
     return Output([item[1] for item in drawn], [item[2] for item in drawn])
 
   def stream(
-    self, prompt: Any, **settings: Any
-  ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
+    self, prompt: Any = None, **arguments: Any
+  ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     """Draws the prompts and hands over (number, picture, settings) as they are ready.
 
     Pictures of one size come in the order of their numbers.
 
+    `callback_on_step_end(pipeline, step, timestep, known)` is called after each call of
+    the network, one batch after the other, with a dict `known`:
+
+    - latents: of each image of the batch, `[h w c]`, as the next step takes them;
+    - clean_latents: the step's estimate of each image, for `preview`;
+    - images: the numbers of these images;
+    - num_steps: how many steps there are.
+
+    It returns None, or a dict whose latents the next step takes. `StopDrawing`, raised
+    in it, leaves these images undrawn and goes on with other batches; any other
+    exception ends the call. Steps come back to Python one by one, in a program of their
+    own, whose rounding may differ from the whole's.
+
     Args:
       prompt: one or several.
-      settings: any of `settings.SETTINGS`, which says what they are; numbers may be
-        Python's or scalars of NumPy or JAX.
+      arguments: any of `settings.SETTINGS` and `call_arguments.CALL_ARGUMENTS`, which
+        say what they are; numbers may be Python's or scalars of NumPy or JAX.
 
     Raises:
-      TypeError: there is no setting of a name.
+      TypeError: there is no argument of a name.
       ValueError: an argument is out of its range, a size does not go with the model, or
         a caption is too long. All before the first picture is begun.
-      ValueError: a picture is not made of finite numbers.
+      ValueError: a picture is not made of finite numbers, or a callback returns
+        something else.
     """
-    asked = Settings.of(settings)
-    requests = self._requests(check_prompts(prompt), asked)
-    self._check_captions([text for r in requests for text in (r.negative, r.caption)])
+    asked, given = call_arguments.split(arguments)
+    requests = self._planner.requests(given.prompts(prompt, asked), asked, given)
+    encoder = self._encoder(asked)
+    self._check_captions(
+      encoder, [c for r in requests for c in (r.negative, *r.captions)]
+    )
     table = solver_table(
       asked.sampler,
       program.SCHEDULE,
@@ -403,7 +442,23 @@ class Pipeline:
       **self.loras.about(),
     }
     threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
-    return self._draw(requests, table, guidance, threshold, asked, about)
+    return self._draw(requests, table, guidance, threshold, asked, given, about)
+
+  def preview(self, latents: Float32[np.ndarray, "h w c"]) -> Image.Image:
+    """A small image of clean latents, one pixel for each, without the decoder.
+
+    By the linear map that comes nearest to the autoencoder, see `previews.fit`; it is
+    fitted at the first call.
+    """
+    return self._previewer(latents)
+
+  @property
+  def _planner(self) -> Planner:
+    return Planner(self.config, self.autoencoder.downsampling, self.resolution)
+
+  @functools.cached_property
+  def _previewer(self) -> previews.Previewer:
+    return previews.fit(self.autoencoder)
 
   def _guidance(self, asked: Settings) -> Guidance | None:
     """What joins the branches of a prediction; None for a single branch.
@@ -441,107 +496,37 @@ class Pipeline:
     which = np.isin(np.arange(depth), chosen)
     return Weakened(jnp.float32(getattr(asked, scale)), which)
 
-  def _requests(self, prompts: list[str], asked: Settings) -> list[_Request]:
-    """One request a picture, its size checked."""
-    binned = asked.use_resolution_binning and self.resolution in buckets.BUCKETS
-    places: dict[tuple[int, int], tuple[Bucket, Grid]] = {}
-    requests = []
-    for prompt, own in zip(prompts, asked.of_prompts(len(prompts)), strict=True):
-      height, width = (
-        self.resolution if own[name] is None else own[name]
-        for name in ("height", "width")
-      )
-      if (height, width) not in places:
-        places[height, width] = self._place(height, width, binned)
-      drawn, grid = places[height, width]
-      caption, negative = (
-        captions.clean_caption(text, asked.caption_cleaning)
-        for text in (prompt, own["negative_prompt"])
-      )
-      requests += [
-        _Request(
-          prompt=prompt,
-          negative_prompt=own["negative_prompt"],
-          caption=caption,
-          negative=negative,
-          seed=own["seed"] + copy,
-          height=height,
-          width=width,
-          drawn=drawn,
-          grid=grid,
-        )
-        for copy in range(asked.num_images_per_prompt)
-      ]
-    return requests
+  def _encoder(self, asked: Settings) -> Any:
+    """The text encoder, by which prompts may have weights."""
+    encoder = self.text_encoder
+    return WeightedEncoder(encoder) if asked.prompt_weighting else encoder
 
-  def _place(self, height: int, width: int, binned: bool) -> tuple[Bucket, Grid]:
-    """The size to draw at for a picture of this size, and its token grid."""
-    drawn = Bucket(height, width)
-    if binned and min(height, width) > 0:
-      drawn = buckets.nearest(buckets.sampling_buckets(self.resolution), height, width)
-    grid = self._grid(*drawn)
-    if drawn != (height, width):
-      _remark_upon_fitting(drawn, height, width)
-    return drawn, grid
-
-  def _grid(self, height: int, width: int) -> Grid:
-    """The token grid of pictures of this size, if the model can draw them."""
-    config = self.config
-    unit = self.autoencoder.downsampling * config.patch_size
-    if min(height, width) < 1 or height % unit or width % unit:
-      near = " x ".join(
-        str(max(1, round(side / unit)) * unit) for side in (height, width)
-      )
-      raise ValueError(
-        f"A picture of {height} x {width} pixels (height x width) cannot be cut into "
-        f"tokens: both sides must be multiples of {unit}, for example {near}."
-      )
-    grid = (height // unit, width // unit)
-    count, learned = grid[0] * grid[1], config.base_size**2
-    if not 1 / _IMPOSSIBLE_AREA <= count / learned <= _IMPOSSIBLE_AREA:
-      raise ValueError(
-        f"A picture of {height} x {width} pixels (height x width) has {grid[0]} x "
-        f"{grid[1]} tokens, but the checkpoint's position embedding is laid out for "
-        f"base_size={config.base_size}, {config.base_size} x {config.base_size}: it "
-        f"would draw nothing sensible. Ask for --height and --width near "
-        f"{config.base_size * unit} x {config.base_size * unit}, or train a stage at "
-        "this size after the transform interpolate_pe with "
-        f"base_size={round(count**0.5)}."
-      )
-    area = height * width / self.resolution**2
-    if not 1 / _UNUSUAL_AREA <= area <= _UNUSUAL_AREA:
-      logging.warning(
-        "A picture of %d x %d pixels has %.2g times the area of those that this "
-        "checkpoint was trained on (%d x %d): expect it to be worse.",
-        height,
-        width,
-        area,
-        self.resolution,
-        self.resolution,
-      )
-    return grid
-
-  def _check_captions(self, captions: Sequence[str]) -> None:
+  def _check_captions(self, encoder: Any, captions: Sequence[str | Embedded]) -> None:
     length = self.config.caption_length
-    for caption in dict.fromkeys(captions):
-      if self.text_encoder.count(caption) > length:
-        self.text_encoder.encode([caption], length)  # refuses it, in its own words
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    for caption in dict.fromkeys(texts):
+      if encoder.count(caption) > length:
+        encoder.encode([caption], length)  # refuses it, in its own words
 
   def _draw(
     self,
-    requests: list[_Request],
+    requests: list[Request],
     table: SolverTable,
     guidance: Guidance | None,
     threshold: Float32[Array, ""] | None,
     asked: Settings,
+    given: CallArguments,
     settings: dict[str, Any],
-  ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
-    """Draws requests of one sequence length together, `batch_size` at a time."""
-    numbers_by_length: dict[int, list[int]] = {}
+  ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+    """Draws requests of one kind together, `batch_size` at a time."""
+    whole, steps = table, asked.num_inference_steps
+    numbers_by_kind: dict[_Kind, list[int]] = {}
     for number, request in enumerate(requests):
-      numbers_by_length.setdefault(self._length(request.grid), []).append(number)
-    for length, numbers in numbers_by_length.items():
-      passes = self._passes(length) if guidance is not None else 1
+      numbers_by_kind.setdefault(self._kind(request), []).append(number)
+    for kind, numbers in numbers_by_kind.items():
+      passes = self._passes(kind.length) if guidance is not None else 1
+      if kind.steps:
+        table = later_start(asked.sampler, whole, steps, kind.steps)
       for start in range(0, len(numbers), self.batch_size):
         chosen = numbers[start : start + self.batch_size]
         # Rows nobody asked for keep the program, and with it every rounding, the same.
@@ -550,29 +535,29 @@ class Pipeline:
           for number in chosen + chosen[-1:] * (self.batch_size - len(chosen))
         ]
         with self.timing.part("text encoder"):
-          batch = self._captions(rows)
+          encoder = self._encoder(asked)
+          batch = self._captions(encoder, rows)
           if asked.guided:
             batch |= self._negatives(
-              rows, batch["caption_mask"], asked.unconditional_mask
+              encoder, rows, batch["caption_mask"], asked.unconditional_mask
             )
-        batch |= self._images(rows, length)
-        compute = self.compute
-        with self.timing.part("transformer"):
-          if self.mesh is not None:
-            batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
-            compute = dataclasses.replace(compute, mesh=self.mesh)
-          sequences, computed = program.sample(
-            self.params,
-            batch,
-            table,
-            guidance,
-            threshold,
-            config=self.config,
-            compute=compute,
-            passes=passes,
-            cfg_zero=asked.guided and asked.guidance_method == "cfg-zero",
+        batch |= self._images(rows, kind, table)
+        watch = None
+        if given.callback_on_step_end is not None:
+          watch = functools.partial(
+            self._call_back, given.callback_on_step_end, table, chosen, rows
           )
-          sequences = np.asarray(sequences)
+        cfg_zero = asked.guided and asked.guidance_method == "cfg-zero"
+        try:
+          if kind.steps:
+            sequences, computed = self._solve(
+              batch, table, guidance, threshold, passes, cfg_zero, watch
+            )
+          else:
+            sequences, computed = batch["noise"], None
+        except StopDrawing:
+          logging.info("Stopped by the callback, and not drawn: images %s.", chosen)
+          continue
         if computed is not None:
           logging.info(
             "Step caching: a batch of %d computed %d of %d steps.",
@@ -580,7 +565,7 @@ class Pipeline:
           )
         for row, number in enumerate(chosen):
           request = requests[number]
-          picture = self._decode(sequences[row], request, number)
+          picture = self._decode(sequences[row], request, number, given.output_type)
           about = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -593,7 +578,121 @@ class Pipeline:
           }
           if computed is not None:
             about["computed_steps"] = int(computed.images[row])
+          for name, what in (
+            ("prompt_embeds", request.captions[0]),
+            ("negative_prompt_embeds", request.negative),
+          ):
+            if isinstance(what, Embedded):
+              about[f"{name}_digest"] = what.digest
+          if request.noise is not None:
+            about["latents_digest"] = digest(request.noise)
+          about |= request.about
           yield number, picture, about | settings
+
+  def _solve(
+    self,
+    batch: Batch,
+    table: SolverTable,
+    guidance: Guidance | None,
+    threshold: Float32[Array, ""] | None,
+    passes: int,
+    cfg_zero: bool,
+    watch: Callable[..., Float32[np.ndarray, "b n c"] | None] | None,
+  ) -> tuple[Float32[np.ndarray, "b n c"], Computed | None]:
+    """The latents of a batch as sequences, in one program; with `watch` step by step.
+
+    Args:
+      watch: the step's number, latents and clean latents → other latents, or None.
+    """
+    compute = self.compute
+    if self.mesh is not None:
+      batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
+      compute = dataclasses.replace(compute, mesh=self.mesh)
+    arguments = self.params, batch, table, guidance, threshold
+    static: dict[str, Any] = {
+      "config": self.config,
+      "compute": compute,
+      "passes": passes,
+      "cfg_zero": cfg_zero,
+    }
+    if watch is None:
+      with self.timing.part("transformer"):
+        sequences, computed = program.sample(*arguments, **static)
+        return np.asarray(sequences), computed
+    with self.timing.part("transformer"):
+      conditions, state = jax.block_until_ready(program.start(*arguments, **static))
+    for number in range(len(table.timesteps)):
+      with self.timing.part("transformer"):
+        state, clean = program.step(
+          *arguments, conditions, state, np.int32(number), **static
+        )
+        latents, clean = np.asarray(state.latents), np.asarray(clean)
+      changed = watch(number, latents, clean)
+      if changed is not None:
+        # Where and how they lay, or the step would be compiled anew.
+        like = state.latents
+        changed = (
+          jax.device_put(changed, like.sharding)
+          if like.committed
+          else jnp.asarray(changed)
+        )
+        state = state._replace(latents=changed)
+    caching = state.memory.caching
+    return np.asarray(state.latents), None if caching is None else caching.computed
+
+  def _call_back(
+    self,
+    callback: StepCallback,
+    table: SolverTable,
+    numbers: Sequence[int],
+    requests: Sequence[Request],
+    step: int,
+    sequences: Float32[np.ndarray, "b n c"],
+    clean: Float32[np.ndarray, "b n c"],
+  ) -> Float32[np.ndarray, "b n c"] | None:
+    """Calls a step's callback; returns the sequences if it has changed any.
+
+    Args:
+      numbers: of the images; the batch may have further rows.
+      requests: of all rows.
+    """
+    known = {
+      "latents": self._unpacked(sequences, requests[: len(numbers)]),
+      "clean_latents": self._unpacked(clean, requests[: len(numbers)]),
+      "images": list(numbers),
+      "num_steps": len(table.timesteps),
+    }
+    shapes = [image.shape for image in known["latents"]]
+    returned = callback(self, step, float(table.timesteps[step]), known)
+    latents = call_arguments.after_callback(returned, shapes)
+    if latents is None:
+      return None
+    changed = sequences.copy()
+    for row, image in enumerate(latents):
+      sequence = tokens.to_tokens(image, self.config.patch_size, self.config.window)
+      changed[row, : len(sequence)] = sequence
+    return None if np.array_equal(changed, sequences) else changed
+
+  def _unpacked(
+    self, sequences: Float32[np.ndarray, "b n c"], requests: Sequence[Request]
+  ) -> list[np.ndarray]:
+    """Latents `[h w c]` of the images of a batch."""
+    patch, window = self.config.patch_size, self.config.window
+    return [
+      tokens.from_tokens(sequence, request.grid, patch, window)
+      for sequence, request in zip(sequences, requests, strict=False)
+    ]
+
+  def _kind(self, request: Request) -> _Kind:
+    source = request.source
+    return _Kind(
+      length=self._length(request.grid),
+      steps=request.steps,
+      captions=len(request.captions),
+      edited=source is not None,
+      noised=request.about.get("strength", 1.0) < 1,
+      masked=source is not None and source.mask is not None,
+    )
 
   def _length(self, grid: Grid) -> int:
     """Tokens that a picture's sequence is padded to: a function of its size alone."""
@@ -606,18 +705,33 @@ class Pipeline:
       return int(self.guidance_passes)
     return program.passes_by_size(int(self.batch_size), length, self.mesh)
 
-  def _captions(self, requests: list[_Request]) -> Batch:
+  def _captions(self, encoder: Any, requests: list[Request]) -> Batch:
     """Captions of the network, a row for each request."""
-    embeddings, mask = self.text_encoder.encode(
-      [r.caption for r in requests], self.config.caption_length
-    )
-    return {"caption_embeddings": embeddings, "caption_mask": mask}
+    batch = {}
+    for i, name in enumerate(program.caption_names(len(requests[0].captions))):
+      embeddings, mask = self._encoded(encoder, [r.captions[i] for r in requests])
+      batch |= {f"{name}_embeddings": embeddings, f"{name}_mask": mask}
+    return batch
 
-  def _images(self, requests: list[_Request], length: int) -> Batch:
-    """Initial noise and sizes of the images of a batch."""
-    config = self.config
-    return {
-      "noise": np.stack([self._noise(r, length) for r in requests]),
+  def _encoded(
+    self, encoder: Any, captions: Sequence[str | Embedded]
+  ) -> tuple[Any, Any]:
+    """Embeddings and mask of captions, all texts or all given as embeddings."""
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    if texts:
+      return encoder.encode(texts, self.config.caption_length)
+    return tuple(map(np.stack, zip(*captions, strict=True)))
+
+  def _images(self, requests: list[Request], kind: _Kind, table: SolverTable) -> Batch:
+    """Latents to start from, sizes, masks and areas of the images of a batch.
+
+    Args:
+      table: of the steps that are taken.
+    """
+    config, length = self.config, kind.length
+    noise = np.stack([self._packed(self._noise(r), length) for r in requests])
+    batch: Batch = {
+      "noise": noise,
       "seed": np.array([r.seed for r in requests], np.uint32),
       "coordinates": np.stack(
         [_padded(tokens.coordinates(r.grid, config.window), length) for r in requests]
@@ -628,33 +742,92 @@ class Pipeline:
         [r.drawn.height / r.drawn.width for r in requests], np.float32
       ),
     }
+    if kind.captions > 1:
+      batch["areas"] = np.stack([self._areas(r, length) for r in requests])
+    if not kind.edited:
+      return batch
+    originals: dict[int, np.ndarray] = {}
+    for request in requests:  # images of one prompt share one
+      if id(request.source) not in originals:
+        latents = self._encode(request)
+        originals[id(request.source)] = self._packed(latents, length)
+    original = np.stack([originals[id(request.source)] for request in requests])
+    if kind.steps == 0:
+      batch["noise"] = original
+    elif kind.noised:
+      signal_scale, noise_scale = table.signal_scale[0], table.noise_scale[0]
+      batch["noise"] = np.float32(signal_scale) * original
+      batch["noise"] += np.float32(noise_scale) * noise
+    if kind.masked:
+      batch["original"], batch["original_noise"] = original, noise
+      batch["redrawn"] = np.stack([self._redrawn(r, length) for r in requests])
+    return batch
+
+  def _packed(
+    self, latents: Float32[np.ndarray, "h w c1"], length: int
+  ) -> Float32[np.ndarray, "n c2"]:
+    """Latents of an image as padded tokens."""
+    sequence = tokens.to_tokens(latents, self.config.patch_size, self.config.window)
+    return _padded(sequence, length)
+
+  def _spread(
+    self, values: Float32[np.ndarray, "h w"], length: int
+  ) -> Float32[np.ndarray, "n c"]:
+    """A number for each latent as padded tokens, the same for all channels."""
+    channels = self.config.in_channels
+    return self._packed(np.repeat(values[..., None], channels, axis=-1), length)
+
+  def _areas(self, request: Request, length: int) -> Float32[np.ndarray, "k n c"]:
+    assert request.weights is not None
+    return np.stack([self._spread(weights, length) for weights in request.weights])
+
+  def _redrawn(self, request: Request, length: int) -> Bool[np.ndarray, "n c"]:
+    assert request.source is not None
+    redrawn = request.source.mask_at(request.drawn, self.autoencoder.downsampling)
+    assert redrawn is not None
+    return self._spread(redrawn.astype(np.float32), length) > 0
+
+  def _encode(self, request: Request) -> Float32[np.ndarray, "h w c"]:
+    """Scaled latents of an image to edit: the mean of the posterior."""
+    assert request.source is not None
+    with self.timing.part("autoencoder"):
+      image = request.source.at(request.drawn)[None]
+      latents = np.asarray(self.autoencoder.encode(image)[0], np.float32)
+    return latents * np.float32(self.autoencoder.scaling_factor)
 
   def _negatives(
-    self, requests: list[_Request], caption_mask: Any, unconditional_mask: str
+    self,
+    encoder: Any,
+    requests: list[Request],
+    caption_mask: Any,
+    unconditional_mask: str,
   ) -> Batch:
     """Embeddings and mask of guidance's unconditional half."""
-    texts = [r.negative for r in requests]
-    embeddings, mask = map(
-      np.array, self.text_encoder.encode(texts, self.config.caption_length)
-    )
-    for row, text in enumerate(texts):
-      if not text:
+    negatives = [r.negative for r in requests]
+    embeddings, mask = map(np.array, self._encoded(encoder, negatives))
+    for row, text in enumerate(negatives):
+      if text == "":
         if self.null_caption is not None:
           embeddings[row] = np.asarray(self.null_caption)
         if unconditional_mask == "caption":
           mask[row] = caption_mask[row]
     return {"negative_embeddings": embeddings, "negative_mask": mask}
 
-  def _noise(self, request: _Request, length: int) -> Float32[np.ndarray, "n c"]:
-    """Noise of the latents' own shape, from the seed alone, as padded tokens."""
-    patch = self.config.patch_size
-    shape = (*(side * patch for side in request.grid), self.config.in_channels)
-    latents = np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
-    return _padded(tokens.to_tokens(latents, patch, self.config.window), length)
+  def _noise(self, request: Request) -> Float32[np.ndarray, "h w c"]:
+    """Initial noise of the latents' own shape, given or of the seed alone."""
+    if request.noise is not None:
+      return request.noise
+    shape = self._planner.latent_shape(request.grid)
+    return np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
 
   def _decode(
-    self, sequence: Float32[np.ndarray, "n c"], request: _Request, number: int
-  ) -> Image.Image:
+    self,
+    sequence: Float32[np.ndarray, "n c"],
+    request: Request,
+    number: int,
+    output_type: str,
+  ) -> Any:
+    """What `output_type` asks for of an image."""
     latents = tokens.from_tokens(
       sequence, request.grid, self.config.patch_size, self.config.window
     )
@@ -665,6 +838,8 @@ class Pipeline:
         "dtype overflows. Try --dtype=float32, or with "
         "--checkpoint=RUN/snapshots/STEP an earlier step."
       )
+    if output_type == "latent":
+      return latents
     # One at a time: pictures may differ in size, and large ones fill the memory.
     with self.timing.part("autoencoder"):
       latents = latents[None] / self.autoencoder.scaling_factor
@@ -675,44 +850,29 @@ class Pipeline:
         "are: the autoencoder's weights are damaged, or its dtype overflows. Try "
         "float32, or another copy of the autoencoder."
       )
-    picture = pictures.to_picture(image)
-    return pictures.fit(picture, request.height, request.width)
+    source, size = request.source, (request.height, request.width)
+    resize = pictures.fit if source is None else pictures.stretch
+    if output_type == "np":
+      array = pictures.resized_array(resize, image, *size)
+      return array if source is None else source.over_array(array)
+    picture = resize(pictures.to_picture(image), *size)
+    return picture if source is None else source.over(picture)
 
 
 # What help() and notebooks show, in place of **settings.
 Pipeline.stream.__signature__ = Pipeline.__call__.__signature__ = inspect.Signature(  # pyright: ignore
   [
     inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-    inspect.Parameter("prompt", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+    inspect.Parameter("prompt", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
     *(
-      inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=setting.default)
-      for name, setting in SETTINGS.items()
+      inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+      for name, default in (
+        *((setting.name, setting.default) for setting in SETTINGS.values()),
+        *((field.name, field.default) for field in dataclasses.fields(CallArguments)),
+      )
     ),
   ]
 )
-
-
-def _remark_upon_fitting(drawn: Bucket, height: int, width: int) -> None:
-  """Says what resizing and cropping do to a picture, unless it is hardly anything."""
-  scale = max(height / drawn.height, width / drawn.width)
-  cropped = 1 - height * width / (scale**2 * drawn.height * drawn.width)
-  remarks = []
-  if scale**2 > _UNUSUAL_AREA:
-    remarks.append(f"enlarged {scale:.3g} times, with no more detail than it had")
-  if scale**2 < 1 / _UNUSUAL_AREA:
-    remarks.append(f"reduced {1 / scale:.3g} times")
-  if cropped > _UNUSUAL_CROP:
-    remarks.append(f"cropped by {100 * cropped:.0f} %")
-  if remarks:
-    logging.warning(
-      "A picture of %d x %d pixels is drawn at %d x %d, the nearest size of this "
-      "checkpoint's training, and then %s. use_resolution_binning=False draws at the "
-      "size itself, if the model can.",
-      height,
-      width,
-      *drawn,
-      " and ".join(remarks),
-    )
 
 
 def _check_choice(name: str, value: str, known: Any) -> None:

@@ -1,13 +1,17 @@
 """One compiled program from noise to latents: the solver, guidance and the network.
 
+`sample` takes all steps in one program. `start` and `step` are the same in pieces, for
+a loop in Python that sees the latents between two steps.
+
 The branches of guidance, without and with the prompt and perhaps with a weakened
 network, go through the network as one batch or one after the other. Arrays of the
 network therefore begin with two axes, `[passes rows …]`; laid end to end these are the
 branches, the unconditional first.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -26,7 +30,15 @@ from pixsigma_jax.diffusion.guidance import (
   scale_within,
 )
 from pixsigma_jax.diffusion.schedule import linear_schedule
-from pixsigma_jax.diffusion.solvers import Prediction, SolverTable, solve_remembering
+from pixsigma_jax.diffusion.solvers import (
+  Prediction,
+  RememberingDenoiser,
+  SolverState,
+  SolverTable,
+  solve_remembering,
+  start_state,
+  take_step,
+)
 from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.conditions import Conditions
@@ -113,7 +125,10 @@ def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
   return 1 if rows // devices * length <= _TOKENS_OF_ONE_BATCH else 2
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "passes", "cfg_zero"))
+_STATIC = ("config", "compute", "passes", "cfg_zero")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def sample(
   params: Any,
   batch: Batch,
@@ -131,7 +146,11 @@ def sample(
   Args:
     batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
       `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
-      caption_mask `[b t]`; and negative_embeddings, negative_mask for guidance.
+      caption_mask `[b t]`; negative_embeddings, negative_mask for guidance; and to
+      keep parts of an image, original `[b n c]`, its scaled latents, original_noise
+      `[b n c]`, the noise over them, and redrawn, bool `[b n c]`, what is not kept.
+      With k captions for each image, areas `[b k n c]` are the weights of their
+      predictions, and region_1_embeddings, region_1_mask … the others than the first.
     threshold: of step caching; None computes every step and remembers nothing.
     passes: 2 takes the branches of guidance one after the other; 1 without guidance.
     cfg_zero: join predictions by `guide_from_optimal`.
@@ -139,113 +158,321 @@ def sample(
   Returns:
     The latents; with step caching, how many steps were computed.
   """
+  _log_compilation("sampler", batch, table, guidance, passes)
+  drawing = _Drawing(
+    params, batch, table, guidance, threshold, config, compute, passes, cfg_zero
+  )
+  latents, memory = solve_remembering(
+    drawing.denoiser(drawing.conditions()),
+    batch["noise"],
+    table,
+    drawing.fresh_noise,
+    drawing.nothing_remembered(),
+    drawing.after_step(),
+  )
+  return latents, None if memory.caching is None else memory.caching.computed
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def start(
+  params: Any,
+  batch: Batch,
+  table: SolverTable,
+  guidance: Guidance | None,
+  threshold: Any = None,
+  *,
+  config: PixArtConfig,
+  compute: Compute,
+  passes: int,
+  cfg_zero: bool = False,
+) -> tuple[Batch, SolverState]:
+  """What `sample` works out before its first step; `step` goes on from there.
+
+  Arguments are those of `sample`.
+
+  Returns:
+    What the network is conditioned on, and the state before the first step.
+  """
+  drawing = _Drawing(
+    params, batch, table, guidance, threshold, config, compute, passes, cfg_zero
+  )
+  memory = drawing.nothing_remembered()
+  return drawing.conditions(), start_state(batch["noise"], table, memory)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def step(
+  params: Any,
+  batch: Batch,
+  table: SolverTable,
+  guidance: Guidance | None,
+  threshold: Any,
+  conditions: Batch,
+  state: SolverState,
+  number: Any,
+  *,
+  config: PixArtConfig,
+  compute: Compute,
+  passes: int,
+  cfg_zero: bool = False,
+) -> tuple[SolverState, Float32[Array, "b n c"]]:
+  """One step of `sample`, for a loop that looks at latents in between.
+
+  Compiled once, whatever the number of steps: `number` is traced. Other arguments are
+  those of `sample`, and what `start` has returned.
+
+  Returns:
+    The next state, and the clean latents as the step has estimated them.
+  """
+  _log_compilation("sampler's step", batch, table, guidance, passes)
+  drawing = _Drawing(
+    params, batch, table, guidance, threshold, config, compute, passes, cfg_zero
+  )
+  row = jax.tree.map(lambda column: column[number], table)
+  denoise = drawing.denoiser(conditions)
+  return take_step(
+    denoise, state, number, row, drawing.fresh_noise, drawing.after_step()
+  )
+
+
+def _log_compilation(
+  what: str, batch: Batch, table: SolverTable, guidance: Guidance | None, passes: int
+) -> None:
+  """Runs once a shape, when a program is traced."""
   rows, length, _ = batch["noise"].shape
-  # Runs once a shape, when it is traced.
   logging.info(
-    "Compiling the sampler: batch %d of %d tokens, %d steps, %s.",
-    *(rows, length, len(table.timesteps)),
+    "Compiling the %s: batch %d of %d tokens, %d steps, %s.",
+    *(what, rows, length, len(table.timesteps)),
     "without guidance"
     if guidance is None
     else f"with guidance in {('one batch', 'two passes')[passes - 1]}",
   )
-  names = ("coordinates", "grid", "image_size", "aspect_ratio")
-  guided = guidance is not None and guidance.scale is not None
-  weakened = (
-    {}
-    if guidance is None
-    else {
-      name: kind
-      for name, kind in (
-        ("identity_attention", guidance.perturbed),
-        ("skipped", guidance.skipped),
-      )
-      if kind is not None
-    }
-  )
-  captions = ["negative"] * guided + ["caption"] * (1 + len(weakened))
-  branches = len(captions)
-  passes = branches if passes == 2 else 1
 
-  def by_pass(*of_branches: Array) -> Array:
+
+def caption_names(count: int) -> list[str]:
+  """Names under which a batch has its captions: the prompt's, then of regions."""
+  return ["caption", *(f"region_{i}" for i in range(1, count))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawing:
+  """The parts of `sample`, whose arguments these are."""
+
+  params: Any
+  batch: Batch
+  table: SolverTable
+  guidance: Guidance | None
+  threshold: Any
+  config: PixArtConfig
+  compute: Compute
+  passes: int
+  cfg_zero: bool
+
+  @property
+  def guided(self) -> bool:
+    """Whether there is an unconditional branch."""
+    return self.guidance is not None and self.guidance.scale is not None
+
+  @functools.cached_property
+  def weakened(self) -> dict[str, Weakened]:
+    """Weakened networks, by the condition that says which layers."""
+    if self.guidance is None:
+      return {}
+    kinds = {
+      "identity_attention": self.guidance.perturbed,
+      "skipped": self.guidance.skipped,
+    }
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+  @property
+  def regions(self) -> int:
+    """Number of captions whose predictions are averaged, one for each region."""
+    return self.batch["areas"].shape[1] if "areas" in self.batch else 1
+
+  @property
+  def captions(self) -> list[str]:
+    """The captions of the branches, in their order."""
+    own = caption_names(self.regions)
+    return ["negative"] * self.guided + own * (1 + len(self.weakened))
+
+  def averaged(self, predictions: Sequence[Array]) -> Array:
+    """Predictions of all regions as one, each weighing what its region does there."""
+    if len(predictions) == 1:
+      return predictions[0]
+    areas = self.batch["areas"]
+    weighted = [areas[:, i] * one for i, one in enumerate(predictions)]
+    return functools.reduce(jnp.add, weighted)
+
+  def by_pass(self, *of_branches: Array) -> Array:
+    """Arrays `[rows …]` of the branches as `[passes rows …]`."""
     stacked = jnp.stack(of_branches)
+    passes = len(self.captions) if self.passes == 2 else 1
     return stacked.reshape(passes, -1, *stacked.shape[2:])
 
-  params = laid_out(params, compute)
-  given = {name: by_pass(*[batch[name]] * branches) for name in names}
-  embeddings, mask = (
-    by_pass(*(batch[f"{branch}_{what}"] for branch in captions))
-    for what in ("embeddings", "mask")
-  )
-  given["caption_mask"] = mask
-  given["caption_kv"] = _each_pass(
-    lambda *captions: caption_keys_values(params, config, compute, *captions),
-    *(embeddings, mask),
-  )
-  for branch, (name, kind) in enumerate(weakened.items(), branches - len(weakened)):
-    whole = jnp.zeros((rows, config.depth), bool)
-    weak = jnp.broadcast_to(kind.layers, whole.shape)
-    given[name] = by_pass(*(weak if i == branch else whole for i in range(branches)))
-  token_mask = tokens.token_mask(batch["grid"], length)
-  model = PixArt(config, compute)
-
-  def denoise(
-    noisy_latents: Array, row: SolverTable, memory: _Memory
-  ) -> tuple[Prediction, _Memory]:
-    timestep, caching, average = row.timesteps, memory.caching, memory.average
-
-    def call(method: str, *arguments: Any) -> Any:
-      return model.apply(
-        {"params": params},
-        *arguments,
-        # Random token discarding: a new draw at each step, shared by all images.
-        rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
-        method=method,
+  def conditions(self) -> Batch:
+    """What the network is conditioned on in every step."""
+    config, compute, batch = self.config, self.compute, self.batch
+    branches = len(self.captions)
+    params = laid_out(self.params, compute)
+    names = ("coordinates", "grid", "image_size", "aspect_ratio")
+    given = {name: self.by_pass(*[batch[name]] * branches) for name in names}
+    embeddings, mask = (
+      self.by_pass(*(batch[f"{caption}_{what}"] for caption in self.captions))
+      for what in ("embeddings", "mask")
+    )
+    given["caption_mask"] = mask
+    given["caption_kv"] = _each_pass(
+      lambda *captions: caption_keys_values(params, config, compute, *captions),
+      *(embeddings, mask),
+    )
+    regions = self.regions
+    first = branches - regions * len(self.weakened)
+    for name, kind in self.weakened.items():
+      whole = jnp.zeros((len(batch["noise"]), config.depth), bool)
+      weak = jnp.broadcast_to(kind.layers, whole.shape)
+      given[name] = self.by_pass(
+        *(weak if first <= i < first + regions else whole for i in range(branches))
       )
+      first += regions
+    return given
 
-    def at_step(given: Batch) -> Conditions:
-      return Conditions(timesteps=jnp.full(len(given["grid"]), timestep), **given)
-
-    def network(noisy: Array, given: Batch) -> Array:
-      return call("on_tokens", noisy, at_step(given))
-
-    def first_block(noisy: Array, given: Batch) -> tuple[Array, Any, Array]:
-      conditions = at_step(given)
-      before, embedded = call("enter", noisy, conditions)
-      x = call("go_through", range(1), before, embedded, conditions)
-      return x, embedded, x - before
-
-    def other_blocks(x: Array, embedded: Any, given: Batch) -> Array:
-      others = range(1, config.depth)
-      return call("go_through", others, x, embedded, at_step(given)) - x
-
-    noisy = by_pass(*[noisy_latents] * branches)
-    if threshold is None:
-      output = _each_pass(network, noisy, given)
-    else:
-      x, embedded, first = _each_pass(first_block, noisy, given)
-      x, caching = step_caching.add_rest(
-        caching,
-        x,
-        first,
-        lambda: _each_pass(other_blocks, x, embedded, given),
-        token_mask,
-        threshold,
+  def nothing_remembered(self) -> _Memory:
+    """The memory before the first step."""
+    memory = _Memory(caching=None, average=None)
+    rows, length, _ = self.batch["noise"].shape
+    if self.threshold is not None:
+      branches = len(self.captions)
+      passes = branches if self.passes == 2 else 1
+      shape = (passes, branches * rows // passes, length, self.config.width)
+      memory = memory._replace(caching=step_caching.nothing_yet(shape, rows))
+    if self.guidance is not None and self.guidance.projection is not None:
+      memory = memory._replace(
+        average=jnp.zeros(self.batch["noise"].shape, jnp.float32)
       )
-      output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
-    output = output.reshape(branches * rows, *output.shape[2:])
-    noise, logits = split_prediction(output, config)
-    memory = _Memory(caching, average)
-    if guidance is None:
-      return Prediction(noise, logits), memory
-    predictions = jnp.split(noise, branches)
-    unconditional = predictions.pop(0) if guided else None
-    noise, *weak = predictions
-    logits = None if logits is None else jnp.split(logits, branches)[guided]
+    return memory
+
+  def fresh_noise(self, step: Array) -> Float32[Array, "b n c"]:
+    """Noise of a step: of the image's seed and the step alone.
+
+    The first noise is of the seed itself.
+    """
+    shape = self.batch["noise"].shape[1:]
+    return jax.vmap(
+      lambda seed: jax.random.normal(
+        jax.random.fold_in(jax.random.key(seed), step), shape
+      )
+    )(self.batch["seed"])
+
+  def after_step(self) -> Callable[[Array, Array], Array] | None:
+    """Puts back what is kept of an image, under the noise that the next step expects.
+
+    After the last step there is none. With one noise for all steps (RePaint, Lugmayr
+    et al. 2022, equation 8, but for that: as diffusers' inpainting has it).
+    """
+    if "redrawn" not in self.batch:
+      return None
+    original, noise, redrawn = (
+      self.batch[name] for name in ("original", "original_noise", "redrawn")
+    )
+    signal_scale = jnp.append(self.table.signal_scale[1:], 1.0)
+    noise_scale = jnp.append(self.table.noise_scale[1:], 0.0)
+
+    def put_back(number: Array, latents: Array) -> Array:
+      kept = signal_scale[number] * original + noise_scale[number] * noise
+      return jnp.where(redrawn, latents, kept)
+
+    return put_back
+
+  def denoiser(self, given: Batch) -> RememberingDenoiser:
+    """The network with its guidance; `given` is what `conditions` says."""
+    config, guidance, threshold = self.config, self.guidance, self.threshold
+    rows, length, _ = self.batch["noise"].shape
+    branches = len(self.captions)
+    params = laid_out(self.params, self.compute)
+    token_mask = tokens.token_mask(self.batch["grid"], length)
+    model = PixArt(config, self.compute)
+
+    def denoise(
+      noisy_latents: Array, row: SolverTable, memory: _Memory
+    ) -> tuple[Prediction, _Memory]:
+      timestep, caching, average = row.timesteps, memory.caching, memory.average
+
+      def call(method: str, *arguments: Any) -> Any:
+        return model.apply(
+          {"params": params},
+          *arguments,
+          # Random token discarding: a new draw at each step, shared by all images.
+          rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
+          method=method,
+        )
+
+      def at_step(given: Batch) -> Conditions:
+        return Conditions(timesteps=jnp.full(len(given["grid"]), timestep), **given)
+
+      def network(noisy: Array, given: Batch) -> Array:
+        return call("on_tokens", noisy, at_step(given))
+
+      def first_block(noisy: Array, given: Batch) -> tuple[Array, Any, Array]:
+        conditions = at_step(given)
+        before, embedded = call("enter", noisy, conditions)
+        x = call("go_through", range(1), before, embedded, conditions)
+        return x, embedded, x - before
+
+      def other_blocks(x: Array, embedded: Any, given: Batch) -> Array:
+        others = range(1, config.depth)
+        return call("go_through", others, x, embedded, at_step(given)) - x
+
+      noisy = self.by_pass(*[noisy_latents] * branches)
+      if threshold is None:
+        output = _each_pass(network, noisy, given)
+      else:
+        x, embedded, first = _each_pass(first_block, noisy, given)
+        x, caching = step_caching.add_rest(
+          caching,
+          x,
+          first,
+          lambda: _each_pass(other_blocks, x, embedded, given),
+          token_mask,
+          threshold,
+        )
+        output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
+      output = output.reshape(branches * rows, *output.shape[2:])
+      noise, logits = split_prediction(output, config)
+      if branches == 1:
+        return Prediction(noise, logits), _Memory(caching, average)
+      predictions = jnp.split(noise, branches)
+      own = slice(self.guided, self.guided + self.regions)
+      if logits is not None:
+        logits = self.averaged(jnp.split(logits, branches)[own])
+      if guidance is None:
+        noise = self.averaged(predictions)
+        return Prediction(noise, logits), _Memory(caching, average)
+      noise, average = self._guide(
+        guidance, predictions, noisy_latents, row, average, token_mask
+      )
+      return Prediction(noise, logits), _Memory(caching, average)
+
+    return denoise
+
+  def _guide(
+    self,
+    guidance: Guidance,
+    predictions: list[Array],
+    noisy_latents: Array,
+    row: SolverTable,
+    average: Any,
+    token_mask: Array,
+  ) -> tuple[Array, Any]:
+    """The branches' noise joined to one, and the average that `apg` remembers."""
+    unconditional, *predictions = predictions if self.guided else (None, *predictions)
+    kinds = range(0, len(predictions), self.regions)
+    noise, *weak = (self.averaged(predictions[i : i + self.regions]) for i in kinds)
 
     def scale_now(
       scale: Any, outside: float, low: Any = guidance.low, high: Any = guidance.high
     ) -> Array:
-      return scale_within(timestep, scale, low, high, SCHEDULE.num_timesteps, outside)
+      total = SCHEDULE.num_timesteps
+      return scale_within(row.timesteps, scale, low, high, total, outside)
 
     joined = noise
     if unconditional is not None:
@@ -260,36 +487,15 @@ def sample(
           **guidance.projection._asdict(),
         )
         joined = (noisy_latents - row.signal_scale * clean) / row.noise_scale
-      elif cfg_zero:
+      elif self.cfg_zero:
         joined = guide_from_optimal(unconditional, noise, scale, token_mask)
-      elif table.spread is None:
+      elif self.table.spread is None:
         joined = guide(unconditional, noise, scale)
       else:  # as the reference's `forward_with_cfg`, which only this sampler calls
-        joined = guide_first_three(unconditional, noise, scale, config.in_channels)
-    for prediction, kind in zip(weak, weakened.values(), strict=True):
+        joined = guide_first_three(unconditional, noise, scale, self.config.in_channels)
+    for prediction, kind in zip(weak, self.weakened.values(), strict=True):
       joined = guide_away(joined, noise, prediction, scale_now(kind.scale, 0.0))
-    noise = rescale(joined, noise, guidance.rescale, token_mask)
-    return Prediction(noise, logits), _Memory(caching, average)
-
-  def fresh_noise(step: Array) -> Array:
-    # Of the image's seed and the step alone: the first noise is of the seed itself.
-    shape = batch["noise"].shape[1:]
-    return jax.vmap(
-      lambda seed: jax.random.normal(
-        jax.random.fold_in(jax.random.key(seed), step), shape
-      )
-    )(batch["seed"])
-
-  memory = _Memory(caching=None, average=None)
-  if threshold is not None:
-    shape = (passes, branches * rows // passes, length, config.width)
-    memory = memory._replace(caching=step_caching.nothing_yet(shape, rows))
-  if guidance is not None and guidance.projection is not None:
-    memory = memory._replace(average=jnp.zeros(batch["noise"].shape, jnp.float32))
-  latents, memory = solve_remembering(
-    denoise, batch["noise"], table, fresh_noise, memory
-  )
-  return latents, None if memory.caching is None else memory.caching.computed
+    return rescale(joined, noise, guidance.rescale, token_mask), average
 
 
 def _clean(row: SolverTable, noisy_latents: Array, noise: Array) -> Array:

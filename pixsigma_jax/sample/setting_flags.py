@@ -9,6 +9,7 @@ from pixsigma_jax.sample.settings import (
   SETTINGS,
   Choice,
   Interval,
+  Margins,
   Number,
   Setting,
   Switch,
@@ -59,7 +60,7 @@ def _define(setting: Setting, default: Any) -> flags.FlagHolder[Any]:
       return flags.DEFINE_list(
         name, [f"{end:g}" for end in default], help_, **of_command
       )
-    case WholeList():
+    case WholeList() | Margins():
       help_ += " Separated by commas."
       return flags.DEFINE_list(name, default, help_, **of_command)
     case Number():
@@ -80,6 +81,8 @@ def _of_list(name: str, value: Any) -> Any:
       number, what = float, "two numbers, LOW,HIGH"
     case WholeList() if value is not None:
       number, what = int, "whole numbers, such as 14 or 7,8,9"
+    case Margins() if value is not None:
+      number, what = int, "four whole numbers, LEFT,TOP,RIGHT,BOTTOM"
     case _:
       return value
   try:

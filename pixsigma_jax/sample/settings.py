@@ -29,20 +29,9 @@ NOT_OF_DIFFUSERS: dict[str, str] = {
   "sigmas": "give num_inference_steps, timesteps or use_karras_sigmas",
   "eta": "give a sampler: ddim adds no noise, euler-ancestral and dpm++-sde do",
   "generator": "give seed",
-  "latents": "give seed",
-  **dict.fromkeys(
-    (
-      "prompt_embeds",
-      "prompt_attention_mask",
-      "negative_prompt_embeds",
-      "negative_prompt_attention_mask",
-    ),
-    "give the pipeline a text_encoder of its own, such as RememberedCaptions",
-  ),
-  "output_type": "pictures are PIL images",
   "return_dict": "calling a pipeline returns an Output",
-  "callback": "take pictures from Pipeline.stream as they are ready",
-  "callback_steps": "take pictures from Pipeline.stream as they are ready",
+  "callback": "give callback_on_step_end",
+  "callback_steps": "give callback_on_step_end",
   "clean_caption": "give caption_cleaning",
   "max_sequence_length": "it is the model's caption_length",
 }
@@ -138,6 +127,20 @@ class WholeList:
 
 
 @dataclasses.dataclass(frozen=True)
+class Margins:
+  """Four whole numbers, 0 or more: of the left, above, of the right, below."""
+
+  def check(self, name: str, value: Any) -> tuple[int, ...]:
+    """The value as Python's own; see `Setting.check`."""
+    if not isinstance(value, list | tuple) or len(value) != 4:
+      raise ValueError(
+        f"{name} must be four whole numbers, left, top, right and bottom, not "
+        f"{value!r}."
+      )
+    return tuple(Whole(0).check(name, plain(side)) for side in value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
   """One of several names."""
 
@@ -163,7 +166,9 @@ class Switch:
     return value
 
 
-Kind: TypeAlias = Text | Whole | Number | Interval | WholeList | Choice | Switch
+Kind: TypeAlias = (
+  Text | Whole | Number | Interval | WholeList | Margins | Choice | Switch
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +365,22 @@ class Settings:
     "Draw at the nearest size of the training, then resize and crop; without effect at "
     "resolutions that have no table of sizes.",
   )
+  strength: float | tuple[float | None, ...] | None = _setting(
+    None,
+    Number(1.0),
+    "Share of the steps that change the image given: 1 draws it anew, 0 only encodes "
+    "and decodes it.",
+    of_a_prompt=True,
+    optional=True,
+    default_is="0.8; 1 with mask_image or outpaint",
+  )
+  outpaint: tuple[int, ...] | None = _setting(
+    None,
+    Margins(),
+    "Pixels to draw around the image given: left, top, right, bottom.",
+    optional=True,
+    default_is="none",
+  )
   unconditional_mask: str = _setting(
     "caption",
     Choice(UNCONDITIONAL_MASKS),
@@ -369,10 +390,18 @@ class Settings:
   caption_cleaning: str = _setting(
     "raw", Choice(tuple(captions.MODES)), "What is done to prompts."
   )
+  prompt_weighting: bool = _setting(
+    False, Switch(), "Read (a red seven:1.3) as a weight of these words."
+  )
 
   def __post_init__(self):
     for name, setting in SETTINGS.items():
       object.__setattr__(self, name, setting.check(getattr(self, name)))
+    if self.prompt_weighting and self.caption_cleaning == "clean":
+      raise ValueError(
+        "caption_cleaning=clean takes out the parentheses that prompt_weighting reads: "
+        "give raw or lower."
+      )
     check_time_grid(self.sampler, self.timesteps, self.use_karras_sigmas)
     if self.timesteps is not None:
       object.__setattr__(self, "num_inference_steps", len(self.timesteps))

@@ -26,6 +26,11 @@ _SECTIONS = {
   "unconditional_mask": "Guidance and masks",
   "caption_cleaning": "Prompts",
 }
+_EDITING = {
+  "strength": "from-an-image",
+  "outpaint": "around-an-image",
+  "prompt_weighting": "weights-of-words",
+}
 _PROMPT = "| `prompt` | required | A text or several. |\n"
 
 
@@ -41,6 +46,8 @@ def table():
       text += f" One of {', '.join(f'`{n}`' for n in setting.kind.names)}."
     if setting.of_a_prompt and name != "seed":
       text += " One for all prompts, or a list with one for each."
+    if name in _EDITING:
+      text += f" See [editing.md](editing.md#{_EDITING[name]})."
     if name in _SECTIONS:
       section = _SECTIONS[name]
       text += f" See [{section}](#{section.lower().replace(' ', '-')})."

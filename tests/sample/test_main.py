@@ -411,3 +411,88 @@ def test_after_ctrl_c_before_the_first_picture_the_same_command_draws_them(
     "draws them.\n"
   )
   assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------ editing
+
+
+@pytest.fixture
+def photograph(tmp_path):
+  """A file, and a mask beside it whose right half is white."""
+  draw = np.random.default_rng(0)
+  image = Image.fromarray(draw.integers(0, 256, (8, 8, 3)).astype(np.uint8))
+  image.save(tmp_path / "photograph.png")
+  mask = Image.new("L", (8, 8))
+  mask.paste(255, (4, 0, 8, 8))
+  mask.save(tmp_path / "mask.png")
+  return tmp_path / "photograph.png", tmp_path / "mask.png"
+
+
+def test_an_image_is_painted_inside_of_a_mask_and_previews_show_how(
+  sample, photograph, tmp_path
+):
+  image, mask = photograph
+  done = sample(
+    *(f"--image={image}", f"--mask_image={mask}", "--prompt=a one"),
+    *(f"--output={tmp_path / 'out'}", f"--previews={tmp_path / 'previews'}"),
+  )
+  assert done.code == 0, done.err
+  with Image.open(image) as before, Image.open(tmp_path / "out/00000.png") as after:
+    ours, theirs = np.asarray(after), np.asarray(before)
+  np.testing.assert_array_equal(ours[:, :4], theirs[:, :4])
+  assert (ours[:, 4:] != theirs[:, 4:]).any()
+  about = settings_of(tmp_path / "out/00000.png")
+  assert (about["image_name"], about["strength"]) == ("photograph.png", 1.0)
+  with Image.open(tmp_path / "previews/00000.png") as preview:
+    assert preview.size == (8, 8)
+
+
+def test_lines_of_json_have_images_masks_strengths_and_regions(
+  sample, photograph, tmp_path
+):
+  image, mask = map(str, photograph)
+  lines = [
+    {"prompt": "a one", "image": image, "strength": 0.5},
+    {"prompt": "a two", "image": image, "mask_image": mask},
+    {"prompt": "(a:1.2) b", "regions": [{"prompt": "a blue", "box": [0, 0, 4, 8]}]},
+  ]
+  (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  done = sample(
+    f"--prompts_file={tmp_path / 'lines.jsonl'}",
+    *("--prompt_weighting", f"--output={tmp_path / 'out'}"),
+  )
+  assert done.code == 0, done.err
+  about = [settings_of(tmp_path / f"out/0000{i}.png") for i in range(3)]
+  assert [one.get("strength") for one in about] == [0.5, 1.0, None]
+  assert about[2]["regions"] == [
+    {"prompt": "a blue", "weight": 1.0, "box": [0, 0, 4, 8]}
+  ]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--mask_image={mask}"], "mask_image is of an image, and prompt 0 has none"),
+    (["--image={mask}", "--image={mask}"], "--image is given 2 times for 1 prompts"),
+    (["--image={mask}.png"], "image: there is no file"),
+    (["--image={mask}", "--strength=0.1"], "strength=0.1 of num_inference_steps=2 is"),
+    (["--outpaint=1,2", "--image={mask}"], "outpaint must be four whole numbers"),
+    (["--outpaint=a", "--image={mask}"], "--outpaint=a must be four whole numbers, LE"),
+  ],
+)
+def test_edits_that_cannot_be_are_refused_before_weights_are_read(
+  sample, photograph, tmp_path, arguments, message
+):
+  given = [argument.format(mask=photograph[1]) for argument in arguments]
+  done = sample(
+    *given, "--prompt=a", f"--output={tmp_path / 'out'}", checkpoint="nowhere"
+  )
+  assert (done.code, message in done.err) == (1, True), done.err
+
+
+def test_a_lines_image_must_be_a_path(sample, tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"prompt": "a", "image": 3}')
+  done = sample(
+    f"--prompts_file={tmp_path / 'a.jsonl'}", f"--output={tmp_path / 'out'}"
+  )
+  assert "a.jsonl:1: image must be a file's path, not 3" in done.err

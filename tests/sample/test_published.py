@@ -27,6 +27,7 @@ from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures, program
 from pixsigma_jax.sample.encoders import RememberedCaptions
+from pixsigma_jax.sample.weighting import WeightedEncoder
 from tests import commands
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
@@ -452,7 +453,7 @@ def test_noise_on_the_way_is_new_in_every_step_and_of_the_seed_alone(ours, monke
   unique = iter(range(31, 40))  # numbers of steps that no other test has compiled
 
   def fresh(step, seed, pipeline=ours):
-    def stand_in(_denoise, _noisy, _table, fresh_noise, memory):
+    def stand_in(_denoise, _noisy, _table, fresh_noise, memory, _after_step):
       return fresh_noise(jnp.int32(step)), memory
 
     monkeypatch.setattr(program, "solve_remembering", stand_in)
@@ -467,3 +468,32 @@ def test_noise_on_the_way_is_new_in_every_step_and_of_the_seed_alone(ours, monke
     assert abs(np.corrcoef(one.ravel(), another.ravel())[0, 1]) < 0.3
   np.testing.assert_array_equal(first, fresh(0, 5))
   assert abs(first.std() - 1) < 0.2
+
+
+def test_a_vaes_round_trip_is_strength_0_and_what_a_mask_keeps_is_the_images(ours):
+  draw = np.random.default_rng(0)
+  image = draw.integers(0, 256, (64, 96, 3)).astype(np.uint8)
+  there = ours.autoencoder.encode(image[None].astype(np.float32) / 127.5 - 1)
+  truth = pictures.to_picture(np.asarray(ours.autoencoder.decode(there)[0]))
+  unchanged, vaes = (ours(PROMPTS[0], image=image, strength=0).images[0], truth)
+  levels = np.abs(np.asarray(unchanged, int) - np.asarray(vaes, int))
+  assert levels.max() <= 1  # scaled and back, which may round to the next level
+  mask = np.zeros((64, 96), bool)
+  mask[:, 50:] = True
+  edit = {"image": image, "mask_image": mask, "num_inference_steps": 3}
+  drawn = np.asarray(ours(PROMPTS[0], **edit).images[0])
+  np.testing.assert_array_equal(drawn[~mask], image[~mask])
+  assert (drawn[mask] != image[mask]).mean() > 0.5
+
+
+def test_a_weight_moves_the_tokens_of_its_words_alone(ours):
+  encoder = WeightedEncoder(ours.text_encoder)
+  weighed, plain, empty = (
+    encoder.encode([text], LENGTH)[0][0]
+    for text in ("a (red fox:1.4) in the snow", PROMPTS[0], "")
+  )
+  first, last = (ours.text_encoder.count(t) - 1 for t in ("a", "a red fox"))
+  moved = np.abs(weighed - plain).max(axis=-1) > 0
+  assert np.flatnonzero(moved).tolist() == list(range(first, last))
+  truth = empty + np.float32(1.4) * (plain - empty)
+  np.testing.assert_allclose(weighed[first:last], truth[first:last], rtol=0, atol=1e-5)

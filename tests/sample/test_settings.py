@@ -11,6 +11,7 @@ import pytest
 from diffusers import PixArtSigmaPipeline
 
 from pixsigma_jax.sample import Pipeline, pictures, pipeline
+from pixsigma_jax.sample.call_arguments import CALL_ARGUMENTS, CallArguments
 from pixsigma_jax.sample.settings import (
   NOT_OF_DIFFUSERS,
   SETTINGS,
@@ -45,8 +46,8 @@ def test_numbers_of_any_library_are_pythons(name, kind):
 def test_each_prompts_own_values_may_be_an_array(make):
   settings = Settings(seed=make(range(4, 6)), height=[np.int64(8), None])
   assert settings.of_prompts(2) == [
-    {"negative_prompt": "", "height": 8, "width": None, "seed": 4},
-    {"negative_prompt": "", "height": None, "width": None, "seed": 5},
+    {"negative_prompt": "", "height": 8, "width": None, "strength": None, "seed": 4},
+    {"negative_prompt": "", "height": None, "width": None, "strength": None, "seed": 5},
   ]
   json.dumps(settings.of_prompts(2))
 
@@ -167,27 +168,31 @@ def test_samplers_of_few_steps_draw_without_guidance_unless_it_is_asked_for():
 def test_the_pipelines_signature_has_every_setting_and_its_default():
   for call in (Pipeline.stream, Pipeline.__call__):
     parameters = list(inspect.signature(call).parameters.values())
-    assert [p.name for p in parameters] == ["self", "prompt", *SETTINGS]
-    assert [p.default for p in parameters[2:]] == [
-      setting.default for setting in SETTINGS.values()
-    ]
+    names = [p.name for p in parameters]
+    assert names == ["self", "prompt", *SETTINGS, *CALL_ARGUMENTS]
+    assert {p.name: p.default for p in parameters[2:]} == {
+      **{name: setting.default for name, setting in SETTINGS.items()},
+      **vars(CallArguments()),
+    }
 
 
 def test_every_difference_from_diffusers_is_written_down():
   theirs = inspect.signature(PixArtSigmaPipeline.__call__).parameters
   names = set(theirs) - {"self", "prompt", "kwargs"}
-  assert set(NOT_OF_DIFFUSERS) == names - set(SETTINGS)
-  for name in (*NOT_OF_DIFFUSERS, *(set(SETTINGS) - names)):
+  ours = {*SETTINGS, *CALL_ARGUMENTS}
+  assert set(NOT_OF_DIFFUSERS) == names - ours
+  for name in (*NOT_OF_DIFFUSERS, *(ours - names)):
     assert f"`{name}`" in pipeline.__doc__, name
   # Where both have an argument, it has the same default.
-  for name in names & set(SETTINGS):
-    assert theirs[name].default == getattr(Settings(), name), name
+  for name in names & ours:
+    of = Settings() if name in SETTINGS else CallArguments()
+    assert theirs[name].default == getattr(of, name), name
 
 
 def test_an_argument_of_diffusers_that_there_is_not_says_what_to_do():
-  with pytest.raises(TypeError, match=r"no setting 'generator': give seed\."):
+  with pytest.raises(TypeError, match=r"no argument 'generator': give seed\."):
     models.pipeline().stream("a", generator=None)
-  with pytest.raises(TypeError, match="no setting 'steps': known are negative_prompt"):
+  with pytest.raises(TypeError, match="no argument 'steps': known are negative_prompt"):
     models.pipeline().stream("a", steps=3)
 
 
