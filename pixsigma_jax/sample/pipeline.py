@@ -460,6 +460,23 @@ class Pipeline:
   def _previewer(self) -> previews.Previewer:
     return previews.fit(self.autoencoder)
 
+  def sequence_length(
+    self, height: int | None, width: int | None, use_resolution_binning: bool = True
+  ) -> tuple[int, int]:
+    """Tokens of an image of this size, and what its sequence is padded to.
+
+    Images of one padded length share a program.
+
+    Raises:
+      ValueError: the model cannot draw this size.
+    """
+    binned = use_resolution_binning and self.resolution in buckets.BUCKETS
+    height, width = (
+      self.resolution if side is None else side for side in (height, width)
+    )
+    _, grid = self._place(height, width, binned)
+    return grid[0] * grid[1], self._length(grid)
+
   def _guidance(self, asked: Settings) -> Guidance | None:
     """What joins the branches of a prediction; None for a single branch.
 
