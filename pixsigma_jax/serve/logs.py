@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import io
 import json
 import logging
 import sys
@@ -19,11 +18,11 @@ class Log:
   """Where lines go, and whether they show prompts.
 
   Attributes:
-    file: None for nowhere.
+    file: of text; None for nowhere.
     prompts: also write prompts.
   """
 
-  file: io.TextIOBase | None = None
+  file: Any = None
   prompts: bool = False
 
   def request(
