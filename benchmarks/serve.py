@@ -232,7 +232,8 @@ def endure() -> None:
     f"requests at {rate:.1f}/s in {found.seconds:.0f} s: "
     f"{found.statuses['200']} drawn ({found.throughput:.1f}/s), "
     f"{found.statuses['429']} refused with 429, {found.statuses['lost']} lost, others "
-    f"{others}; latency p50 | p95 | p99: {found.percentiles()} ms; {left:.0f} left waiting."
+    f"{others}; latency p50 | p95 | p99: {found.percentiles()} ms; {left:.0f} left "
+    "waiting."
   )
   print(
     f"Memory: {settled[0] / 2**20:.0f} MiB after {_SETTLING:.0%} of the time, at most "

@@ -185,6 +185,7 @@ class Engine:
     limits: Limits | None = None,
     smaller_batches: Sequence[int] = (),
     text_batch_size: int | None = None,
+    warm_up: Iterable[Mapping[str, Any]] = (),
     metrics: Metrics | None = None,
   ):
     """Takes over a pipeline.
@@ -196,6 +197,7 @@ class Engine:
         what a warm-up has shown them to draw with the same bits.
       text_batch_size: captions that the text encoder takes at once; None for the
         pipeline's `batch_size`.
+      warm_up: settings to draw before it is `ready`, one image each.
       metrics: counts what happens; None for a new one.
     """
     self.limits = limits or Limits()
@@ -220,7 +222,7 @@ class Engine:
     self._draining = self._ready = False
     self._batch_seconds = 0.0
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-    self._warm_up: list[Mapping[str, Any]] = []
+    self._warm_up = list(warm_up)
     for name, help_, value in (
       ("queue_images", "Images that wait.", lambda: len(self._queue)),
       (
@@ -242,9 +244,8 @@ class Engine:
 
   # ------------------------------------------------------------------- what is asked
 
-  def start(self, warm_up: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Begins; `ready` once the settings of `warm_up` were drawn, one image each."""
-    self._warm_up = list(warm_up)
+  def start(self) -> None:
+    """Begins to warm up, and then to draw."""
     self._thread.start()
 
   @property

@@ -17,6 +17,8 @@ from tests.sample import models
 from tests.serve import worlds
 from tests.serve.worlds import ask, drawn, engine, failure, pipeline
 
+WARM = {"num_inference_steps": worlds.STEPS}
+
 
 def batches(engine):
   """Sizes of the batches so far: their number, and their images together."""
@@ -232,10 +234,10 @@ def test_captions_of_waiting_requests_fill_the_rows_that_a_batch_leaves_empty():
 
 
 def test_programs_of_fewer_rows_are_used_where_the_warm_up_saw_equal_bits():
-  running = engine(pipeline(), smaller_batches=[2, 1])
+  running = engine(pipeline(), smaller_batches=[2, 1], warm_up=[WARM])
   # As this model, of four tokens a side, need not round alike: as if it did.
   running._latents = lambda pipeline, settings: [np.zeros((2, 2, 3))]
-  running.start([{"num_inference_steps": worlds.STEPS}])
+  running.start()
   _, events = ask(running, num_images_per_prompt=7)
   found = drawn(events, 7)
   assert [about["batch_size"] for _, about in found] == [4] * 7
@@ -247,12 +249,12 @@ def test_programs_of_fewer_rows_are_used_where_the_warm_up_saw_equal_bits():
 
 
 def test_programs_that_round_differently_are_not_used():
-  running = engine(pipeline(), smaller_batches=[1])
+  running = engine(pipeline(), smaller_batches=[1], warm_up=[WARM])
   latents = running._latents
   running._latents = lambda pipeline, settings: [
     image + (pipeline.batch_size == 1) * 1e-6 for image in latents(pipeline, settings)
   ]
-  running.start([{"num_inference_steps": worlds.STEPS}])
+  running.start()
   [(_, about)] = drawn(ask(running)[1])
   assert about["batch_size"] == 4
   running.drain()
@@ -261,8 +263,8 @@ def test_programs_that_round_differently_are_not_used():
 
 def test_an_engine_is_ready_once_it_is_warm():
   gate = worlds.Gate()
-  running = engine(pipeline(autoencoder=gate))
-  running.start([{"num_inference_steps": worlds.STEPS}])
+  running = engine(pipeline(autoencoder=gate), warm_up=[WARM])
+  running.start()
   assert gate.reached.wait(worlds.PATIENCE)
   assert not running.ready
   assert running.alive

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+import pixsigma_jax.serve
 from tests import commands, compilation
 from tests.demo.browser import Browser
 from tests.serve.worlds import PATIENCE, as_image
@@ -136,8 +137,10 @@ def test_a_port_that_is_taken_is_named(serve):
 
 def test_without_its_packages_it_says_what_to_install(serve, monkeypatch):
   monkeypatch.setitem(sys.modules, "prometheus_client", None)
-  for name in [name for name in sys.modules if name.startswith("pixsigma_jax.serve.")]:
+  prefix = "pixsigma_jax.serve."
+  for name in [name for name in sys.modules if name.startswith(prefix)]:
     monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(pixsigma_jax.serve, name.removeprefix(prefix), raising=False)
   done = serve()
   assert done.err == (
     "Error: A server needs prometheus_client: in the repository's root, pip install "
