@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import time
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from pixsigma_jax.serve.engine import Engine, Limits
 from pixsigma_jax.serve.fields import RequestLimits
 
 _SHAPE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})(?:@([0-9]{1,4})(?:@([a-z0-9+-]+))?)?")
+
+
+_BETWEEN_LOOKS = 0.05  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,9 +114,17 @@ def build(options: Options) -> Service:
 
 @functools.cache
 def running(options: Options) -> Service:
-  """The one service of these options in this process, its engine started."""
+  """The one service of these options in this process, once it is warm.
+
+  Raises:
+    RuntimeError: the warm-up has failed, as the log says.
+  """
   service = build(options)
   service.engine.start()
+  while not service.engine.ready:
+    if not service.engine.alive:
+      raise RuntimeError("The engine ended while it warmed up.")
+    time.sleep(_BETWEEN_LOOKS)
   return service
 
 
