@@ -19,6 +19,8 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, UInt8
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.settings import Settings
+from pixsigma_jax.serve import forms
 from pixsigma_jax.serve.access import Access
 from pixsigma_jax.serve.engine import (
   Busy,
@@ -40,6 +43,7 @@ from pixsigma_jax.serve.engine import (
   Preview,
   Ticket,
 )
+from pixsigma_jax.serve.engine import Request as Checked
 from pixsigma_jax.serve.fields import Refusal, RequestLimits, Wanted, read_fields
 from pixsigma_jax.serve.logs import Log
 
@@ -86,7 +90,8 @@ class Service:
     limits: of a request.
     access: who may ask.
     log: where a line for each request goes.
-    max_body: bytes of a request.
+    max_body: bytes of a request in JSON.
+    max_upload: bytes of one with images.
     body_seconds: within which a request's body has to come.
   """
 
@@ -96,6 +101,7 @@ class Service:
   access: Access = dataclasses.field(default_factory=Access)
   log: Log = dataclasses.field(default_factory=Log)
   max_body: int = 1 << 20
+  max_upload: int = 20 << 20
   body_seconds: float = 30.0
   started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -163,18 +169,17 @@ class Service:
 
   async def _generations(self, request: Request) -> Response:
     _require_type(request, "application/json")
-    fields = _json_object(await self._body(request))
+    fields = _json_object(await self._body(request, self.max_body))
     return await self._answer(request, fields, "image_generation")
 
   async def _edits(self, request: Request) -> Response:
-    await self._body(request)
-    raise Refusal(
-      400,
-      "This server draws images and cannot edit any: POST /v1/images/generations.",
-      code="edits_not_supported",
-    )
+    _require_type(request, "multipart/form-data")
+    form = await forms.read(request.headers, await self._body(request, self.max_upload))
+    most = self.limits.max_pixels
+    image, mask = await asyncio.to_thread(forms.images, form.files, most)
+    return await self._answer(request, form.fields, "image_edit", image, mask)
 
-  async def _body(self, request: Request) -> bytes:
+  async def _body(self, request: Request, most: int) -> bytes:
     """The body of a request, if it is neither too long nor too slow.
 
     Raises:
@@ -185,10 +190,10 @@ class Service:
       async with asyncio.timeout(self.body_seconds):
         async for part in request.stream():
           content += part
-          if len(content) > self.max_body:
+          if len(content) > most:
             raise Refusal(
               413,
-              f"A request has at most {self.max_body:,} bytes here.",
+              f"Such a request has at most {most:,} bytes here.",
               code="request_too_large",
               headers={"connection": "close"},
             )
@@ -202,21 +207,29 @@ class Service:
     return bytes(content)
 
   async def _answer(
-    self, request: Request, fields: Mapping[str, Any], event: str
+    self,
+    request: Request,
+    fields: Mapping[str, Any],
+    event: str,
+    image: UInt8[np.ndarray, "H W 3"] | None = None,
+    mask: Bool[np.ndarray, "H2 W2"] | None = None,
   ) -> Response:
     engine, note = self.engine, request.scope[_LOG]
-    resolution = engine.pipeline.resolution
-    wanted = read_fields(fields, self.limits, self.model, resolution)
+    side = engine.pipeline.resolution
+    size = (side, side) if image is None else (image.shape[0], image.shape[1])
+    wanted = read_fields(fields, self.limits, self.model, size)
     try:
-      settings = await asyncio.to_thread(engine.check, wanted.prompt, wanted.settings)
+      checked = await asyncio.to_thread(
+        engine.check, wanted.prompt, wanted.settings, image, mask
+      )
     except ValueError as error:
       raise Refusal(400, str(error), code="invalid_value") from error
-    note |= _noted(wanted, settings)
+    note |= _noted(wanted, checked.settings)
     events: asyncio.Queue[Event] = asyncio.Queue()
     hand_over = functools.partial(_hand_over, asyncio.get_running_loop(), events)
     try:
       ticket = await asyncio.to_thread(
-        engine.submit, wanted.prompt, settings, hand_over, wanted.partial_images
+        engine.submit, checked, hand_over, wanted.partial_images
       )
     except Busy as error:
       raise Refusal(
@@ -232,7 +245,7 @@ class Service:
         code="shutting_down",
         headers={"retry-after": str(_RETRY_DRAINING)},
       ) from error
-    answer = _Answer(self, wanted, settings, ticket, events, event, note)
+    answer = _Answer(self, wanted, checked, ticket, events, event, note)
     if wanted.stream:
       return _Stream(answer)
     return await answer.whole(request.receive)
@@ -244,7 +257,7 @@ class _Answer:
 
   service: Service
   wanted: Wanted
-  settings: Settings
+  checked: Checked
   ticket: Ticket
   queue: asyncio.Queue[Event]
   event: str
@@ -375,18 +388,15 @@ class _Answer:
     return about
 
   def _usage(self, images: int | None = None) -> dict[str, Any]:
-    pipeline, settings = self.service.engine.pipeline, self.settings
-    text = pipeline.text_encoder.count(self.wanted.prompt)
-    [own] = settings.of_prompts(1)
-    each, _ = pipeline.sequence_length(
-      own["height"], own["width"], settings.use_resolution_binning
-    )
-    drawn = each * (self.ticket.count if images is None else images)
+    planned = self.checked.planned
+    text = self.service.engine.pipeline.text_encoder.count(self.wanted.prompt)
+    of_source = 0 if self.checked.sources["image"] is None else planned.num_tokens
+    drawn = planned.num_tokens * (self.ticket.count if images is None else images)
     return {
-      "input_tokens": text,
-      "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+      "input_tokens": text + of_source,
+      "input_tokens_details": {"text_tokens": text, "image_tokens": of_source},
       "output_tokens": drawn,
-      "total_tokens": text + drawn,
+      "total_tokens": text + of_source + drawn,
     }
 
 

@@ -48,6 +48,7 @@ class Options:
   max_pixels: int | None
   max_prompt: int
   max_body: int
+  max_upload: int
   tokens: str | None
   allow_anonymous: bool
   log_prompts: bool
@@ -109,6 +110,7 @@ def build(options: Options) -> Service:
     access=access,
     log=logs.to_stderr(prompts=options.log_prompts),
     max_body=options.max_body,
+    max_upload=options.max_upload,
   )
 
 

@@ -22,12 +22,12 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.call_arguments import StopDrawing
-from pixsigma_jax.sample.captions import clean_caption
-from pixsigma_jax.sample.pipeline import Pipeline
+from pixsigma_jax.sample.pipeline import Pipeline, Planned
 from pixsigma_jax.sample.settings import SETTINGS, Settings
 from pixsigma_jax.serve.caption_stage import CaptionStage
 from pixsigma_jax.serve.metrics import Metrics
@@ -161,18 +161,40 @@ class Ticket:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+  """What `Engine.check` has found to be drawable.
+
+  Attributes:
+    sources: arguments of `Pipeline.stream` for an image to edit; None for none.
+    planned: its first image; the others differ in their seeds alone.
+  """
+
+  prompt: str
+  settings: Settings
+  sources: Mapping[str, Any]
+  planned: Planned
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _Waiting:
-  """One image that waits to be drawn."""
+  """One image that waits to be drawn.
+
+  Attributes:
+    own, shared: its settings, those that a batch may have several of and others.
+    program: which compiled program draws it, but for its rows.
+    key: what a batch has to agree in.
+    previews: steps after which it is shown, counted from 1.
+  """
 
   ticket: Ticket
+  request: Request
   number: int
-  prompt: str
   own: Mapping[str, Any]
   shared: Mapping[str, Any]
-  program: tuple[Any, ...]  # which compiled program draws it, but for its rows
-  key: tuple[Any, ...]  # what a batch has to agree in
+  program: tuple[Any, ...]
+  key: tuple[Any, ...]
   arrived: float
-  previews: frozenset[int]  # steps after which it is shown
+  previews: frozenset[int]
 
 
 class Engine:
@@ -281,29 +303,37 @@ class Engine:
       self._thread.join(timeout)
     return not self.alive
 
-  def check(self, prompt: str, settings: Mapping[str, Any]) -> Settings:
-    """The settings of a request, checked like those of `Pipeline.stream`.
+  def check(
+    self,
+    prompt: str,
+    settings: Mapping[str, Any],
+    image: UInt8[np.ndarray, "H W 3"] | None = None,
+    mask_image: Bool[np.ndarray, "H2 W2"] | None = None,
+  ) -> Request:
+    """A request, checked like a call of `Pipeline.stream`.
+
+    Args:
+      image: to edit.
+      mask_image: where to edit it alone.
 
     Raises:
       TypeError: there is no setting of a name.
       ValueError: a value, a size or the prompt is none that the model can draw.
     """
     checked = Settings.of(settings)
-    # Checks everything, and draws when it is asked for the first image: never.
-    self.pipeline.stream(prompt, **dataclasses.asdict(checked))
-    return checked
+    sources = {"image": image, "mask_image": mask_image}
+    [planned, *_] = self.pipeline.plan(prompt, **dataclasses.asdict(checked), **sources)
+    return Request(prompt, checked, sources, planned)
 
   def submit(
     self,
-    prompt: str,
-    settings: Settings,
+    request: Request,
     on_event: Callable[[Event], None],
     previews: int = 0,
   ) -> Ticket:
-    """Queues the `num_images_per_prompt` images of a checked request.
+    """Queues the `num_images_per_prompt` images of a request.
 
     Args:
-      settings: what `check` made of the request.
       on_event: called in the engine's thread, with a `Drawn` for each image, in any
         order, or `Failed`, after which nothing comes. It must not block.
       previews: of each image, evenly among its steps; fewer if there are fewer steps.
@@ -312,35 +342,25 @@ class Engine:
       Busy: the queue has no room for all of them.
       Draining: the engine is ending.
     """
+    settings, now = request.settings, time.monotonic()
     [own], shared = settings.of_prompts(1), settings.of_all()
     count = settings.num_images_per_prompt
-    _, length = self.pipeline.sequence_length(
-      own["height"], own["width"], settings.use_resolution_binning
-    )
-    program = _program(settings, length)
-    key = (length, *(_hashable(value) for value in shared.values()))
-    now, shown = (
-      time.monotonic(),
-      _preview_steps(settings.num_inference_steps, previews),
-    )
+    key = (request.planned.kind, *(_hashable(value) for value in shared.values()))
+    shown = _preview_steps(request.planned.kind.steps, previews)
     ticket = Ticket(count, now + self.limits.deadline, on_event)
     images = [
       _Waiting(
-        ticket,
-        number,
-        prompt,
-        own | {"seed": own["seed"] + number},
-        shared,
-        program,
-        key,
-        now,
-        shown,
+        ticket=ticket,
+        request=request,
+        number=number,
+        own=own | {"seed": own["seed"] + number},
+        shared=shared,
+        program=_program(settings, request.planned),
+        key=key,
+        arrived=now,
+        previews=shown,
       )
       for number in range(count)
-    ]
-    texts = [
-      clean_caption(text, settings.caption_cleaning)
-      for text in (prompt, own["negative_prompt"])
     ]
     with self._changed:
       if self._draining or not self.alive:
@@ -352,7 +372,7 @@ class Engine:
           f"{self.limits.max_queue} may.",
           self._retry_after(),
         )
-      self._captions.expect(texts)
+      self._captions.expect(request.planned.captions)
       self._queue.extend(images)
       self._changed.notify_all()
     return ticket
@@ -386,15 +406,12 @@ class Engine:
   def _warm(self, settings: Mapping[str, Any]) -> None:
     """Compiles what these settings need, and compares programs of fewer rows."""
     began = time.monotonic()
-    asked = Settings.of(settings)
-    [own] = asked.of_prompts(1)
-    _, length = self.pipeline.sequence_length(
-      own["height"], own["width"], asked.use_resolution_binning
-    )
+    request = self.check("", settings)
+    program = _program(request.settings, request.planned)
     with self._timed():
       self.pipeline("", **settings, callback_on_step_end=_preview_each)
       whole = self._latents(self.pipeline, settings) if self._smaller else []
-      self._equal[_program(asked, length)] = equal = [
+      self._equal[program] = equal = [
         pipeline
         for pipeline in self._smaller.values()
         if all(map(np.array_equal, self._latents(pipeline, settings), whole))
@@ -492,7 +509,13 @@ class Engine:
       for name in SETTINGS
       if SETTINGS[name].of_a_prompt
     }
-    prompts = [image.prompt for image in batch]
+    prompts = [image.request.prompt for image in batch]
+    # One kind has an image to edit, and perhaps a mask, or none has.
+    sources = {
+      name: [image.request.sources[name] for image in batch]
+      for name, value in batch[0].request.sources.items()
+      if value is not None
+    }
 
     def on_step_end(
       _: Pipeline, step: int, __: float, known: Mapping[str, Any]
@@ -506,11 +529,10 @@ class Engine:
       for number, latents in zip(known["images"], known["clean_latents"], strict=True):
         image = batch[number]
         if step + 1 in image.previews:
-          sides = (
-            self.pipeline.resolution if image.own[side] is None else image.own[side]
-            for side in ("height", "width")
+          planned = image.request.planned
+          shown = pictures.fit(
+            self.pipeline.preview(latents), planned.height, planned.width
           )
-          shown = pictures.fit(self.pipeline.preview(latents), *sides)
           image.ticket.preview(Preview(image.number, shown))
 
     pipeline = self.pipeline
@@ -519,13 +541,18 @@ class Engine:
         pipeline = smaller
         break
     return pipeline.stream(
-      prompts, **batch[0].shared, **own, callback_on_step_end=on_step_end
+      prompts,
+      **batch[0].shared,
+      **own,
+      **sources,
+      callback_on_step_end=on_step_end,
     )
 
   def _bound_programs(self, batch: Sequence[_Waiting]) -> None:
     """Forgets all compiled programs before there are too many: JAX forgets none."""
     self._kinds |= {
-      (image.program, image.own["height"], image.own["width"]) for image in batch
+      (image.program, image.request.planned.height, image.request.planned.width)
+      for image in batch
     }
     if len(self._kinds) > self.limits.max_programs:
       logging.info("Forgetting the programs of %d kinds.", len(self._kinds))
@@ -560,10 +587,10 @@ def _too_late(limits: Limits) -> DeadlineExceeded:
   )
 
 
-def _program(asked: Settings, length: int) -> tuple[Any, ...]:
+def _program(asked: Settings, planned: Planned) -> tuple[Any, ...]:
   """What tells one compiled program from another, but for its rows, or more."""
   return (
-    length,
+    planned.kind,
     asked.sampler,
     asked.num_inference_steps,
     asked.use_karras_sigmas,

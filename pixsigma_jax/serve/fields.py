@@ -126,14 +126,17 @@ class Wanted:
 
 
 def read_fields(
-  fields: Mapping[str, Any], limits: RequestLimits, model: str, resolution: int
+  fields: Mapping[str, Any],
+  limits: RequestLimits,
+  model: str,
+  size_by_default: tuple[int, int],
 ) -> Wanted:
   """What a request asks for; None is as good as no field.
 
   Args:
     fields: of the JSON object, or of the form with values as JSON has them.
     model: the name of the only one.
-    resolution: of the model, in pixels: the size "auto".
+    size_by_default: height and width of the size "auto".
 
   Raises:
     Refusal: a field is unknown, missing, or none that this server takes.
@@ -187,9 +190,11 @@ def read_fields(
   settings = _settings(left)
   _apply_size(settings, size)
   height, width = (
-    resolution if settings.get(side) is None else settings[side]
-    for side in ("height", "width")
+    default if settings.get(side) is None else settings[side]
+    for side, default in zip(("height", "width"), size_by_default, strict=True)
   )
+  before, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
+  height, width = height + top + bottom, width + before + right
   _check_amounts(prompt, settings, height, width, form, limits)
   # As an API's users expect: each request another image, unless it says which.
   settings.setdefault("seed", secrets.randbelow(_SEEDS - n + 1))

@@ -117,7 +117,8 @@ class OptionFlags:
         "Characters of a prompt, at most; the model has its own limit.",
         **of,
       ),
-      whole("max_body", 1 << 20, "Bytes of a request, at most.", **of),
+      whole("max_body", 1 << 20, "Bytes of a request in JSON, at most.", **of),
+      whole("max_upload", 20 << 20, "Bytes of one with images, at most.", **of),
       string(
         "tokens",
         None,

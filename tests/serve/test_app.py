@@ -15,6 +15,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.settings import SETTINGS
@@ -186,10 +187,103 @@ def test_another_model_is_not_found(client):
   assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_edits_are_refused_in_openais_words(client):
-  with pytest.raises(openai.BadRequestError, match="cannot edit any") as caught:
-    client.images.edit(image=b"\x89PNG", prompt="a hat")
-  assert caught.value.code == "edits_not_supported"
+def as_png(array, mode):
+  content = io.BytesIO()
+  Image.fromarray(array, mode=None if mode == "RGB" else mode).save(content, "png")
+  return content.getvalue()
+
+
+SOURCE = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+INSIDE = np.arange(16)[None].repeat(8, 0) < 6
+
+
+def transparent(inside):
+  """A mask of OpenAI's: nothing is to be seen where it is drawn anew."""
+  alpha = np.where(inside, 0, 255).astype(np.uint8)
+  return as_png(np.dstack([np.zeros((*inside.shape, 3), np.uint8), alpha]), "RGBA")
+
+
+def edit(client, image=None, **fields):
+  own = {"num_inference_steps": worlds.STEPS} | fields.pop("extra_body", {})
+  image = as_png(SOURCE, "RGB") if image is None else image
+  return client.images.edit(
+    image=image, prompt=fields.pop("prompt", PROMPT), extra_body=own, **fields
+  )
+
+
+def test_the_openai_client_edits_an_image(client):
+  response = edit(client, n=2, extra_body={"seed": 3, "strength": 0.7})
+  assert response.size == "16x8"
+  assert response.usage.input_tokens_details.image_tokens == 32
+  for number, item in enumerate(response.data):
+    image, about = as_image(base64.b64decode(item.b64_json))
+    assert same(image, expected(image=SOURCE, strength=0.7, seed=3 + number))
+    assert about["strength"] == 0.7
+
+
+def test_what_is_transparent_in_a_mask_is_drawn_anew_and_all_else_stays(client):
+  [item] = edit(client, mask=transparent(INSIDE), extra_body={"seed": 3}).data
+  image, _ = as_image(base64.b64decode(item.b64_json))
+  assert same(image, expected(image=SOURCE, mask_image=INSIDE, seed=3))
+  assert same(np.asarray(image)[~INSIDE], SOURCE[~INSIDE])
+  assert not same(np.asarray(image)[INSIDE], SOURCE[INSIDE])
+
+
+def test_the_openai_client_streams_an_edit(client):
+  *partial, completed = edit(
+    client,
+    image=[as_png(SOURCE, "RGB")],
+    stream=True,
+    partial_images=2,
+    extra_body={"seed": 3, "strength": 1.0, "num_inference_steps": 6},
+  )
+  assert [event.type for event in partial] == ["image_edit.partial_image"] * 2
+  assert completed.type == "image_edit.completed"
+  assert completed.usage.input_tokens_details.image_tokens == 32
+
+
+@pytest.mark.parametrize(
+  ("fields", "param", "message"),
+  [
+    ({"image": b"\x89PNG"}, "image", "must be a PNG, JPEG or WebP"),
+    ({"image": b""}, "image", "must be a PNG, JPEG or WebP"),
+    ({"image": [as_png(SOURCE, "RGB")] * 2}, "image", "one image to edit, not 2"),
+    ({"image": as_png(SOURCE, "RGB")[:90]}, "image", "cannot be read"),
+    (
+      {"image": as_png(np.zeros((64, 64, 3), np.uint8), "RGB")},
+      "image",
+      "64 x 64 pixels (width x height), and at most 1,024",
+    ),
+    ({"mask": as_png(SOURCE, "RGB")}, "mask", "has no transparency"),
+    ({"mask": transparent(INSIDE.T)}, None, "resize one of them"),
+    ({"size": "8x8"}, None, "leave out height and width"),
+    ({"extra_body": {"outpaint": [99] * 4}}, "size", "at most 1,024"),
+    ({"extra_body": {"strength": 2}}, "strength", "must lie in 0 … 1"),
+    ({"extra_body": {"hat": 1}}, "hat", "Unknown parameter 'hat'"),
+    ({"input_fidelity": "high"}, "input_fidelity", "Unknown parameter"),
+  ],
+)
+def test_what_cannot_be_edited_is_a_bad_request_that_names_the_field(
+  client, fields, param, message
+):
+  with pytest.raises(openai.BadRequestError) as caught:
+    edit(client, **fields)
+  assert message in caught.value.body["message"]
+  assert caught.value.param == param
+
+
+def test_an_edit_without_an_image_or_of_another_kind_is_refused(address):
+  path = f"{address}/v1/images/edits"
+  files = {"prompt": (None, "x")}
+  assert "one image to edit, not 0" in httpx.post(path, files=files).text
+  files = {"image": ("a", as_png(SOURCE, "RGB")), "secrets": ("../../x", b"y")}
+  answer = httpx.post(path, files=files, data={"prompt": "x"})
+  assert answer.json()["error"]["param"] == "secrets"
+  assert httpx.post(path, json={"prompt": "x"}).status_code == 415
+  for content in (b"", b"--x--", b"--x\r\n\r\n", b"\0" * 100):
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
+      answer = httpx.post(path, content=content, headers={"content-type": kind})
+      assert answer.status_code == 400, answer.text
 
 
 def test_all_settings_but_the_number_of_images_are_fields(client):

@@ -151,7 +151,7 @@ def test_a_batch_that_nobody_waits_for_ends_at_its_next_step():
       events.put(event)
       ticket.cancel()
 
-    ticket = running.submit("", asked, on_event, 3)
+    ticket = running.submit(asked, on_event, 3)
     drawn(ask(running, seed=1)[1])
     assert [type(event) for event in events.queue] == [Preview]
     assert count_of(running, "images") == 1

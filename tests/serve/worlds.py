@@ -57,7 +57,7 @@ def ask(engine, prompt="a red three", previews=0, **settings):
   events = queue.Queue()
   asked = {"num_inference_steps": STEPS} | settings
   checked = engine.check(prompt, asked)
-  return engine.submit(prompt, checked, events.put, previews), events
+  return engine.submit(checked, events.put, previews), events
 
 
 def drawn(events, count=1):
