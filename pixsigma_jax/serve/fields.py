@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixsigma_jax.sample import pictures
-from pixsigma_jax.sample.settings import SETTINGS, Setting, Switch, Text, Whole
+from pixsigma_jax.sample.settings import SETTINGS, Number, Setting, Switch, Text, Whole
 from pixsigma_jax.wording import listed, shortened
 
 MOST_PARTIAL_IMAGES = 3
 _SEEDS = 2**32
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+_MOST = 1000.0  # of guidance and the like: beyond it images are no numbers
 _MESSAGE = 2000  # characters; what is refused may be as long as a body
 _ABOUT_USER = 512  # characters of a name of the client's user
 
@@ -307,9 +308,12 @@ def _take_whole(
 
 def _check(name: str, setting: Setting, value: Any) -> Any:
   try:
-    return setting.check_one(value)
+    checked = setting.check_one(value)
   except (ValueError, TypeError) as error:
     raise _invalid(name, str(error)) from error
+  if isinstance(setting.kind, Number) and checked is not None and checked > _MOST:
+    raise _invalid(name, f"{name}={checked:g} must be at most {_MOST:g} here.")
+  return checked
 
 
 def _invalid(name: str, message: str) -> Refusal:
