@@ -63,6 +63,7 @@ _HEADERS = {
   "cache-control": "no-store",
 }
 _RETRY_DRAINING = 5  # seconds; another replica has taken over by then
+_WRITE_SECONDS = 60.0  # within which a client has to take what it is sent
 _HEARTBEAT = 15.0  # seconds; proxies close streams that say nothing
 _LOG = "pixsigma_jax.serve.log"  # key of a scope: what its line in the log will say
 
@@ -444,7 +445,8 @@ class _Edge:
           *message["headers"],
           *((key.encode(), value.encode()) for key, value in headers.items()),
         ]
-      await send(message)
+      async with asyncio.timeout(_WRITE_SECONDS):
+        await send(message)
 
     try:
       refusal = self._service.access.refusal(request)

@@ -1,5 +1,6 @@
 """The server as its clients meet it: OpenAI's own, curl's kind, and hostile ones."""
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -20,6 +21,8 @@ from PIL import Image
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.settings import SETTINGS
 from pixsigma_jax.serve.access import Access, is_loopback
+from pixsigma_jax.serve.app import Service
+from pixsigma_jax.serve.fields import RequestLimits
 from pixsigma_jax.serve.logs import Log
 from tests.serve import worlds
 from tests.serve.worlds import as_image, engine, pipeline, served
@@ -570,6 +573,24 @@ def test_a_client_that_reads_slowly_holds_nobody_up(address, client):
     )
     assert generate(client).data
     assert slow.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_client_that_never_reads_is_given_up(monkeypatch):
+  monkeypatch.setattr("pixsigma_jax.serve.app._WRITE_SECONDS", 0.1)
+  running = engine(pipeline())
+  limits = RequestLimits(max_pixels=1024)
+  app = Service(engine=running, model=worlds.MODEL, limits=limits).app()
+  scope = {
+    **{"type": "http", "method": "GET", "path": "/v1/models", "raw_path": b""},
+    **{"query_string": b"", "headers": [(b"host", b"localhost")]},
+  }
+
+  async def never(*_):
+    await asyncio.Event().wait()
+
+  with pytest.raises(TimeoutError):
+    asyncio.run(app(scope, never, never))
+  running.metrics.close()
 
 
 @pytest.mark.parametrize(
