@@ -42,6 +42,9 @@ def pytest_addoption(parser):
   parser.addoption(
     "--kills", type=int, default=4, help="SIGKILLs that a run of the suite survives"
   )
+  parser.addoption(
+    "--bodies", type=int, default=200, help="Random bodies that a server is sent"
+  )
 
 
 def pytest_unconfigure(config):

@@ -20,7 +20,7 @@ SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 PACKAGE = sorted((ROOT / "pixsigma_jax").rglob("*.py"))
 COMMANDS = [
   *("train", "sample", "evaluate", "prepare", "convert", "curate", "transform"),
-  *("demo", "plan", "reproduce"),
+  *("demo", "plan", "reproduce", "serve"),
 ]
 
 LINTERS = {
@@ -206,8 +206,9 @@ def test_the_suite_runs_with_what_is_pinned():
 def test_what_the_package_imports_is_a_declared_dependency():
   # The extra of a room goes for that room alone: import-linter sees to it.
   extras = pyproject()["project"]["optional-dependencies"]
-  rooms = ("convert", "curate", "demo", "eval", "heif", "int8", "openmoji", "wandb")
-  lines = requirement_lines() + [pin for room in rooms for pin in extras[room]]
+  rooms = ("convert", "curate", "demo", "eval", "heif", "int8", "openmoji", "serve")
+  lines = requirement_lines()
+  lines += [pin for room in (*rooms, "wandb") for pin in extras[room]]
   declared = {distribution_name(line) for line in lines}
   owners = metadata.packages_distributions()
   undeclared = {

@@ -1,5 +1,6 @@
 """Image files that say how they were made, and grids of images."""
 
+import io
 import json
 import math
 import pathlib
@@ -169,11 +170,34 @@ class PictureFolder:
       partial.unlink(missing_ok=True)
 
 
+def to_bytes(
+  picture: Image.Image,
+  settings: Mapping[str, Any],
+  form: str,
+  quality: int | None = None,
+) -> bytes:
+  """The file that `save` would write, in memory.
+
+  Args:
+    form: a key of `FORMATS`.
+    quality: of a lossy format, 0 … 100; None for that of `FORMATS`.
+  """
+  content = io.BytesIO()
+  _write(content, form, picture, settings, quality)
+  return content.getvalue()
+
+
 def _write(
-  path: pathlib.Path, form: str, picture: Image.Image, settings: Mapping[str, Any]
+  file: pathlib.Path | io.BytesIO,
+  form: str,
+  picture: Image.Image,
+  settings: Mapping[str, Any],
+  quality: int | None = None,
 ) -> None:
   note = json.dumps(dict(settings), ensure_ascii=False)
   options = dict(FORMATS[form])
+  if quality is not None:
+    options["quality"] = quality
   if form == "png":
     chunks = PngInfo()
     for name in ("prompt", "seed"):
@@ -187,10 +211,10 @@ def _write(
       _UNICODE_COMMENT + note.encode("utf-16-be")
     )
     options["exif"] = exif
-  picture.save(path, format=form, **options)
+  picture.save(file, format=form, **options)
 
 
-def settings_of(path: pathlib.Path) -> dict[str, Any]:
+def settings_of(path: pathlib.Path | io.BytesIO) -> dict[str, Any]:
   """Settings that `save` wrote into an image, in any of its formats.
 
   Raises:

@@ -135,6 +135,23 @@ class _Kind(NamedTuple):
   masked: bool
 
 
+class Planned(NamedTuple):
+  """An image that a call would draw; see `Pipeline.plan`.
+
+  Attributes:
+    kind: what it has in common with those that it may share a batch with.
+    height, width: in pixels.
+    num_tokens: of its latents, without padding.
+    captions: that are encoded for it.
+  """
+
+  kind: _Kind
+  height: int
+  width: int
+  num_tokens: int
+  captions: list[str]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
   """A model ready to draw: `Pipeline.from_checkpoint(path)(prompt).images[0]`.
@@ -459,6 +476,29 @@ class Pipeline:
   @functools.cached_property
   def _previewer(self) -> previews.Previewer:
     return previews.fit(self.autoencoder)
+
+  def plan(self, prompt: Any = None, **arguments: Any) -> list[Planned]:
+    """What `stream` would draw of these arguments, an item for each image.
+
+    Images of one kind, of calls that share all settings that are none of a prompt's
+    own, can be drawn as one batch: give them to one call.
+
+    Raises:
+      TypeError, ValueError: as those of `stream`, before it begins.
+    """
+    self.stream(prompt, **arguments)  # checks everything, and draws nothing yet
+    asked, given = call_arguments.split(arguments)
+    requests = self._planner.requests(given.prompts(prompt, asked), asked, given)
+    return [
+      Planned(
+        self._kind(request),
+        request.height,
+        request.width,
+        request.grid[0] * request.grid[1],
+        [c for c in (*request.captions, request.negative) if isinstance(c, str)],
+      )
+      for request in requests
+    ]
 
   def _guidance(self, asked: Settings) -> Guidance | None:
     """What joins the branches of a prediction; None for a single branch.

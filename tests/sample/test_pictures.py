@@ -1,5 +1,6 @@
 """Pictures: eight bits, PNG files that remember, and sheets of many."""
 
+import io
 import json
 import os
 import threading
@@ -191,3 +192,14 @@ def test_a_grid_that_makes_no_sense_is_refused():
     pictures.grid([plain("red")], columns=0)
   with pytest.raises(ValueError, match="2 labels cannot stand under 1 pictures"):
     pictures.grid([plain("red")], labels=["a", "b"])
+
+
+@pytest.mark.parametrize("form", pictures.FORMATS)
+def test_bytes_are_those_of_the_file(tmp_path, form):
+  picture = Image.new("RGB", (5, 7), (200, 30, 10))
+  settings = {"prompt": "a \N{SNOWMAN}", "seed": 3}
+  path = tmp_path / f"picture.{form}"
+  pictures.save(path, picture, settings)
+  content = pictures.to_bytes(picture, settings, form)
+  assert content == path.read_bytes()
+  assert pictures.settings_of(io.BytesIO(content)) == settings

@@ -1,0 +1,1 @@
+"""A server of images: OpenAI's Images API over one queue of batches."""

@@ -1,0 +1,147 @@
+"""Flags of the commands that serve, without what they need to be installed."""
+
+import sys
+from typing import Any
+
+from absl import flags
+
+from pixsigma_jax.models import attention
+from pixsigma_jax.sample.pipeline import QUANTIZATIONS
+
+
+class OptionFlags:
+  """The flags of `building.Options`, each of its name."""
+
+  def __init__(self):
+    """Defines them."""
+    of: dict[str, Any] = {"module_name": sys.argv[0]}  # as absl calls the main module
+    string, whole, number = (
+      flags.DEFINE_string,
+      flags.DEFINE_integer,
+      flags.DEFINE_float,
+    )
+    self._holders: list[flags.FlagHolder[Any]] = [
+      string("checkpoint", None, "A run's workdir, or one of its snapshots.", **of),
+      string(
+        "frozen",
+        None,
+        "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or "
+        "the id of one on the hub. By default what the model was published with, from "
+        "the hub.",
+        **of,
+      ),
+      string("model", "pixart-sigma", "What clients call it; images say it too.", **of),
+      flags.DEFINE_enum(
+        "dtype",
+        "bfloat16",
+        ["bfloat16", "float32"],
+        "Precision of the networks.",
+        **of,
+      ),
+      flags.DEFINE_enum(
+        "attention",
+        "auto",
+        list(attention.CHOICES),
+        "Its implementation; auto takes what suits the devices and the image's size.",
+        **of,
+      ),
+      flags.DEFINE_enum(
+        "quantize",
+        "none",
+        list(QUANTIZATIONS),
+        "Weights and activations of the transformer's blocks as 8-bit integers.",
+        **of,
+      ),
+      whole(
+        "batch_size",
+        4,
+        "Images drawn at once; fewer are filled up and cost as much.",
+        **of,
+      ),
+      flags.DEFINE_list(
+        "smaller_batches",
+        [],
+        "Also compile programs of fewer rows, such as 1,2, and draw few images with "
+        "those that the warm-up has shown to draw the same bits.",
+        **of,
+      ),
+      whole(
+        "text_batch_size",
+        None,
+        "Captions that the text encoder takes at once; as many as --batch_size by "
+        "default.",
+        **of,
+      ),
+      flags.DEFINE_list(
+        "warm_up",
+        ["auto"],
+        "Shapes to compile before the server is ready, WIDTHxHEIGHT[@STEPS[@SAMPLER]]; "
+        "auto is the training's own, buckets all of its sizes, none compiles nothing.",
+        **of,
+      ),
+      number(
+        "max_delay",
+        0.01,
+        "Seconds that an image waits for others to fill its batch.",
+        **of,
+      ),
+      whole(
+        "max_queue",
+        128,
+        "Images that may wait; what comes after them is told 429.",
+        **of,
+      ),
+      number(
+        "deadline",
+        600,
+        "Seconds after which a request that is not drawn is given up.",
+        **of,
+      ),
+      whole(
+        "max_programs",
+        128,
+        "Kinds and sizes of images whose programs stay in memory.",
+        **of,
+      ),
+      whole("max_n", 10, "Images of a request, at most.", **of),
+      whole("max_steps", 100, "Steps of an image, at most.", **of),
+      whole(
+        "max_pixels",
+        None,
+        "Pixels of an image, at most; 4 times the training's by default.",
+        **of,
+      ),
+      whole(
+        "max_prompt",
+        4000,
+        "Characters of a prompt, at most; the model has its own limit.",
+        **of,
+      ),
+      whole("max_body", 1 << 20, "Bytes of a request in JSON, at most.", **of),
+      whole("max_upload", 20 << 20, "Bytes of one with images, at most.", **of),
+      string(
+        "tokens",
+        None,
+        "File with a token on each line, one of which a client must give.",
+        **of,
+      ),
+      flags.DEFINE_bool(
+        "allow_anonymous",
+        False,
+        "Let everybody in at an address that others can reach.",
+        **of,
+      ),
+      flags.DEFINE_bool("log_prompts", False, "Write prompts into the log.", **of),
+      string("host", "127.0.0.1", "Address to listen at.", **of),
+      whole("port", 8000, "Port to listen at; 0 takes a free one.", **of),
+    ]
+    flags.mark_flag_as_required("checkpoint")
+
+  def values(self) -> dict[str, Any]:
+    """Values by name; to be read once flags are parsed."""
+    return {
+      holder.name: tuple(holder.value)
+      if isinstance(holder.value, list)
+      else holder.value
+      for holder in self._holders
+    }
