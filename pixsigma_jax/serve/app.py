@@ -218,10 +218,11 @@ class Service:
     engine, note = self.engine, request.scope[_LOG]
     side = engine.pipeline.resolution
     size = (side, side) if image is None else (image.shape[0], image.shape[1])
-    wanted = read_fields(fields, self.limits, self.model, size)
+    loras = engine.pipeline.loras.loaded
+    wanted = read_fields(fields, self.limits, self.model, size, loras)
     try:
       checked = await asyncio.to_thread(
-        engine.check, wanted.prompt, wanted.settings, image, mask
+        engine.check, wanted.prompt, wanted.settings, image, mask, wanted.loras
       )
     except ValueError as error:
       raise Refusal(400, str(error), code="invalid_value") from error

@@ -11,6 +11,7 @@ import jax
 
 from pixsigma_jax import command, sharding
 from pixsigma_jax.data import buckets
+from pixsigma_jax.sample.adapters import read_adapter
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.serve import logs
@@ -31,6 +32,7 @@ class Options:
 
   checkpoint: str
   frozen: str | None
+  lora: tuple[str, ...]
   model: str
   dtype: str
   attention: str
@@ -142,8 +144,31 @@ def _pipeline(options: Options) -> Pipeline:
     mesh=sharding.make_mesh(data=-1, fsdp=1, context=1) if shared else None,
     quantize=options.quantize,
   )
-  # Clients are not told where it lies.
-  return pipeline.replace(origin={**pipeline.origin, "checkpoint": options.model})
+  # Clients are not told where things lie.
+  pipeline = pipeline.replace(origin={**pipeline.origin, "checkpoint": options.model})
+  return pipeline.with_adapters(
+    {
+      name: (dataclasses.replace(read_adapter(path, pipeline.config), path=name), 0.0)
+      for name, path in _named_loras(options.lora).items()
+    }
+  )
+
+
+def _named_loras(texts: tuple[str, ...]) -> dict[str, str]:
+  """Paths by name, of NAME=PATH each.
+
+  Raises:
+    ValueError: one has no name, or two have the same.
+  """
+  found: dict[str, str] = {}
+  for text in texts:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+      raise ValueError(f"--lora={text} must be NAME=PATH: clients ask for the name.")
+    if name in found:
+      raise ValueError(f"Two LoRAs are called {name!r}: give each --lora its own name.")
+    found[name] = path
+  return found
 
 
 def _numbers(smaller_batches: tuple[str, ...]) -> list[int]:

@@ -167,12 +167,14 @@ class Request:
   Attributes:
     sources: arguments of `Pipeline.stream` for an image to edit; None for none.
     planned: its first image; the others differ in their seeds alone.
+    loras: names and scales of the pipeline's LoRAs that act, by name.
   """
 
   prompt: str
   settings: Settings
   sources: Mapping[str, Any]
   planned: Planned
+  loras: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -213,7 +215,8 @@ class Engine:
     """Takes over a pipeline.
 
     Args:
-      pipeline: how, and how many rows at a time, images are drawn.
+      pipeline: how, and how many rows at a time, images are drawn; its LoRAs act where
+        a request asks for them.
       limits: how long and how much may wait.
       smaller_batches: numbers of rows for few images, of programs that are used for
         what a warm-up has shown them to draw with the same bits.
@@ -226,7 +229,8 @@ class Engine:
     self.metrics = metrics or Metrics()
     rows = int(pipeline.batch_size) if text_batch_size is None else text_batch_size
     self._captions = CaptionStage(pipeline.text_encoder, rows)
-    self.pipeline = pipeline.replace(text_encoder=self._captions)
+    own = pipeline.set_adapters([]) if pipeline.loras.loaded else pipeline
+    self.pipeline = own.replace(text_encoder=self._captions)
     for size in smaller_batches:
       if not 0 < size < self.pipeline.batch_size:
         raise ValueError(
@@ -238,6 +242,7 @@ class Engine:
     }
     self._equal: dict[tuple[Any, ...], list[Pipeline]] = {}  # by program
     self._kinds: set[tuple[Any, ...]] = set()  # whose programs are in memory
+    self._merged: tuple[tuple[tuple[str, float], ...], Pipeline] | None = None
     self._changed = threading.Condition()
     self._queue: collections.deque[_Waiting] = collections.deque()
     self._drawing: list[_Waiting] = []
@@ -309,21 +314,26 @@ class Engine:
     settings: Mapping[str, Any],
     image: UInt8[np.ndarray, "H W 3"] | None = None,
     mask_image: Bool[np.ndarray, "H2 W2"] | None = None,
+    loras: Mapping[str, float] | None = None,
   ) -> Request:
     """A request, checked like a call of `Pipeline.stream`.
 
     Args:
       image: to edit.
       mask_image: where to edit it alone.
+      loras: scales of those of the pipeline's LoRAs that are to act, by name.
 
     Raises:
       TypeError: there is no setting of a name.
-      ValueError: a value, a size or the prompt is none that the model can draw.
+      ValueError: a value, a size or the prompt is none that the model can draw, or
+        there is no LoRA of a name.
     """
     checked = Settings.of(settings)
+    acting = {name: scale for name, scale in sorted((loras or {}).items()) if scale}
+    self.pipeline.loras.scaled(list(acting), list(acting.values()))
     sources = {"image": image, "mask_image": mask_image}
     [planned, *_] = self.pipeline.plan(prompt, **dataclasses.asdict(checked), **sources)
-    return Request(prompt, checked, sources, planned)
+    return Request(prompt, checked, sources, planned, tuple(acting.items()))
 
   def submit(
     self,
@@ -345,7 +355,8 @@ class Engine:
     settings, now = request.settings, time.monotonic()
     [own], shared = settings.of_prompts(1), settings.of_all()
     count = settings.num_images_per_prompt
-    key = (request.planned.kind, *(_hashable(value) for value in shared.values()))
+    values = (_hashable(value) for value in shared.values())
+    key = (request.planned.kind, request.loras, *values)
     shown = _preview_steps(request.planned.kind.steps, previews)
     ticket = Ticket(count, now + self.limits.deadline, on_event)
     images = [
@@ -540,13 +551,24 @@ class Engine:
       if len(batch) <= smaller.batch_size:
         pipeline = smaller
         break
-    return pipeline.stream(
+    acting = self._with_loras(batch[0].request.loras)
+    return pipeline.replace(params=acting.params, loras=acting.loras).stream(
       prompts,
       **batch[0].shared,
       **own,
       **sources,
       callback_on_step_end=on_step_end,
     )
+
+  def _with_loras(self, loras: tuple[tuple[str, float], ...]) -> Pipeline:
+    """The pipeline with these LoRAs; the last ones that were asked for stay merged."""
+    if not loras:
+      return self.pipeline
+    if self._merged is None or self._merged[0] != loras:
+      self._merged = None  # its memory first
+      names, scales = zip(*loras, strict=True)
+      self._merged = loras, self.pipeline.set_adapters(names, scales)
+    return self._merged[1]
 
   def _bound_programs(self, batch: Sequence[_Waiting]) -> None:
     """Forgets all compiled programs before there are too many: JAX forgets none."""

@@ -6,7 +6,7 @@ Whatever is not known, or known and not to be had here, is refused by name.
 import dataclasses
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pixsigma_jax.sample import pictures
@@ -108,6 +108,7 @@ class Wanted:
 
   Attributes:
     settings: of the pipeline, by name; `num_images_per_prompt` among them.
+    loras: scales of the LoRAs that act, by name.
     size: in OpenAI's words, width first.
     output_compression: quality of a lossy format; None for that of `sample`.
     as_url: answer by `data:` addresses in place of base64 alone.
@@ -117,6 +118,7 @@ class Wanted:
 
   prompt: str
   settings: Mapping[str, Any]
+  loras: Mapping[str, float]
   size: str
   output_format: str
   output_compression: int | None
@@ -131,6 +133,7 @@ def read_fields(
   limits: RequestLimits,
   model: str,
   size_by_default: tuple[int, int],
+  known_loras: Collection[str] = (),
 ) -> Wanted:
   """What a request asks for; None is as good as no field.
 
@@ -138,6 +141,7 @@ def read_fields(
     fields: of the JSON object, or of the form with values as JSON has them.
     model: the name of the only one.
     size_by_default: height and width of the size "auto".
+    known_loras: names that the field `loras` may have.
 
   Raises:
     Refusal: a field is unknown, missing, or none that this server takes.
@@ -188,6 +192,7 @@ def read_fields(
     )
   n = _take_whole(left, "n", 1, 1, limits.max_n)
   size = left.pop("size", "auto")
+  loras = _loras(left.pop("loras", {}), known_loras)
   settings = _settings(left)
   _apply_size(settings, size)
   height, width = (
@@ -202,6 +207,7 @@ def read_fields(
   return Wanted(
     prompt=prompt,
     settings=settings | {"num_images_per_prompt": n},
+    loras=loras,
     size=f"{width}x{height}",
     output_format=form,
     output_compression=compression,
@@ -228,6 +234,20 @@ def _settings(left: Mapping[str, Any]) -> dict[str, Any]:
       )
     settings[name] = _check(name, SETTINGS[name], value)
   return settings
+
+
+def _loras(value: Any, known: Collection[str]) -> dict[str, float]:
+  """Scales by name, from an object such as {"watercolor": 0.8}."""
+  if not isinstance(value, Mapping):
+    raise _invalid("loras", 'loras must be an object of scales, such as {"name": 0.8}.')
+  if unknown := sorted(value.keys() - set(known)):
+    have = f"there are {listed(known)}" if known else "this server has none"
+    raise _invalid("loras", f"There is no LoRA {shortened(unknown[0])}: {have}.")
+  try:
+    kind = Number(_MOST, least=-_MOST)
+    return {name: kind.check(name, scale) for name, scale in value.items()}
+  except ValueError as error:
+    raise _invalid("loras", f"In loras, {error}") from error
 
 
 def _apply_size(settings: dict[str, Any], size: Any) -> None:

@@ -30,6 +30,12 @@ class OptionFlags:
         "the hub.",
         **of,
       ),
+      flags.DEFINE_multi_string(
+        "lora",
+        [],
+        "NAME=PATH of a LoRA that requests may ask for by its name; may be repeated.",
+        **of,
+      ),
       string("model", "pixart-sigma", "What clients call it; images say it too.", **of),
       flags.DEFINE_enum(
         "dtype",

@@ -149,6 +149,8 @@ def test_the_client_lists_the_model(client):
     ({"extra_body": {"stepps": 3}}, "stepps", "Unknown parameter 'stepps': known are"),
     ({"extra_body": {"num_images_per_prompt": 2}}, "num_images_per_prompt", "give n"),
     ({"extra_body": {"lora": {"name": "x"}}}, "lora", "Unknown parameter 'lora'"),
+    ({"extra_body": {"loras": {"x": 1}}}, "loras", "no LoRA 'x': this server has none"),
+    ({"extra_body": {"loras": "x"}}, "loras", "must be an object of scales"),
     ({"style": "vivid"}, "style", "describe it in the prompt"),
     ({"quality": "hd"}, "quality", "give num_inference_steps"),
     ({"background": "transparent"}, "background", "must be auto or opaque"),

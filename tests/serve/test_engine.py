@@ -1,11 +1,13 @@
 """The queue: which images share a batch, what they are, and how it ends."""
 
+import queue
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.serve.engine import (
   Busy,
   DeadlineExceeded,
@@ -13,6 +15,7 @@ from pixsigma_jax.serve.engine import (
   Limits,
   Preview,
 )
+from tests.convert.test_lora import lora, random_adapter
 from tests.sample import models
 from tests.serve import worlds
 from tests.serve.worlds import ask, drawn, engine, failure, pipeline
@@ -57,6 +60,33 @@ def test_an_image_of_a_batch_equals_that_of_a_call_of_its_own_to_the_bit():
   for (prompt, settings), [(image, about)] in zip(wanted, found, strict=True):
     assert equal(image, alone(model, prompt, **settings))
     assert (about["prompt"], about["seed"]) == (prompt, settings["seed"])
+
+
+def test_each_image_has_the_loras_that_its_request_asks_for(tmp_path):
+  model = pipeline()
+  for seed, name in enumerate(("style", "subject")):
+    spec = lora(("qkv",))
+    change = random_adapter(spec, model.params, seed)
+    write_lora(tmp_path / name, model.config, change, spec)
+    model = model.load_lora_weights(tmp_path / name, name)
+  wanted = [{}, {"style": 1.0}, {"style": 0.5, "subject": 1.0}, {"style": 0.0}]
+  with engine(model, limits={"max_delay": 0.3}) as running:
+    asked = []
+    for loras in wanted:
+      checked = running.check("a three", {"seed": 1, **WARM}, loras=loras)
+      events = queue.Queue()
+      running.submit(checked, events.put)
+      asked.append(events)
+    found = [drawn(events)[0] for events in asked]
+    assert batches(running) == [3, 4]
+    with pytest.raises(ValueError, match="no LoRA called 'none': loaded are style"):
+      running.check("a three", WARM, loras={"none": 1.0})
+  for loras, (image, about) in zip(wanted, found, strict=True):
+    with_loras = model.set_adapters(list(loras), list(loras.values()))
+    assert equal(image, alone(with_loras, "a three", seed=1))
+    scales = {name: scale for name, scale in loras.items() if scale}
+    assert [each["scale"] for each in about.get("loras", [])] == [*scales.values()]
+  assert not equal(found[0][0], found[1][0])
 
 
 def test_only_images_of_equal_shared_settings_and_length_join_a_batch():
