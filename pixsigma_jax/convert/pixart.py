@@ -62,7 +62,8 @@ def from_pixart(
   Args:
     weights: official names to NumPy arrays, perhaps with the buffers `pos_embed` and
       `y_embedder.y_embedding`, which show what is not given below.
-    num_heads: needed where depth and width are not those of a named variant.
+    num_heads: needed where depth and width are not those of a named variant; that of
+      XL/2 goes with every depth.
     base_size, pe_interpolation: see `PixArtConfig`; needed without `pos_embed`, and
       where that is the table of OneTrainer, which writes one for all models.
     caption_length: needed without `y_embedder.y_embedding`.
@@ -469,12 +470,10 @@ def _config(weights: Weights, layout: Layout, known: Mapping[str, Any]) -> PixAr
 
 
 def _named_variant(depth: int, width: int, patch_size: int) -> dict[str, int]:
-  for sizes in VARIANTS.values():
-    if (sizes["depth"], sizes["width"], sizes["patch_size"]) == (
-      depth,
-      width,
-      patch_size,
-    ):
+  for name, sizes in VARIANTS.items():
+    # XL/2 is known in other depths too: PixArt 900M has 42 blocks.
+    fits = name == "XL/2" or sizes["depth"] == depth
+    if fits and (sizes["width"], sizes["patch_size"]) == (width, patch_size):
       return {"num_heads": sizes["num_heads"]}
   return {}
 

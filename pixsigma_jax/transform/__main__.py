@@ -3,6 +3,7 @@ r"""Applies a transform to a snapshot, says what it changed, and writes the resu
   python -m pixsigma_jax.transform interpolate_pe SRC DST --base_size=128
   python -m pixsigma_jax.transform add_kv_compression SRC DST --ratio=4 --layers=14-27
   python -m pixsigma_jax.transform remove_kv_compression SRC DST
+  python -m pixsigma_jax.transform grow_depth SRC DST --depth=42
   python -m pixsigma_jax.transform swap_vae SRC DST --scaling_factor=0.13025
   python -m pixsigma_jax.transform alpha_to_sigma SRC DST --fold_size=1024,1024
   python -m pixsigma_jax.transform merge_lora SRC DST --adapter=RUN/adapters/1000
@@ -39,13 +40,17 @@ _ARGUMENTS = (
   flags.DEFINE_integer(
     "ratio", None, f"Tokens per compressed token: {', '.join(map(str, WINDOWS))}."
   ),
-  flags.DEFINE_list("layers", None, "Layers that compress: 14-27, or 3,7,11."),
+  flags.DEFINE_list(
+    "layers", None, "Layers that compress, or are copied: 14-27, or 3,7,11."
+  ),
   flags.DEFINE_enum("operator", None, OPERATORS, "What makes one token of several."),
   flags.DEFINE_bool("norm", None, "LayerNorm after the convolution."),
   flags.DEFINE_enum(
     "initialization", None, ["average", "random"], "Of the convolution."
   ),
   flags.DEFINE_integer("seed", None, "Of the random initialization."),
+  # grow_depth, with layers
+  flags.DEFINE_integer("depth", None, "Number of blocks afterwards."),
   # swap_vae, alpha_to_sigma
   flags.DEFINE_float("scaling_factor", None, "Of the new latents."),
   flags.DEFINE_string(

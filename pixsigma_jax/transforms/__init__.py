@@ -15,6 +15,7 @@ from pixsigma_jax.transforms.chain import (
   summary,
   with_defaults,
 )
+from pixsigma_jax.transforms.depth import grow_depth
 from pixsigma_jax.transforms.kv_compression import (
   add_kv_compression,
   remove_kv_compression,
@@ -33,6 +34,7 @@ __all__ = [
   "apply_transforms",
   "average",
   "extend_pe",
+  "grow_depth",
   "interpolate_pe",
   "merge_lora",
   "post_hoc_ema",

@@ -16,6 +16,7 @@ from pixsigma_jax.models.autoencoders import downsampling
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.transforms.alpha_to_sigma import alpha_to_sigma, became_sigma
 from pixsigma_jax.transforms.average import average
+from pixsigma_jax.transforms.depth import grow_depth
 from pixsigma_jax.transforms.kv_compression import (
   add_kv_compression,
   remove_kv_compression,
@@ -30,6 +31,7 @@ TRANSFORMS: dict[str, Callable[..., tuple[PixArtConfig, Any]]] = {
   "extend_pe": extend_pe,
   "add_kv_compression": add_kv_compression,
   "remove_kv_compression": remove_kv_compression,
+  "grow_depth": grow_depth,
   "swap_vae": swap_vae,
   "alpha_to_sigma": alpha_to_sigma,
   "merge_lora": merge_lora,

@@ -26,7 +26,7 @@ from pixsigma_jax.convert.pixart import (
   shown_by_config,
 )
 from pixsigma_jax.models.kv_compression import KVCompression
-from pixsigma_jax.models.pixart import PixArtConfig, abstract_params
+from pixsigma_jax.models.pixart import VARIANTS, PixArtConfig, abstract_params
 from tests.models import reference
 
 CASES = ("ms_plain", "ms_kv2", "ms_kv3", "ms_qknorm", "ms_micro", "plain_square")
@@ -38,11 +38,12 @@ def official(case="ms_kv2"):
 
 
 def random_model(**fields):
-  config = PixArtConfig.from_variant(
-    "Nano/2",
-    caption_width=32,
-    caption_length=6,
-    **{"base_size": 4, "pe_interpolation": 0.5, **fields},
+  config = PixArtConfig(
+    **{
+      **VARIANTS["Nano/2"],
+      **{"caption_width": 32, "caption_length": 6},
+      **{"base_size": 4, "pe_interpolation": 0.5, **fields},
+    }
   )
   rng = np.random.default_rng(0)
   params = jax.tree.map(
@@ -258,6 +259,16 @@ def test_what_the_weights_do_not_show_is_asked_for(name):
 def test_heads_of_an_unnamed_size_are_asked_for():
   with pytest.raises(ValueError, match="show num_heads: give --num_heads"):
     from_pixart(official())
+
+
+def test_the_width_of_xl_shows_its_heads_at_every_depth(monkeypatch):
+  # PixArt 900M is XL/2 with 42 blocks; here XL/2 is as small as the model.
+  heads = {"depth": 28, "width": 48, "num_heads": 4, "patch_size": 2}
+  monkeypatch.setitem(VARIANTS, "XL/2", heads)
+  config, params = random_model(depth=3)
+  restored_config, restored = from_pixart(to_pixart(config, params), caption_length=6)
+  assert restored_config == config
+  assert_equal_trees(restored, params)
 
 
 def test_every_tensor_missing_left_over_or_misshapen_is_named():

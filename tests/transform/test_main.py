@@ -255,6 +255,7 @@ def test_a_folder_of_others_is_left_alone_and_nothing_is_read_before(
       "--autoencoder=[1] must be an object",
     ),
     (("remove_kv_compression",), "does not compress keys and values"),
+    (("grow_depth", "--depth=2"), "depth=2 must be above the 2 blocks"),
     (("extend_pe", "--base_size=0"), "base_size 0 must be at least 1"),
   ],
 )
@@ -267,6 +268,20 @@ def test_a_mistake_is_told_in_a_line_and_leaves_nothing(
   assert message in done.err
   assert "Traceback" not in done.err
   assert not (tmp_path / "new").exists()
+
+
+def test_a_deeper_model_says_in_its_provenance_which_blocks_are_copies(
+  transform, source, tmp_path
+):
+  target = tmp_path / "deep"
+  done = transform("grow_depth", source, target, "--depth=3", "--layers=1")
+  assert done.code == 0, done.err
+  assert "config.depth: 2 → 3" in done.out.splitlines()
+  child = checkpoint.read_snapshot(target)
+  assert child.config.depth == 3
+  assert child.metadata.provenance[-1]["transforms"] == [
+    {"name": "grow_depth", "depth": 3, "layers": [1]}
+  ]
 
 
 def test_a_source_that_is_none_is_named(transform, tmp_path):

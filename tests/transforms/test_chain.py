@@ -44,7 +44,7 @@ def test_a_transform_is_found_by_its_own_name():
   }
   assert set(TRANSFORMS) == {
     *("interpolate_pe", "extend_pe", "swap_vae", "alpha_to_sigma", "average"),
-    "post_hoc_ema",
+    *("post_hoc_ema", "grow_depth"),
     *("add_kv_compression", "remove_kv_compression", "merge_lora", "unmerge_lora"),
   }
 
