@@ -213,6 +213,12 @@ class Loss:
     "`snr_shift`; `(2.0, 4.0)` is FAPT's, towards little noise; `None` for no such "
     "draw",
   )
+  timestep_range: tuple[int, int] = _field(
+    (0, 999),
+    pair(whole(0)),
+    "lowest and highest timestep that are drawn, both included: for one of two models "
+    "that share the schedule, see below; `(0, 999)` for all",
+  )
   frequency_weight: float = _field(
     0.0,
     number(least=0),

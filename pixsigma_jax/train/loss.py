@@ -33,6 +33,7 @@ def make_loss(
   min_snr_gamma: float | None,
   snr_shift: float,
   timestep_beta: tuple[float, float] | None,
+  timestep_range: tuple[int, int],
   frequency_weight: float,
   frequency_gamma: float,
   wavelet_offset: float | None,
@@ -49,6 +50,8 @@ def make_loss(
     snr_switch, min_snr_gamma: see `iddpm_loss`.
     snr_shift: see `timestep_probabilities`; 1.0 draws all timesteps alike.
     timestep_beta: see `beta_probabilities`; None leaves it out.
+    timestep_range: lowest and highest timestep that are drawn, both included; among
+      them, the shares of the two above stay.
     frequency_weight: λ, by which errors of the highest frequency count more than those
       of the lowest; 0 leaves it out.
     frequency_gamma: see `detail.frequency_weights`.
@@ -56,10 +59,11 @@ def make_loss(
 
   Raises:
     ValueError: a shift that is not positive, or leaves no timestep; two ways to draw
-      timesteps, or to weigh detail; wavelets of a token that has none.
+      timesteps, or to weigh detail; a range of timesteps that the schedule does not
+      have; wavelets of a token that has none.
   """
   config = model.config
-  draw_timestep = _timestep_draw(schedule, snr_shift, timestep_beta)
+  draw_timestep = _timestep_draw(schedule, snr_shift, timestep_beta, timestep_range)
   if frequency_weight and wavelet_offset is not None:
     raise ValueError(
       f"loss.frequency_weight={frequency_weight} and loss.wavelet_offset="
@@ -231,8 +235,17 @@ def check_aspect(
 
 
 def _timestep_draw(
-  schedule: Schedule, snr_shift: float, beta: tuple[float, float] | None
+  schedule: Schedule,
+  snr_shift: float,
+  beta: tuple[float, float] | None,
+  timestep_range: tuple[int, int],
 ) -> Callable[[Array], Int32[Array, ""]]:
+  low, high = timestep_range
+  if not 0 <= low <= high < schedule.num_timesteps:
+    raise ValueError(
+      f"loss.timestep_range={low, high} must lie in 0 … {schedule.num_timesteps - 1}, "
+      "the lower end first."
+    )
   if beta is not None and snr_shift != 1:
     raise ValueError(
       f"loss.snr_shift={snr_shift} and loss.timestep_beta={beta} both say how "
@@ -241,9 +254,18 @@ def _timestep_draw(
   if beta is not None:
     probabilities = beta_probabilities(schedule, beta)
   elif snr_shift == 1:
-    return lambda key: jax.random.randint(key, (), 0, schedule.num_timesteps)
+    return lambda key: jax.random.randint(key, (), low, high + 1)
   else:
     probabilities = timestep_probabilities(schedule, snr_shift)
+  if (low, high) != (0, schedule.num_timesteps - 1):
+    timesteps = np.arange(schedule.num_timesteps)
+    inside = np.where((low <= timesteps) & (timesteps <= high), probabilities, 0)
+    if not inside.sum() > 0:
+      raise ValueError(
+        f"loss.timestep_range={low, high} has no timestep that loss.snr_shift="
+        f"{snr_shift} draws: widen it, or leave the shift at 1.0."
+      )
+    probabilities = inside / inside.sum()
   upper = np.cumsum(probabilities).astype(np.float32)
   last = np.flatnonzero(probabilities)[-1]  # the sum may be rounded below 1
 

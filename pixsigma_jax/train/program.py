@@ -38,7 +38,8 @@ class Program:
   Attributes:
     model: the network, with its hyper-parameters in `config` and how it is computed in
       `compute`.
-    validation_loss: see `make_loss`; without caption dropout, timesteps uniform.
+    validation_loss: see `make_loss`; without caption dropout, timesteps uniform in
+      their range.
     num_timesteps: of the schedule.
     learning_rate: update → rate.
     tx: the optimizer.
@@ -160,7 +161,7 @@ def make_program(
   return Program(
     model=model,
     # What is measured must not depend on captions that happen to be dropped, nor on
-    # which timesteps a stage prefers.
+    # which timesteps a stage prefers; but on no others than it trains on.
     validation_loss=loss_of(caption_dropout=0.0, snr_shift=1.0, timestep_beta=None),
     num_timesteps=schedule.num_timesteps,
     learning_rate=learning_rate,

@@ -31,7 +31,7 @@ class Validation:
     """Stores what it measures with; nothing is read or compiled yet.
 
     Args:
-      loss: see `make_loss`; without caption dropout, timesteps uniform.
+      loss: see `make_loss`; without caption dropout, timesteps uniform in their range.
       batches: of the held-out examples.
       examples: how many; rounded up to whole batches.
       batch_size: rows of a batch.

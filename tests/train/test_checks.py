@@ -140,6 +140,7 @@ def test_what_is_counted_is_counted_in_whole_numbers(name):
     ("loss.min_snr_gamma", 0.0),
     ("loss.snr_shift", 0.0),
     ("loss.timestep_beta", (2.0, 0.0)),
+    ("loss.timestep_range", (-1, 999)),
     ("loss.frequency_weight", -1.0),
     ("loss.frequency_gamma", 0.0),
     ("loss.wavelet_offset", -0.1),

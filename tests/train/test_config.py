@@ -37,7 +37,8 @@ SECTIONS = {
     make_loss,
     [
       *("caption_dropout", "snr_switch", "min_snr_gamma", "snr_shift"),
-      *("timestep_beta", "frequency_weight", "frequency_gamma", "wavelet_offset"),
+      *("timestep_beta", "timestep_range"),
+      *("frequency_weight", "frequency_gamma", "wavelet_offset"),
     ],
   ),
   "ema": (Ema, ["kind", "values", "unit", "offload"]),

@@ -79,6 +79,7 @@ LONG = {
     "min_snr_gamma": None,
     "snr_shift": 1.0,
     "timestep_beta": None,
+    "timestep_range": (0, 999),
     "frequency_weight": 0.0,
     "frequency_gamma": 1.0,
     "wavelet_offset": None,

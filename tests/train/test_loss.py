@@ -93,6 +93,7 @@ def watch(monkeypatch, key):
       "min_snr_gamma": None,
       "snr_shift": 1.0,
       "timestep_beta": None,
+      "timestep_range": (0, 999),
       "frequency_weight": 0.0,
       "frequency_gamma": 1.0,
       "wavelet_offset": None,
@@ -302,6 +303,54 @@ def test_timesteps_by_a_beta_distribution_have_its_shares(watch):
   np.testing.assert_allclose(beta_probabilities(SCHEDULE, (1.0, 1.0)), 1e-3, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+  "fields", [{}, {"snr_shift": 2.0}, {"timestep_beta": (2.0, 4.0)}], ids=str
+)
+def test_a_range_of_timesteps_leaves_the_shares_within_it_and_none_outside(
+  watch, fields
+):
+  whole = np.asarray(watch(crowd(), **fields)["timesteps"])
+  drawn = np.asarray(watch(crowd(), timestep_range=(400, 599), **fields)["timesteps"])
+  assert (drawn.min(), drawn.max()) == (400, 599)
+  within = whole[(whole >= 400) & (whole <= 599)]
+  shares, expected = (
+    np.histogram(steps, bins=4, range=(400, 600))[0] / len(steps)
+    for steps in (drawn, within)
+  )
+  np.testing.assert_allclose(shares, expected, atol=5 / np.sqrt(len(within)))
+
+
+def test_a_range_of_timesteps_is_kept_by_a_batch_of_one(watch):
+  for row in range(32):
+    (timestep,) = watch(batch_of([row]), timestep_range=(996, 999))["timesteps"]
+    assert 996 <= timestep <= 999
+  (timestep,) = watch(batch_of([0]), timestep_range=(0, 0))["timesteps"]
+  assert timestep == 0
+
+
+def test_the_whole_range_draws_what_was_drawn_without_one(watch, key):
+  """By hand, as it was before there was a range."""
+  row_keys = [jax.random.fold_in(jax.random.split(key)[0], row) for row in range(8)]
+  expected = [
+    jax.random.randint(jax.random.split(row_key, 4)[2], (), 0, 1000)
+    for row_key in row_keys
+  ]
+  np.testing.assert_array_equal(watch(batch_of(range(8)))["timesteps"], expected)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"timestep_range": (0, 1000)}, r"range=\(0, 1000\) must lie in 0 … 999"),
+    ({"timestep_range": (600, 400)}, "the lower end first"),
+    ({"timestep_range": (0, 5), "snr_shift": 4.0}, "no timestep that loss.snr_shift"),
+  ],
+)
+def test_a_range_that_leaves_no_timestep_is_refused(watch, fields, message):
+  with pytest.raises(ValueError, match=message):
+    watch(batch_of([0]), **fields)
+
+
 def test_weights_of_one_are_the_plain_loss_to_the_bit(watch):
   plain = watch(batch_of(range(4), length=7))["per_example"]
   for fields in ({"frequency_weight": 0.0}, {"wavelet_offset": 1.0}):
@@ -394,6 +443,7 @@ def test_gradients_of_a_batch_are_the_mean_over_its_rows():
     min_snr_gamma=None,
     snr_shift=1.0,
     timestep_beta=None,
+    timestep_range=(0, 999),
     frequency_weight=0.0,
     frequency_gamma=1.0,
     wavelet_offset=None,
