@@ -115,6 +115,10 @@ def guide_away(
   where some blocks are left out. Linear, so of noise and of clean estimates alike. It
   costs one more call of the network: 1.5 times a guided step, twice an unguided one.
 
+  Autoguidance too (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
+  Itself", equation 3: D_0 + w (D_1 - D_0), D_0 being a smaller or less trained model
+  with the caption), whose w is `scale` + 1 here. It costs one call of that model.
+
   Args:
     guided: what other guidance made, or `conditional`.
     conditional, weakened: predictions with the caption, of both networks.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from pixsigma_jax.diffusion.schedule import Schedule
@@ -135,6 +136,37 @@ def later_start(
     previous=previous.at[0].set(0),
     earlier=earlier,
   )
+
+
+def restarted(
+  sampler: str, table: SolverTable, below: float | int
+) -> tuple[SolverTable, int]:
+  """A table whose steps below a timestep remember nothing of those above.
+
+  For two models that share the schedule: what one has estimated is not averaged with
+  the other's estimates. Samplers of first order remember nothing anyway, so their table
+  stays as it is. A step of several calls of the network is not cut: it belongs to
+  where it begins.
+
+  Args:
+    sampler: the table's.
+    below: timestep; a step belongs above if it begins there.
+
+  Returns:
+    The table, and the number of its first row that belongs below; its length if there
+    is none.
+  """
+  calls = len(table.timesteps)
+  stride = 2 if sampler == "heun" else 1
+  starts = np.asarray(table.timesteps)[::stride]
+  kept = int((starts < below).sum())
+  if kept == 0:
+    return table, calls
+  later = later_start(sampler, table, len(starts), kept)
+  first = calls - len(later.timesteps)
+  return jax.tree.map(
+    lambda whole, end: jnp.concatenate([whole[:first], end]), table, later
+  ), first
 
 
 class Prediction(NamedTuple):

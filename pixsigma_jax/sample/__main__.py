@@ -31,6 +31,7 @@ from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.sample import (
   adapters,
   captions,
+  companions,
   editing,
   pictures,
   weighting,
@@ -98,6 +99,19 @@ _LORA = flags.DEFINE_multi_string(
   "PATH[:SCALE] of a LoRA that draws along: a file or folder of PEFT, diffusers or "
   "Kohya's names, or a run that trains one; may be repeated.",
 )
+_REFINER = flags.DEFINE_string(
+  "refiner",
+  None,
+  "A second model, as --checkpoint, that draws below the timestep --switch_at.",
+)
+_SWITCH_AT = flags.DEFINE_integer(
+  "switch_at", None, "Timestep below which --refiner draws, 1 … 999."
+)
+_AUTOGUIDANCE = flags.DEFINE_string(
+  "autoguidance",
+  None,
+  "A weaker model, as --checkpoint, to guide away from by --autoguidance_scale.",
+)
 _GUIDANCE_PASSES = flags.DEFINE_integer(
   "guidance_passes",
   None,
@@ -144,6 +158,17 @@ def main(_: list[str]) -> None:
     sides = (about["height"] or 0, about["width"] or 0)
     pictures.check_sides(_FORMAT.value, *(source.size if source else sides))
     steps_of(settings.num_inference_steps, strength_of(i, about["strength"], source))
+  if (_AUTOGUIDANCE.value is not None) != (settings.autoguidance_scale > 1):
+    raise ValueError(
+      f"--autoguidance={_AUTOGUIDANCE.value} and --autoguidance_scale="
+      f"{settings.autoguidance_scale:g} go together: give a weaker model and a scale "
+      "above 1, or neither."
+    )
+  if _REFINER.value is not None and _LORA.value:
+    raise ValueError(
+      "A LoRA acts in one model, and --refiner is a second: merge --lora into each "
+      "that it is for (transform merge_lora), and draw without it."
+    )
   directory = pathlib.Path(_OUTPUT.value)
   disk.check_writable(directory)
   if _SAVE_CAPTIONS.value is not None:
@@ -186,6 +211,12 @@ def _draw(
   # Before T5 is read, which takes minutes.
   located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
   metadata = checkpoint.read_metadata(located.checkpoint)
+  further = {
+    "refiner": _REFINER.value,
+    "switch_at": _SWITCH_AT.value,
+    "autoguidance": _AUTOGUIDANCE.value,
+  }
+  companions.locate(metadata, **further, options=_SOURCE.values())
   loras = adapters.read_flags(_LORA.value, PixArtConfig.from_dict(metadata.model))
   texts = prompts + [
     about["negative_prompt"] for about in settings.of_prompts(len(prompts))
@@ -202,6 +233,7 @@ def _draw(
     guidance_passes=_GUIDANCE_PASSES.value,
     quantize=_QUANTIZE.value,
     timing=timing,
+    **further,
     **dataclasses.asdict(_SOURCE.values()),
   )
   if loras:

@@ -25,6 +25,8 @@ differences:
   `skip_guidance_layers`, and `step_caching` are more than it has. `pag_scale` and
   `pag_applied_layers` are its `PixArtSigmaPAGPipeline`'s; layers are numbers, none of
   which stands for others too, as its "blocks.1" does for 1 and 10 … 19.
+- `refiner` with `switch_at` and `autoguidance` with `autoguidance_scale` are further
+  models, of which it has none here.
 - `from_pretrained` is `from_checkpoint`: precision is `compute`, and files that are not
   ours are converted. `load_lora_weights` and `set_adapters`, which its PixArt pipelines
   lack and others have, return a pipeline and change none; LoRAs are always fused.
@@ -57,7 +59,13 @@ from PIL import Image
 
 import pixsigma_jax
 from pixsigma_jax import checkpoint, sharding
-from pixsigma_jax.diffusion.solvers import SolverTable, later_start, solver_table
+from pixsigma_jax.diffusion.solvers import (
+  SolverState,
+  SolverTable,
+  later_start,
+  restarted,
+  solver_table,
+)
 from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
@@ -65,6 +73,7 @@ from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import (
   call_arguments,
+  companions,
   pictures,
   previews,
   program,
@@ -77,9 +86,16 @@ from pixsigma_jax.sample.call_arguments import (
   StepCallback,
   StopDrawing,
 )
+from pixsigma_jax.sample.companions import Refiner, WeakModel
 from pixsigma_jax.sample.editing import digest
 from pixsigma_jax.sample.encoders import load_autoencoder, load_text_encoder
-from pixsigma_jax.sample.program import Batch, Guidance, Projection, Weakened
+from pixsigma_jax.sample.program import (
+  Batch,
+  Guidance,
+  Projection,
+  Weakened,
+  Weaker,
+)
 from pixsigma_jax.sample.requests import Planner, Request
 from pixsigma_jax.sample.settings import (
   SETTINGS,
@@ -180,6 +196,12 @@ class Pipeline:
       a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
     loras: what LoRAs are in `params`, see `load_lora_weights`.
+    refiner: a second model of the same hyper-parameters, for the timesteps below its
+      `switch_at`. Steps are then taken one by one, as with a callback. A sampler of
+      several steps starts anew at the switch, which is first order there; step caching
+      computes the refiner's first step.
+    weak_model: a worse model to guide away from, see `autoguidance_scale`. It may be
+      smaller; step caching does not spare it a step. LoRAs do not act in it.
     timing: adds up the seconds of `text encoder`, `transformer`, `autoencoder` and
       `compilation` over all calls, those of `replace`d pipelines included.
 
@@ -199,6 +221,8 @@ class Pipeline:
   guidance_passes: int | np.integer[Any] | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   loras: Adapters = dataclasses.field(default_factory=Adapters)
+  refiner: Refiner | None = None
+  weak_model: WeakModel | None = None
   timing: Timing = dataclasses.field(default_factory=Timing)
 
   def __post_init__(self):
@@ -216,6 +240,13 @@ class Pipeline:
           f"The model has {name} {ours} and the {whose} {theirs}: these are not the "
           "parts that were trained together."
         )
+    if self.weak_model is not None:
+      companions.check_weak(config, self.weak_model.config)
+    if self.refiner is not None and self.loras.loaded:
+      raise ValueError(
+        "A LoRA acts in one model, and a pipeline with a refiner has two: merge it "
+        "into each that it is for (transform merge_lora), and draw without it."
+      )
     for name in ("batch_size", "guidance_passes"):
       # They are written into files, which know no numbers of NumPy.
       if isinstance(getattr(self, name), np.integer):
@@ -248,6 +279,9 @@ class Pipeline:
     guidance_passes: int | np.integer[Any] | None = None,
     quantize: str = "none",
     timing: Timing | None = None,
+    refiner: str | os.PathLike[str] | None = None,
+    switch_at: int | None = None,
+    autoguidance: str | os.PathLike[str] | None = None,
     **source: Any,
   ) -> "Pipeline":
     """The model of a checkpoint, of diffusers' folder, of a file, or of the hub.
@@ -267,6 +301,9 @@ class Pipeline:
       compute: see the class; None for `program.compute_here()`.
       batch_size, guidance_passes, timing: see the class.
       quantize: a key of `QUANTIZATIONS`, what is made of the parameters.
+      refiner, switch_at: a second model, found as `path` is, that draws below the
+        timestep `switch_at`; both or neither.
+      autoguidance: a weaker model, found as `path` is, for `autoguidance_scale`.
       source: what weights of another format leave open, by the flags of `convert`:
         release, base_size, pe_interpolation, caption_length, scaling_factor, num_heads,
         ema, pos_embed, variant.
@@ -275,10 +312,18 @@ class Pipeline:
       FileNotFoundError: there is none.
       TypeError: `source` has an argument of another name.
       ValueError: it is damaged, leaves open what is not given, or needs an encoder that
-        this version does not have.
+        this version does not have; or a further model does not go with it.
     """
     _check_choice("quantize", quantize, QUANTIZATIONS)
-    located = weights.locate(path, weights.options_of(source))
+    options = weights.options_of(source)
+    located = weights.locate(path, options)
+    further = companions.locate(
+      checkpoint.read_metadata(located.checkpoint),
+      refiner=refiner,
+      switch_at=switch_at,
+      autoguidance=autoguidance,
+      options=options,
+    )
     frozen = located.encoders if frozen is None else frozen
     snapshot = checkpoint.read_snapshot(os.fspath(located.checkpoint), mesh)
     metadata = snapshot.metadata
@@ -291,10 +336,13 @@ class Pipeline:
         f"The model was trained with captions of {metadata.text_encoder}, and these "
         f"are of {text_encoder.identity}."
       )
-    params = QUANTIZATIONS[quantize](snapshot.params)
+
+    def prepare(params: Any) -> Any:
+      return inference_params(QUANTIZATIONS[quantize](params), compute)
+
     return cls(
       config=snapshot.config,
-      params=inference_params(params, compute),
+      params=prepare(snapshot.params),
       null_caption=snapshot.null_caption,
       autoencoder=load_autoencoder(metadata, frozen, dtype=dtype, mesh=mesh),
       text_encoder=text_encoder,
@@ -309,8 +357,10 @@ class Pipeline:
         "step": snapshot.step,
         "quantize": quantize,
         **located.origin,
+        **further.origin,
       },
       loras=Adapters(snapshot.path),
+      **further.read(snapshot.null_caption, mesh, prepare),
       timing=Timing() if timing is None else timing,
     )
 
@@ -508,7 +558,16 @@ class Pipeline:
     """
     perturbed = self._weakened(asked, "pag_scale", "pag_applied_layers")
     skipped = self._weakened(asked, "skip_layer_guidance_scale", "skip_guidance_layers")
-    if not asked.guided and perturbed is None and skipped is None:
+    weaker = None
+    if asked.autoguidance_scale > 1:
+      if self.weak_model is None:
+        raise ValueError(
+          f"autoguidance_scale={asked.autoguidance_scale:g} needs a weaker model to "
+          "guide away from: give one with autoguidance when the pipeline is made, or 1."
+        )
+      scale = jnp.float32(asked.autoguidance_scale - 1)
+      weaker = Weaker(scale, self.weak_model.params)
+    if not asked.guided and not any((perturbed, skipped, weaker)):
       return None
     projection = None
     if asked.guided and asked.guidance_method == "apg":
@@ -520,6 +579,7 @@ class Pipeline:
       perturbed=perturbed,
       skipped=skipped,
       projection=projection,
+      weaker=weaker,
     )
 
   def _weakened(self, asked: Settings, scale: str, layers: str) -> Weakened | None:
@@ -567,6 +627,9 @@ class Pipeline:
       passes = self._passes(kind.length) if guidance is not None else 1
       if kind.steps:
         table = later_start(asked.sampler, whole, steps, kind.steps)
+      switch = None
+      if self.refiner is not None:
+        table, switch = restarted(asked.sampler, table, self.refiner.switch_at)
       for start in range(0, len(numbers), self.batch_size):
         chosen = numbers[start : start + self.batch_size]
         # Rows nobody asked for keep the program, and with it every rounding, the same.
@@ -591,7 +654,8 @@ class Pipeline:
         try:
           if kind.steps:
             sequences, computed = self._solve(
-              batch, table, guidance, threshold, passes, cfg_zero, watch
+              *(batch, table, guidance, threshold),
+              *(passes, cfg_zero, watch, switch),
             )
           else:
             sequences, computed = batch["noise"], None
@@ -638,34 +702,44 @@ class Pipeline:
     passes: int,
     cfg_zero: bool,
     watch: Callable[..., Float32[np.ndarray, "b n c"] | None] | None,
+    switch: int | None,
   ) -> tuple[Float32[np.ndarray, "b n c"], Computed | None]:
-    """The latents of a batch as sequences, in one program; with `watch` step by step.
+    """The latents of a batch as sequences, in one program or step by step.
 
     Args:
-      watch: the step's number, latents and clean latents → other latents, or None.
+      watch: the step's number, latents and clean latents → other latents, or None;
+        steps one by one.
+      switch: the row of the table from which on the refiner draws; steps one by one.
     """
     compute = self.compute
     if self.mesh is not None:
       batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
       compute = dataclasses.replace(compute, mesh=self.mesh)
-    arguments = self.params, batch, table, guidance, threshold
+    arguments = batch, table, guidance, threshold
     static: dict[str, Any] = {
       "config": self.config,
       "compute": compute,
       "passes": passes,
       "cfg_zero": cfg_zero,
+      "weak_config": None if self.weak_model is None else self.weak_model.config,
     }
-    if watch is None:
+    if watch is None and switch is None:
       with self.timing.part("transformer"):
-        sequences, computed = program.sample(*arguments, **static)
+        sequences, computed = program.sample(self.params, *arguments, **static)
         return np.asarray(sequences), computed
-    with self.timing.part("transformer"):
-      conditions, state = jax.block_until_ready(program.start(*arguments, **static))
+    params, conditions, state = self.params, None, None
     for number in range(len(table.timesteps)):
       with self.timing.part("transformer"):
+        if number in (0, switch):
+          if number == switch and self.refiner is not None:
+            params = self.refiner.params
+          conditions, start = program.start(params, *arguments, **static)
+          state = start if state is None else _handed_over(state, start)
         state, clean = program.step(
-          *arguments, conditions, state, np.int32(number), **static
+          params, *arguments, conditions, state, np.int32(number), **static
         )
+        if watch is None:
+          continue
         latents, clean = np.asarray(state.latents), np.asarray(clean)
       changed = watch(number, latents, clean)
       if changed is not None:
@@ -677,8 +751,11 @@ class Pipeline:
           else jnp.asarray(changed)
         )
         state = state._replace(latents=changed)
+    assert state is not None
     caching = state.memory.caching
-    return np.asarray(state.latents), None if caching is None else caching.computed
+    with self.timing.part("transformer"):
+      sequences = np.asarray(state.latents)
+    return sequences, None if caching is None else caching.computed
 
   def _call_back(
     self,
@@ -913,6 +990,14 @@ Pipeline.stream.__signature__ = Pipeline.__call__.__signature__ = inspect.Signat
     ),
   ]
 )
+
+
+def _handed_over(state: SolverState, start: SolverState) -> SolverState:
+  """The state before the refiner's first step; what caching knows is the other's."""
+  caching, fresh = state.memory.caching, start.memory.caching
+  if caching is not None:
+    fresh = fresh._replace(computed=caching.computed)
+  return state._replace(memory=state.memory._replace(caching=fresh))
 
 
 def _check_choice(name: str, value: str, known: Any) -> None:

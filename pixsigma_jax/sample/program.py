@@ -71,6 +71,13 @@ class Weakened(NamedTuple):
   layers: Any
 
 
+class Weaker(NamedTuple):
+  """Another network to guide away from: how far, and its parameters."""
+
+  scale: Any
+  params: Any
+
+
 class Projection(NamedTuple):
   """What `guide_projected` takes beside the scale."""
 
@@ -89,6 +96,7 @@ class Guidance(NamedTuple):
     perturbed: whose self-attention is the identity; or None.
     skipped: whose blocks are left out; or None.
     projection: to join predictions by `guide_projected`; or None.
+    weaker: a worse network, of the hyper-parameters `weak_config`; or None.
   """
 
   scale: Any
@@ -98,6 +106,7 @@ class Guidance(NamedTuple):
   perturbed: Weakened | None = None
   skipped: Weakened | None = None
   projection: Projection | None = None
+  weaker: Weaker | None = None
 
 
 class _Memory(NamedTuple):
@@ -125,7 +134,7 @@ def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
   return 1 if rows // devices * length <= _TOKENS_OF_ONE_BATCH else 2
 
 
-_STATIC = ("config", "compute", "passes", "cfg_zero")
+_STATIC = ("config", "compute", "passes", "cfg_zero", "weak_config")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -140,6 +149,7 @@ def sample(
   compute: Compute,
   passes: int,
   cfg_zero: bool = False,
+  weak_config: PixArtConfig | None = None,
 ) -> tuple[Float32[Array, "b n c"], Computed | None]:
   """From noise to latents of any grids, as padded sequences.
 
@@ -154,13 +164,15 @@ def sample(
     threshold: of step caching; None computes every step and remembers nothing.
     passes: 2 takes the branches of guidance one after the other; 1 without guidance.
     cfg_zero: join predictions by `guide_from_optimal`.
+    weak_config: of `guidance.weaker`.
 
   Returns:
     The latents; with step caching, how many steps were computed.
   """
   _log_compilation("sampler", batch, table, guidance, passes)
   drawing = _Drawing(
-    params, batch, table, guidance, threshold, config, compute, passes, cfg_zero
+    *(params, batch, table, guidance, threshold),
+    *(config, compute, passes, cfg_zero, weak_config),
   )
   latents, memory = solve_remembering(
     drawing.denoiser(drawing.conditions()),
@@ -185,6 +197,7 @@ def start(
   compute: Compute,
   passes: int,
   cfg_zero: bool = False,
+  weak_config: PixArtConfig | None = None,
 ) -> tuple[Batch, SolverState]:
   """What `sample` works out before its first step; `step` goes on from there.
 
@@ -194,7 +207,8 @@ def start(
     What the network is conditioned on, and the state before the first step.
   """
   drawing = _Drawing(
-    params, batch, table, guidance, threshold, config, compute, passes, cfg_zero
+    *(params, batch, table, guidance, threshold),
+    *(config, compute, passes, cfg_zero, weak_config),
   )
   memory = drawing.nothing_remembered()
   return drawing.conditions(), start_state(batch["noise"], table, memory)
@@ -215,6 +229,7 @@ def step(
   compute: Compute,
   passes: int,
   cfg_zero: bool = False,
+  weak_config: PixArtConfig | None = None,
 ) -> tuple[SolverState, Float32[Array, "b n c"]]:
   """One step of `sample`, for a loop that looks at latents in between.
 
@@ -226,7 +241,8 @@ def step(
   """
   _log_compilation("sampler's step", batch, table, guidance, passes)
   drawing = _Drawing(
-    params, batch, table, guidance, threshold, config, compute, passes, cfg_zero
+    *(params, batch, table, guidance, threshold),
+    *(config, compute, passes, cfg_zero, weak_config),
   )
   row = jax.tree.map(lambda column: column[number], table)
   denoise = drawing.denoiser(conditions)
@@ -267,6 +283,7 @@ class _Drawing:
   compute: Compute
   passes: int
   cfg_zero: bool
+  weak_config: PixArtConfig | None
 
   @property
   def guided(self) -> bool:
@@ -283,6 +300,11 @@ class _Drawing:
       "skipped": self.guidance.skipped,
     }
     return {name: kind for name, kind in kinds.items() if kind is not None}
+
+  @property
+  def weaker(self) -> Weaker | None:
+    """Another network to guide away from."""
+    return None if self.guidance is None else self.guidance.weaker
 
   @property
   def regions(self) -> int:
@@ -306,18 +328,38 @@ class _Drawing:
   def by_pass(self, *of_branches: Array) -> Array:
     """Arrays `[rows …]` of the branches as `[passes rows …]`."""
     stacked = jnp.stack(of_branches)
-    passes = len(self.captions) if self.passes == 2 else 1
+    passes = len(of_branches) if self.passes == 2 else 1
     return stacked.reshape(passes, -1, *stacked.shape[2:])
 
   def conditions(self) -> Batch:
-    """What the network is conditioned on in every step."""
-    config, compute, batch = self.config, self.compute, self.batch
-    branches = len(self.captions)
-    params = laid_out(self.params, compute)
+    """What the network is conditioned on in every step; a weaker one, by `weaker`."""
+    config, branches = self.config, len(self.captions)
+    given = self.conditions_of(self.params, config, self.captions)
+    if self.weaker is not None:
+      own = caption_names(self.regions)
+      assert self.weak_config is not None
+      given["weaker"] = self.conditions_of(self.weaker.params, self.weak_config, own)
+    regions = self.regions
+    first = branches - regions * len(self.weakened)
+    for name, kind in self.weakened.items():
+      whole = jnp.zeros((len(self.batch["noise"]), config.depth), bool)
+      weak = jnp.broadcast_to(kind.layers, whole.shape)
+      given[name] = self.by_pass(
+        *(weak if first <= i < first + regions else whole for i in range(branches))
+      )
+      first += regions
+    return given
+
+  def conditions_of(
+    self, params: Any, config: PixArtConfig, captions: Sequence[str]
+  ) -> Batch:
+    """Sizes and captions of branches, as a network with these parameters takes them."""
+    compute, batch = self.compute, self.batch
+    params = laid_out(params, compute)
     names = ("coordinates", "grid", "image_size", "aspect_ratio")
-    given = {name: self.by_pass(*[batch[name]] * branches) for name in names}
+    given = {name: self.by_pass(*[batch[name]] * len(captions)) for name in names}
     embeddings, mask = (
-      self.by_pass(*(batch[f"{caption}_{what}"] for caption in self.captions))
+      self.by_pass(*(batch[f"{caption}_{what}"] for caption in captions))
       for what in ("embeddings", "mask")
     )
     given["caption_mask"] = mask
@@ -325,15 +367,6 @@ class _Drawing:
       lambda *captions: caption_keys_values(params, config, compute, *captions),
       *(embeddings, mask),
     )
-    regions = self.regions
-    first = branches - regions * len(self.weakened)
-    for name, kind in self.weakened.items():
-      whole = jnp.zeros((len(batch["noise"]), config.depth), bool)
-      weak = jnp.broadcast_to(kind.layers, whole.shape)
-      given[name] = self.by_pass(
-        *(weak if first <= i < first + regions else whole for i in range(branches))
-      )
-      first += regions
     return given
 
   def nothing_remembered(self) -> _Memory:
@@ -391,20 +424,19 @@ class _Drawing:
     params = laid_out(self.params, self.compute)
     token_mask = tokens.token_mask(self.batch["grid"], length)
     model = PixArt(config, self.compute)
+    weak_given = given.get("weaker")
+    given = {name: what for name, what in given.items() if name != "weaker"}
 
     def denoise(
       noisy_latents: Array, row: SolverTable, memory: _Memory
     ) -> tuple[Prediction, _Memory]:
       timestep, caching, average = row.timesteps, memory.caching, memory.average
 
+      # Random token discarding: a new draw at each step, shared by all images.
+      rngs = {"kv_discard": jax.random.key(timestep.astype(jnp.uint32))}
+
       def call(method: str, *arguments: Any) -> Any:
-        return model.apply(
-          {"params": params},
-          *arguments,
-          # Random token discarding: a new draw at each step, shared by all images.
-          rngs={"kv_discard": jax.random.key(timestep.astype(jnp.uint32))},
-          method=method,
-        )
+        return model.apply({"params": params}, *arguments, rngs=rngs, method=method)
 
       def at_step(given: Batch) -> Conditions:
         return Conditions(timesteps=jnp.full(len(given["grid"]), timestep), **given)
@@ -422,6 +454,23 @@ class _Drawing:
         others = range(1, config.depth)
         return call("go_through", others, x, embedded, at_step(given)) - x
 
+      def weaker_noise() -> Array | None:
+        if self.weaker is None or self.weak_config is None:
+          return None
+        weak = PixArt(self.weak_config, self.compute)
+        weak_params = laid_out(self.weaker.params, self.compute)
+
+        def network(noisy: Array, given: Batch) -> Any:
+          conditions = at_step(given)
+          variables = {"params": weak_params}
+          return weak.apply(variables, noisy, conditions, rngs=rngs, method="on_tokens")
+
+        noisy = self.by_pass(*[noisy_latents] * self.regions)
+        output = _each_pass(network, noisy, weak_given)
+        output = output.reshape(self.regions * rows, *output.shape[2:])
+        noise, _ = split_prediction(output, self.weak_config)
+        return self.averaged(jnp.split(noise, self.regions))
+
       noisy = self.by_pass(*[noisy_latents] * branches)
       if threshold is None:
         output = _each_pass(network, noisy, given)
@@ -438,7 +487,7 @@ class _Drawing:
         output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
       output = output.reshape(branches * rows, *output.shape[2:])
       noise, logits = split_prediction(output, config)
-      if branches == 1:
+      if branches == 1 and guidance is None:
         return Prediction(noise, logits), _Memory(caching, average)
       predictions = jnp.split(noise, branches)
       own = slice(self.guided, self.guided + self.regions)
@@ -448,7 +497,7 @@ class _Drawing:
         noise = self.averaged(predictions)
         return Prediction(noise, logits), _Memory(caching, average)
       noise, average = self._guide(
-        guidance, predictions, noisy_latents, row, average, token_mask
+        guidance, predictions, weaker_noise(), noisy_latents, row, average, token_mask
       )
       return Prediction(noise, logits), _Memory(caching, average)
 
@@ -458,6 +507,7 @@ class _Drawing:
     self,
     guidance: Guidance,
     predictions: list[Array],
+    weaker: Array | None,
     noisy_latents: Array,
     row: SolverTable,
     average: Any,
@@ -495,6 +545,8 @@ class _Drawing:
         joined = guide_first_three(unconditional, noise, scale, self.config.in_channels)
     for prediction, kind in zip(weak, self.weakened.values(), strict=True):
       joined = guide_away(joined, noise, prediction, scale_now(kind.scale, 0.0))
+    if weaker is not None and self.weaker is not None:
+      joined = guide_away(joined, noise, weaker, scale_now(self.weaker.scale, 0.0))
     return rescale(joined, noise, guidance.rescale, token_mask), average
 
 

@@ -342,6 +342,12 @@ class Settings:
     optional=True,
     default_is="the middle layer",
   )
+  autoguidance_scale: float = _setting(
+    1.0,
+    Number(),
+    "How far from the weaker model of a pipeline that has one (Karras et al. 2024, "
+    "their w); up to 1 does not call it.",
+  )
   step_caching: float = _setting(
     0.0,
     Number(),

@@ -16,6 +16,7 @@ _SECTIONS = {
   "guidance_scale": "Guidance and masks",
   "guidance_method": "Guidance and masks",
   "pag_scale": "Guidance and masks",
+  "autoguidance_scale": "Guidance and masks",
   "skip_layer_guidance_scale": "Guidance and masks",
   "step_caching": "Step caching",
   "seed": "Seeds",
