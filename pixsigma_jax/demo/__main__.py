@@ -45,10 +45,23 @@ _ATTENTION = flags.DEFINE_enum(
   "attention",
   "auto",
   list(attention.CHOICES),
-  "Its implementation; auto takes what suits the devices and the picture's size.",
+  "Its implementation; auto takes what suits the devices and the image's size.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
+  "batch_size", 1, "Images drawn at once; more are faster if they are small."
+)
+_MAX_N = flags.DEFINE_integer("max_n", 16, "Images of a request, at most.")
+_MAX_STEPS = flags.DEFINE_integer("max_steps", 100, "Steps of an image, at most.")
+_MAX_PIXELS = flags.DEFINE_integer(
+  "max_pixels",
+  None,
+  "Pixels of an image, at most; 4 times the training's by default.",
+)
+_MAX_UPLOAD = flags.DEFINE_integer(
+  "max_upload", 20 << 20, "Bytes of an image or a mask to edit, at most."
+)
+_MAX_QUEUE = flags.DEFINE_integer(
+  "max_queue", 128, "Requests that may wait; what comes after them is refused."
 )
 _HOST = flags.DEFINE_string(
   "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets the network in."
@@ -65,6 +78,13 @@ def main(_: list[str]) -> None:
       raise
     raise ValueError(f"The page needs Gradio: {install('demo')}.") from error
 
+  limits = page.Limits(
+    max_n=_MAX_N.value,
+    max_steps=_MAX_STEPS.value,
+    max_pixels=_MAX_PIXELS.value,
+    max_upload=_MAX_UPLOAD.value,
+    max_queue=_MAX_QUEUE.value,
+  )
   command.keep_compiled()
   pipeline = Pipeline.from_checkpoint(
     _CHECKPOINT.value,
@@ -75,7 +95,7 @@ def main(_: list[str]) -> None:
   )
   if _LORA.value:
     pipeline = pipeline.with_adapters(adapters.read_flags(_LORA.value, pipeline.config))
-  server = page.serve(pipeline, _HOST.value, _PORT.value)
+  server = page.serve(pipeline, _HOST.value, _PORT.value, limits)
   print(f"Open {server.local_url}   Ctrl-C ends it.", flush=True)
   page.wait(server)
 

@@ -4,34 +4,89 @@ Nothing here talks to any machine but the one that it is served to: Gradio's tel
 its look for newer versions and its record of runs are off, and its fonts are files.
 """
 
-import functools
+import dataclasses
 import html
 import inspect
 import pathlib
+import queue
+import re
 import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import gradio as gr
+from PIL import Image
 
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
+from pixsigma_jax.demo import fields
 from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample.call_arguments import StopDrawing
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.settings import SETTINGS, Choice, Settings
 
-# What the gallery, the settings and the seed show next.
-Shown: TypeAlias = tuple[list[tuple[str, str]], dict[str, Any], int]
+# What the gallery, the settings, the seed and the previews show next.
+Images: TypeAlias = list[tuple[str, str]]
+Shown: TypeAlias = tuple[Images, dict[str, Any], int, Images]
 
-_MOST_STEPS, _MOST_GUIDANCE, _MOST_PICTURES = 100, 20, 16  # where the sliders end
+IMAGES_OWN = "of the image"  # a size on offer
+_SIZE = re.compile(r"\s*(\d+)\s*[×x]\s*(\d+)\s*")
+_MOST_GUIDANCE, _MOST_SCALE = 20, 2  # where sliders end
+_REMEMBERED = 64  # images in the gallery
 _COLUMNS, _GALLERY_HEIGHT, _SETTINGS_HEIGHT = 3, 560, 320  # pixels, but for the first
+_PREVIEWS_HEIGHT = 160
 _SEEDS = 2**32
 _HOUR, _DAY = 3600, 86400  # seconds
-# A miniature's pictures are smaller than their place: enlarge them with square pixels.
-_CSS = ".miniature img { image-rendering: pixelated; }"
+# A miniature's images are smaller than their place: enlarge them with square pixels.
+_CSS = ".miniature img, #previews img { image-rendering: pixelated; }"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What the page refuses.
+
+  Attributes:
+    max_n: images of a request.
+    max_steps: steps of an image.
+    max_pixels: of an image; None for four times the training's.
+    max_upload: bytes of a file.
+    max_queue: requests that wait.
+  """
+
+  max_n: int = 16
+  max_steps: int = 100
+  max_pixels: int | None = None
+  max_upload: int = 20 << 20
+  max_queue: int = 128
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      if value is not None and value < 1:
+        raise ValueError(f"{name}={value} must be at least 1.")
+
+  def check(self, pipeline: Pipeline, prompt: str, asked: Mapping[str, Any]) -> None:
+    """Refuses what is beyond a limit, and all that the pipeline refuses.
+
+    Raises:
+      ValueError: it is, with the flag that sets the limit.
+    """
+    settings = Settings.of({name: asked[name] for name in SETTINGS if name in asked})
+    _at_most("images", settings.num_images_per_prompt, "max_n", self.max_n)
+    _at_most("steps", settings.num_inference_steps, "max_steps", self.max_steps)
+    most = self.max_pixels or 4 * pipeline.resolution**2
+    for image in pipeline.plan(prompt, **asked):
+      _at_most("pixels", image.height * image.width, "max_pixels", most)
+
+
+def _at_most(what: str, number: int, name: str, most: int) -> None:
+  if number > most:
+    raise ValueError(
+      f"{number} {what} are asked for, and this page draws {most} at most: ask for "
+      f"fewer, or start it with another --{name}."
+    )
 
 
 def sizes(resolution: int) -> dict[str, Bucket]:
@@ -46,69 +101,162 @@ def sizes(resolution: int) -> dict[str, Bucket]:
     double = 2 * resolution
     sides = [(resolution, double), (resolution, resolution), (double, resolution)]
     offered = [Bucket(height, width) for height, width in sides]
-  return {f"{height} × {width}": Bucket(height, width) for height, width in offered}
+  return {size_name(height, width): Bucket(height, width) for height, width in offered}
+
+
+def size_name(height: int, width: int) -> str:
+  """What the page calls a size."""
+  return f"{height} × {width}"
+
+
+def _size_of(name: str) -> dict[str, int]:
+  """Settings of a size by its name; none for the image's own."""
+  if name == IMAGES_OWN:
+    return {}
+  sides = _SIZE.fullmatch(name or "")
+  if sides is None:
+    raise ValueError(f"The size {name!r} must be HEIGHT × WIDTH, in pixels.")
+  return {"height": int(sides[1]), "width": int(sides[2])}
 
 
 def draw(
   pipeline: Pipeline,
   prompt: str,
-  negative_prompt: str,
   size: str,
-  sampler: str,
-  steps: float | int | None,
-  guidance: float | int | None,
-  seed: float | int | None,
-  random_seed: bool,
-  count: float | int | None,
+  asked: Mapping[str, Any],
+  *,
+  random_seed: bool = False,
+  image: str | None = None,
+  mask_image: str | None = None,
+  lora_scales: Sequence[float | int | None] = (),
+  limits: Limits = Limits(),
+  stop: threading.Event | None = None,
+  earlier: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Shown]:
-  """Draws, and yields the page's content whenever another image is ready.
-
-  A field that was emptied is None.
+  """Draws, and yields the page's content at each step and with each image.
 
   Args:
-    size: a key of `sizes`.
-    seed: of the first picture, the next having one more; not looked at with
-      `random_seed`, which takes another one each time.
+    size: HEIGHT × WIDTH, or `IMAGES_OWN`.
+    asked: settings by name, as their fields show them; one that was emptied is None.
+    random_seed: takes another seed each time, and does not look at the one asked for.
+    image, mask_image: files of an image to edit, and of its mask.
+    lora_scales: of the pipeline's LoRAs, one for each.
+    stop: ends drawing after the next step, once it is set; images that are ready stay.
+    earlier: images that the gallery shows after the new ones.
 
   Yields:
     The gallery so far, PNG files with a caption each; the settings of its first
-    picture; and the seed. The files are there until the next is asked for.
+    image; the seed; and previews of the images that are being drawn. The files are
+    there until the next is asked for.
 
   Raises:
-    gr.Error: what the pipeline refuses, in its own words, an empty seed, and a picture
-      that cannot be written.
+    gr.Error: what the pipeline or a limit refuses, in their own words, an empty seed,
+      and an image that cannot be written.
   """
-  if seed is None and not random_seed:
-    raise _error("There is no seed: give a number, or tick the box beside it.")
-  bucket = sizes(pipeline.resolution)[size]
+  stop = threading.Event() if stop is None else stop
   with tempfile.TemporaryDirectory() as folder:
-    gallery, shown = [], {}
+    gallery: Images = []
+    settings: dict[str, Any] = {}
     try:
-      total: int = SETTINGS["num_images_per_prompt"].check(count)
-      if random_seed:
-        seed = secrets.randbelow(_SEEDS - total + 1)
-      first: int = SETTINGS["seed"].check(seed)
-      drawn = pipeline.stream(
-        prompt,
-        negative_prompt=negative_prompt,
-        height=bucket.height,
-        width=bucket.width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        seed=first,
-        sampler=sampler,
-        num_images_per_prompt=total,
+      values = {name: fields.value_of(name, shown) for name, shown in asked.items()}
+      total: int = SETTINGS["num_images_per_prompt"].check(
+        values["num_images_per_prompt"]
       )
+      if random_seed:
+        _at_most("images", total, "max_n", limits.max_n)
+        values["seed"] = secrets.randbelow(_SEEDS - total + 1)
+      elif values["seed"] is None:
+        raise ValueError("There is no seed: give a number, or tick the box beside it.")
+      first = values["seed"] = SETTINGS["seed"].check(values["seed"])
+      arguments = values | _size_of(size)
+      if image is not None:
+        arguments["image"] = image
+      if mask_image is not None:
+        arguments["mask_image"] = mask_image
+      limits.check(pipeline, prompt, arguments)
+      pipeline = _with_loras(pipeline, lora_scales)
       _tell(0, total)
-      for _, picture, settings in drawn:
-        path = pathlib.Path(folder, f"seed-{settings['seed']}.png")
-        pictures.save(path, picture, settings)
-        gallery.append((str(path), f"seed {settings['seed']}"))
-        shown = shown or settings
-        yield list(gallery), shown, first
-        _tell(len(gallery), total)
+      for found in _events(pipeline, prompt, arguments, stop):
+        previews: Images = []
+        if isinstance(found, _Step):
+          for number, preview in found.previews:
+            path = pathlib.Path(folder, f"preview-{number}-{found.step}.png")
+            preview.save(path)
+            caption = f"seed {first + number}, step {found.step} of {found.steps}"
+            previews.append((str(path), caption))
+        else:
+          _, picture, own = found
+          path = pathlib.Path(folder, f"seed-{own['seed']}.png")
+          pictures.save(path, picture, own)
+          gallery.append((str(path), f"seed {own['seed']}"))
+          settings = settings or own
+          _tell(len(gallery), total)
+        yield [*gallery, *earlier][:_REMEMBERED], settings, first, previews
     except (ValueError, OSError) as error:
       raise _error(str(error)) from error
+
+
+class _Step(NamedTuple):
+  """A step that was taken: its number from 1 on, of how many, and what is seen."""
+
+  step: int
+  steps: int
+  previews: list[tuple[int, Image.Image]]
+
+
+def _events(
+  pipeline: Pipeline, prompt: str, arguments: Mapping[str, Any], stop: threading.Event
+) -> Iterator[Any]:
+  """Steps, and images as `Pipeline.stream` has them, drawn by a thread of its own.
+
+  A step that nobody has looked at when the next thing happens is left out.
+  """
+  found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+  def watch(_: Pipeline, step: int, timestep: float, known: dict[str, Any]) -> None:
+    if stop.is_set():
+      raise StopDrawing
+    seen = [
+      (number, pipeline.preview(latents))
+      for number, latents in zip(known["images"], known["clean_latents"], strict=True)
+    ]
+    found.put(_Step(step + 1, known["num_steps"], seen))
+
+  def work() -> None:
+    try:
+      for image in pipeline.stream(prompt, callback_on_step_end=watch, **arguments):
+        found.put(image)
+        if stop.is_set():
+          break
+      found.put(None)
+    except BaseException as error:  # it is the reader's
+      found.put(error)
+
+  worker = threading.Thread(target=work, daemon=True)
+  worker.start()
+  try:
+    while (event := found.get()) is not None:
+      if isinstance(event, BaseException):
+        raise event
+      if not isinstance(event, _Step) or found.empty():
+        yield event
+  finally:
+    stop.set()
+    worker.join()
+
+
+def _with_loras(pipeline: Pipeline, scales: Sequence[float | int | None]) -> Pipeline:
+  """The pipeline with its LoRAs at these scales."""
+  names = list(pipeline.loras.loaded)
+  if None in scales:
+    raise ValueError(
+      f"The LoRA {names[scales.index(None)]} has no scale: give 0 to leave it out."
+    )
+  wanted = {name: float(s) for name, s in zip(names, scales, strict=True) if s}
+  acting = {name: s for name, s in pipeline.loras.scales.items() if s}
+  if wanted == acting:
+    return pipeline
+  return pipeline.set_adapters(list(wanted), list(wanted.values()))
 
 
 def guidance_of(sampler: str) -> float:
@@ -121,11 +269,49 @@ def settings_of(gallery: list[tuple[str, str]], event: gr.SelectData) -> dict[st
   return pictures.settings_of(pathlib.Path(gallery[event.index][0]))
 
 
-def build(pipeline: Pipeline) -> gr.Blocks:
+def settings_to_fields(pipeline: Pipeline, settings: Mapping[str, Any]) -> Any:
+  """What the fields show to draw an image again, by its settings.
+
+  An image to edit is in no file: it stays what it is on the page, and its share of
+  the steps is set.
+
+  Returns:
+    The prompt, the size, the settings by name, and the scales of the LoRAs.
+
+  Raises:
+    gr.Error: there are no settings, or a LoRA is not among the page's.
+  """
+  if not settings:
+    raise _error("There are no settings yet: draw an image, or click on one.")
+  values = {
+    name: fields.shown(name, settings.get(name, setting.default))
+    for name, setting in SETTINGS.items()
+    if name not in ("height", "width", "num_images_per_prompt")
+  }
+  values["num_images_per_prompt"] = 1
+  if "image_digest" in settings:
+    size = IMAGES_OWN
+  else:
+    size = size_name(settings["height"], settings["width"])
+  known = {one.fingerprint: name for name, one in pipeline.loras.loaded.items()}
+  scales = dict.fromkeys(pipeline.loras.loaded, 0.0)
+  for lora in settings.get("loras", ()):
+    if lora["fingerprint"] not in known:
+      raise _error(
+        f"The image was drawn with the LoRA {lora['path']}, which this page does not "
+        "have: start it with another --lora."
+      )
+    scales[known[lora["fingerprint"]]] = lora["scale"]
+  return settings["prompt"], size, values, list(scales.values())
+
+
+def build(pipeline: Pipeline, limits: Limits = Limits()) -> gr.Blocks:
   """The page of a pipeline, not yet served."""
-  offered = list(sizes(pipeline.resolution))
+  offered = [*sizes(pipeline.resolution), IMAGES_OWN]
   defaults: Any = Settings()
-  square = f"{pipeline.resolution} × {pipeline.resolution}"
+  square = size_name(pipeline.resolution, pipeline.resolution)
+  of: dict[str, Any] = {}  # fields by the setting's name
+  stops: dict[str | None, threading.Event] = {}  # of what each tab has asked for
   with gr.Blocks(
     title="PixArt-Σ", analytics_enabled=False, delete_cache=(_HOUR, _DAY)
   ) as page:
@@ -133,28 +319,33 @@ def build(pipeline: Pipeline) -> gr.Blocks:
     with gr.Row():
       with gr.Column(scale=1):
         prompt = gr.Textbox(label="Prompt", autofocus=True, elem_id="prompt")
-        negative_prompt = gr.Textbox(
+        of["negative_prompt"] = gr.Textbox(
           label="Negative prompt", info=SETTINGS["negative_prompt"].help
         )
         size = gr.Dropdown(
-          offered, value=square, label="Size (height × width)", elem_id="size"
+          offered,
+          value=square,
+          label="Size (height × width)",
+          allow_custom_value=True,
+          elem_id="size",
         )
         with gr.Row():
-          sampler = gr.Dropdown(
+          of["sampler"] = gr.Dropdown(
             list(_choices("sampler")),
             value=defaults.sampler,
             label="Sampler",
             elem_id="sampler",
           )
-          steps = gr.Slider(
-            *(1, _MOST_STEPS),
-            value=defaults.num_inference_steps,
+          of["num_inference_steps"] = gr.Slider(
+            *(1, limits.max_steps),
+            value=min(defaults.num_inference_steps, limits.max_steps),
             step=1,
             precision=0,
             label="Steps",
+            elem_id="steps",
           )
-        guidance = gr.Slider(
-          *(1, _MOST_GUIDANCE),
+        of["guidance_scale"] = gr.Slider(
+          *(0, _MOST_GUIDANCE),
           value=defaults.guidance_scale,
           step=0.1,
           label="Guidance",
@@ -162,22 +353,38 @@ def build(pipeline: Pipeline) -> gr.Blocks:
           elem_id="guidance",
         )
         with gr.Row():
-          seed = gr.Number(
+          of["seed"] = gr.Number(
             value=defaults.seed, precision=0, label="Seed", elem_id="seed"
           )
           random_seed = gr.Checkbox(value=False, label="Random seed")
-        count = gr.Slider(
-          *(1, _MOST_PICTURES),
+        of["num_images_per_prompt"] = gr.Slider(
+          *(1, limits.max_n),
           value=defaults.num_images_per_prompt,
           step=1,
           precision=0,
-          label="Pictures",
+          label="Images",
           elem_id="count",
         )
-        button = gr.Button("Draw", variant="primary", elem_id="draw")
+        with gr.Row():
+          button = gr.Button("Draw", variant="primary", elem_id="draw")
+          cancel = gr.Button("Cancel", elem_id="cancel")
+        with gr.Accordion("Edit an image", open=False, elem_id="edit"):
+          with gr.Row():
+            image, mask_image = (
+              gr.Image(type="filepath", sources=["upload"], label=label, elem_id=name)
+              for label, name in (
+                ("Image", "image"),
+                ("Mask: white is drawn anew", "mask_image"),
+              )
+            )
+          of |= {name: fields.field(name) for name in fields.ABOUT_IMAGES}
+        scales = _lora_fields(pipeline)
+        for title, names in fields.GROUPS.items():
+          with gr.Accordion(title, open=False):
+            of |= {name: fields.field(name) for name in names}
       with gr.Column(scale=2):
         gallery = gr.Gallery(
-          label="Pictures",
+          label="Images",
           interactive=False,
           columns=_COLUMNS,
           fit_columns=False,
@@ -187,28 +394,89 @@ def build(pipeline: Pipeline) -> gr.Blocks:
           elem_id="pictures",
           elem_classes=[] if pipeline.resolution in buckets.BUCKETS else ["miniature"],
         )
+        previews = gr.Gallery(
+          label="Being drawn",
+          interactive=False,
+          height=_PREVIEWS_HEIGHT,
+          object_fit="contain",
+          buttons=[],
+          elem_id="previews",
+        )
         settings = gr.JSON(
-          label="Settings of the picture",
+          label="Settings of the image",
           max_height=_SETTINGS_HEIGHT,
           elem_id="settings",
         )
+        reuse = gr.Button("Reuse these settings", elem_id="reuse")
 
-    inputs = [prompt, negative_prompt, size, sampler, steps, guidance]
-    gr.on(
+    def pressed(shown: dict[Any, Any], request: gr.Request) -> Iterator[Shown]:
+      stop = stops[request.session_hash] = threading.Event()
+      yield from draw(
+        pipeline,
+        shown[prompt],
+        shown[size],
+        {name: shown[one] for name, one in of.items()},
+        random_seed=shown[random_seed],
+        image=shown[image],
+        mask_image=shown[mask_image],
+        lora_scales=[shown[scale] for scale in scales],
+        limits=limits,
+        stop=stop,
+        earlier=shown[gallery] or (),
+      )
+
+    def stopped(request: gr.Request) -> Images:
+      if (stop := stops.pop(request.session_hash, None)) is not None:
+        stop.set()
+      return []
+
+    def again(settings: dict[str, Any] | None) -> dict[Any, Any]:
+      text, name, values, scale_values = settings_to_fields(pipeline, settings or {})
+      shown = {prompt: text, size: name, random_seed: False}
+      shown |= {of[setting]: value for setting, value in values.items()}
+      return shown | dict(zip(scales, scale_values, strict=True))
+
+    everything = {prompt, size, random_seed, *of.values(), *scales}
+    hidden: Any = {"api_visibility": "private"}
+    drawing = gr.on(
       [button.click, prompt.submit],
       # Unwrapped: Gradio tells a generator by a flag that decorators hide from it.
-      functools.partial(inspect.unwrap(draw), pipeline),
-      [*inputs, seed, random_seed, count],
-      [gallery, settings, seed],
+      inspect.unwrap(pressed),
+      {*everything, image, mask_image, gallery},
+      [gallery, settings, of["seed"], previews],
       show_progress_on=settings,
-      api_visibility="private",
+      **hidden,
     )
-    sampler.input(guidance_of, sampler, guidance, api_visibility="private")
-    gallery.select(settings_of, gallery, settings, api_visibility="private")
-  return page
+    cancel.click(stopped, None, previews, queue=False, cancels=drawing, **hidden)
+    page.unload(stopped)
+    of["sampler"].input(guidance_of, of["sampler"], of["guidance_scale"], **hidden)
+    image.upload(lambda: IMAGES_OWN, None, size, **hidden)
+    image.clear(lambda: square, None, size, **hidden)
+    gallery.select(settings_of, gallery, settings, **hidden)
+    reuse.click(again, settings, everything, **hidden)
+  return page.queue(max_size=limits.max_queue)
 
 
-def serve(pipeline: Pipeline, host: str, port: int) -> gr.Blocks:
+def _lora_fields(pipeline: Pipeline) -> list[gr.Slider]:
+  if not pipeline.loras.loaded:
+    return []
+  most = max(_MOST_SCALE, *map(abs, pipeline.loras.scales.values()))
+  with gr.Accordion("LoRAs", open=True, elem_id="loras"):
+    return [
+      gr.Slider(
+        *(-most, most),
+        value=pipeline.loras.scales.get(name, 0.0),
+        step=0.05,
+        label=name,
+        info="How much it counts; 0 leaves it out.",
+      )
+      for name in pipeline.loras.loaded
+    ]
+
+
+def serve(
+  pipeline: Pipeline, host: str, port: int, limits: Limits = Limits()
+) -> gr.Blocks:
   """Serves a pipeline's page, from threads of its own, until `close()` is called on it.
 
   Its address is its `local_url`.
@@ -222,11 +490,12 @@ def serve(pipeline: Pipeline, host: str, port: int) -> gr.Blocks:
     raise OSError(
       f"Cannot listen at {host}:{port}: {error}. Give others with --host and --port."
     ) from error
-  page = build(pipeline)
+  page = build(pipeline, limits)
   page.launch(
     server_name=host,
     server_port=port,
     css=_CSS,
+    max_file_size=limits.max_upload,
     share=False,
     ssr_mode=False,
     run_history=False,
@@ -255,7 +524,7 @@ def _choices(name: str) -> tuple[str, ...]:
 
 
 def _tell(done: int, count: int) -> None:
-  gr.Progress()((done, count), desc="Drawing", unit="pictures")
+  gr.Progress()((done, count), desc="Drawing", unit="images")
 
 
 def _error(message: str) -> gr.Error:

@@ -37,8 +37,8 @@ class Previewer:
     return latents @ self.weights[:-1] + self.weights[-1][None, None]
 
   def __call__(self, latents: Float32[np.ndarray, "h w c"]) -> Image.Image:
-    """The same as an image, a pixel for each latent."""
-    return pictures.to_picture(self.colors(latents))
+    """The same as an image, a pixel for each latent; what has diverged is gray."""
+    return pictures.to_picture(np.nan_to_num(self.colors(latents)))
 
 
 def fit(autoencoder: Any, seed: int = 0) -> Previewer:

@@ -19,7 +19,7 @@ import pytest
 
 from pixsigma_jax import checkpoint
 from pixsigma_jax.data import buckets
-from pixsigma_jax.demo import page
+from pixsigma_jax.demo import fields, page
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.settings import SETTINGS
@@ -28,17 +28,10 @@ from tests.demo.browser import Browser
 from tests.sample import models
 
 PROMPT = "a <red> seven"
-ASKED = {
-  "prompt": PROMPT,
-  "negative_prompt": "",
-  "size": "8 × 8",
-  "sampler": "dpm++",
-  "steps": 2,
-  "guidance": 3,  # as a slider says it
-  "seed": 5,
-  "random_seed": False,
-  "count": 1,
-}
+# What the fields show, and what the page asks for beside settings.
+FIELDS = {name: fields.shown(name, one.default) for name, one in SETTINGS.items()}
+del FIELDS["height"], FIELDS["width"]
+FIELDS |= {"num_inference_steps": 2, "guidance_scale": 3, "seed": 5}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +39,25 @@ def pipeline():
   return models.pipeline()
 
 
+def draw(pipeline, size="8 × 8", prompt=PROMPT, **asked):
+  """Draws with some fields changed, and with what else `page.draw` takes."""
+  settings = {name: asked.pop(name) for name in list(asked) if name in FIELDS}
+  return page.draw(pipeline, prompt, size, FIELDS | settings, **asked)
+
+
 def drawn(pipeline, **asked):
-  """All that the page shows, one after the other, with the files' bytes in it."""
+  """All images that the page shows, one after the other, with the files' bytes."""
   shown = []
-  for gallery, settings, seed in page.draw(pipeline, **(ASKED | asked)):
+  for gallery, settings, seed, previews in draw(pipeline, **asked):
     files = [(pathlib.Path(path).read_bytes(), caption) for path, caption in gallery]
-    shown.append((files, settings, seed))
+    if not previews:
+      shown.append((files, settings, seed))
   return shown
+
+
+def step_by_step(pipeline, prompt, **asked):
+  """What the pipeline draws in the program that the page uses."""
+  return pipeline(prompt, callback_on_step_end=lambda *_: None, **asked)
 
 
 def as_png(output, folder):
@@ -84,7 +89,8 @@ def free_port():
 def test_the_gallery_holds_the_files_that_the_pipeline_draws(pipeline, tmp_path):
   wide = {"size": "8 × 16", "sampler": "ddim", "negative_prompt": "blue"}
   *_, (files, settings, seed) = drawn(pipeline, **wide)
-  output = pipeline(
+  output = step_by_step(
+    pipeline,
     PROMPT,
     negative_prompt="blue",
     height=8,
@@ -99,7 +105,7 @@ def test_the_gallery_holds_the_files_that_the_pipeline_draws(pipeline, tmp_path)
 
 
 def test_pictures_are_shown_as_they_are_ready_each_with_its_seed(pipeline):
-  shown = drawn(pipeline, count=3)
+  shown = drawn(pipeline, num_images_per_prompt=3)
   captions = [[caption for _, caption in files] for files, _, _ in shown]
   assert captions == [
     ["seed 5"],
@@ -120,7 +126,7 @@ def test_a_random_seed_is_another_each_time_and_is_told(pipeline):
 
 def test_a_random_seed_leaves_room_for_the_pictures_after_it(pipeline, monkeypatch):
   monkeypatch.setattr(page.secrets, "randbelow", lambda bound: bound - 1)
-  *_, (files, _, _) = drawn(pipeline, random_seed=True, count=2)
+  *_, (files, _, _) = drawn(pipeline, random_seed=True, num_images_per_prompt=2)
   assert files[-1][1] == f"seed {2**32 - 1}"
 
 
@@ -129,14 +135,20 @@ def test_a_random_seed_leaves_room_for_the_pictures_after_it(pipeline, monkeypat
   [
     ({"prompt": "a b c d e f g <h>"}, "The caption 'a b c d e f g &lt;h&gt;' has"),
     ({"seed": -1}, "has seed -1: seeds must lie in"),
-    ({"seed": 2**32 - 1, "count": 2}, "has seed 4294967296"),
+    ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "has seed 4294967296"),
     ({"seed": None}, "There is no seed"),
     ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
-    ({"steps": None}, "num_inference_steps must be a whole number, not None"),
-    ({"guidance": None, "sampler": "magic"}, "Unknown sampler 'magic'"),
-    ({"guidance": -1}, "guidance_scale=-1.0 must be 0 or more"),
-    ({"count": None}, "num_images_per_prompt must be a whole number"),
-    ({"count": None, "random_seed": True}, "num_images_per_prompt must be a whole"),
+    (
+      {"num_inference_steps": None},
+      "num_inference_steps must be a whole number, not None",
+    ),
+    ({"guidance_scale": None, "sampler": "magic"}, "Unknown sampler 'magic'"),
+    ({"guidance_scale": -1}, "guidance_scale=-1.0 must be 0 or more"),
+    ({"num_images_per_prompt": None}, "num_images_per_prompt must be a whole number"),
+    (
+      {"num_images_per_prompt": None, "random_seed": True},
+      "num_images_per_prompt must be a whole",
+    ),
     ({"sampler": "dmd"}, "A DMD student takes 1 step, not num_steps=2."),
   ],
 )
@@ -172,15 +184,15 @@ def test_a_picture_that_went_wrong_is_told_too(pipeline):
 
 
 def test_no_file_is_left_once_the_page_has_shown_it(pipeline):
-  showing = page.draw(pipeline, **ASKED)
-  ((path, _),), _, _ = next(showing)
+  showing = draw(pipeline)
+  ((path, _),), _, _, _ = next(found for found in showing if found[0])
   assert pathlib.Path(path).exists()
   assert list(showing) == []
   assert not pathlib.Path(path).exists()
 
 
 def test_a_click_on_a_picture_shows_what_its_file_says(pipeline):
-  for gallery, _, _ in page.draw(pipeline, **ASKED | {"count": 2}):
+  for gallery, *_ in draw(pipeline, num_images_per_prompt=2):
     if len(gallery) == 2:
       event = gr.SelectData(None, {"index": 1, "value": None})
       assert page.settings_of(gallery, event)["seed"] == 6
@@ -204,17 +216,17 @@ def test_a_miniature_offers_a_square_and_twice_each_side():
 
 def test_the_page_offers_all_samplers_and_starts_at_the_pipelines_defaults(pipeline):
   config = in_a_loop(page.build, pipeline).get_config_file()
-  fields = {
+  shown = {
     component["props"]["label"]: component["props"]
     for component in config["components"]
     if component["props"].get("label")
   }
   known = list(SAMPLERS)
-  assert [value for _, value in fields["Sampler"]["choices"]] == known
-  assert fields["Size (height × width)"]["value"] == "8 × 8"
-  defaults = {name: fields[name]["value"] for name in ("Steps", "Guidance", "Seed")}
+  assert [value for _, value in shown["Sampler"]["choices"]] == known
+  assert shown["Size (height × width)"]["value"] == "8 × 8"
+  defaults = {name: shown[name]["value"] for name in ("Steps", "Guidance", "Seed")}
   assert defaults == {"Steps": 20, "Guidance": 4.5, "Seed": 0}
-  hints = {name: fields[name]["info"] for name in ("Guidance", "Negative prompt")}
+  hints = {name: shown[name]["info"] for name in ("Guidance", "Negative prompt")}
   assert hints == {
     "Guidance": SETTINGS["guidance_scale"].help,
     "Negative prompt": SETTINGS["negative_prompt"].help,
@@ -308,7 +320,7 @@ def test_a_prompt_that_is_typed_becomes_its_picture(serve, browser, pipeline, tm
   browser.screenshot(tmp_path / "page.png")
 
   # To the byte what the pipeline draws: the picture, and what is written in its file.
-  output = pipeline("a red seven", seed=41)
+  output = step_by_step(pipeline, "a red seven", seed=41)
   expected = as_png(output, tmp_path)
   assert browser.fetch(browser.run(f"{SHOWN}.src")) == expected
   assert browser.run(f"{SHOWN}.naturalWidth") == 8
@@ -388,14 +400,20 @@ def test_the_command_serves_the_model_of_the_checkpoint_until_ctrl_c(
   monkeypatch.setattr(page, "wait", inspect.unwrap(page.wait))  # of a stand-in
   done = commands.run(
     *(capsys, monkeypatch, "demo", f"--checkpoint={workdir}", "--host=0.0.0.0"),
-    *("--port=80", "--batch_size=2", "--dtype=float32", "--attention=chunked"),
+    *(
+      "--port=80",
+      "--max_steps=7",
+      "--batch_size=2",
+      "--dtype=float32",
+      "--attention=chunked",
+    ),
   )
   assert done.code == 130
   assert done.out == "Open http://somewhere/   Ctrl-C ends it.\n"
   assert done.err == "Interrupted: by Ctrl-C.\n"
   assert server.closed == [False]  # which would print a line of its own
   pipeline, *others = served
-  assert others == ["0.0.0.0", 80]
+  assert others == ["0.0.0.0", 80, page.Limits(max_steps=7)]
   assert pipeline.origin["checkpoint"] == str(workdir / "snapshots" / "3")
   assert (pipeline.batch_size, pipeline.compute.attention) == (2, "chunked")
   assert pipeline.compute.dtype == jnp.float32
