@@ -32,6 +32,7 @@ from pixsigma_jax.sample.settings import SETTINGS, Choice, Settings
 Images: TypeAlias = list[tuple[str, str]]
 Shown: TypeAlias = tuple[Images, dict[str, Any], int, Images]
 
+WORKER = "demo-drawing"  # name of the thread that draws
 IMAGES_OWN = "of the image"  # a size on offer
 _SIZE = re.compile(r"\s*(\d+)\s*[×x]\s*(\d+)\s*")
 _MOST_GUIDANCE, _MOST_SCALE = 20, 2  # where sliders end
@@ -232,7 +233,7 @@ def _events(
     except BaseException as error:  # it is the reader's
       found.put(error)
 
-  worker = threading.Thread(target=work, daemon=True)
+  worker = threading.Thread(target=work, name=WORKER, daemon=True)
   worker.start()
   try:
     while (event := found.get()) is not None:
@@ -436,7 +437,7 @@ def build(pipeline: Pipeline, limits: Limits = Limits()) -> gr.Blocks:
       shown |= {of[setting]: value for setting, value in values.items()}
       return shown | dict(zip(scales, scale_values, strict=True))
 
-    everything = {prompt, size, random_seed, *of.values(), *scales}
+    everything = [prompt, size, random_seed, *of.values(), *scales]
     hidden: Any = {"api_visibility": "private"}
     drawing = gr.on(
       [button.click, prompt.submit],

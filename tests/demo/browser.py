@@ -132,6 +132,13 @@ class Browser:
     self.click(f"{selector} input")
     self.click(f"{selector} [role=option][aria-label='{label}']")
 
+  def upload(self, selector, path):
+    """Gives a file to a field for files."""
+    self.wait(f"!!document.querySelector({json.dumps(selector)})")
+    root = self.do("DOM.getDocument")["root"]["nodeId"]
+    node = self.do("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+    self.do("DOM.setFileInputFiles", nodeId=node, files=[path])
+
   def fetch(self, address):
     """The bytes behind an address, as the page gets them."""
     script = (

@@ -2,6 +2,8 @@
 
 import asyncio
 import inspect
+import io
+import json
 import os
 import pathlib
 import shutil
@@ -9,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.parse
 
 import gradio as gr
@@ -16,13 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from pixsigma_jax import checkpoint
+from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.data import buckets
 from pixsigma_jax.demo import fields, page
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.settings import SETTINGS
+from pixsigma_jax.transforms.lora import Lora
 from tests import commands
 from tests.demo.browser import Browser
 from tests.sample import models
@@ -246,6 +253,178 @@ def test_samplers_of_few_steps_set_the_field_to_no_guidance(pipeline):
   assert chosen["outputs"] == [ids["Guidance"]]
 
 
+def test_the_page_has_a_field_for_every_setting(pipeline):
+  config = in_a_loop(page.build, pipeline).get_config_file()
+  (drawing,) = (d for d in config["dependencies"] if d["types"]["generator"])
+  labels = [
+    component["props"].get("label")
+    for component in config["components"]
+    if component["id"] in drawing["inputs"]
+  ]
+  elsewhere = {  # names that the page's main fields have
+    "height": "Size (height × width)",
+    "width": "Size (height × width)",
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "num_images_per_prompt": "Images",
+  }
+  expected = {elsewhere.get(name, fields.label(name)) for name in SETTINGS}
+  assert expected <= set(labels)
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_an_untouched_field_is_its_settings_default(name):
+  setting = SETTINGS[name]
+  shown = fields.shown(name, setting.default)
+  if setting.default is not None or setting.optional:
+    expected = setting.check(setting.default)
+    assert setting.check(fields.value_of(name, shown)) == expected
+
+
+def test_numbers_between_commas_are_a_list():
+  assert fields.value_of("pag_applied_layers", " 1,0 ") == (1, 0)
+  assert fields.value_of("guidance_interval", "0.25, 1") == (0.25, 1.0)
+  assert fields.shown("outpaint", (0, 2, 4, 6)) == "0, 2, 4, 6"
+
+
+def test_each_step_is_previewed_until_the_image_is_there(pipeline):
+  shown = [
+    ([caption for _, caption in gallery], [caption for _, caption in previews])
+    for gallery, _, _, previews in draw(pipeline)
+  ]
+  assert shown[-1] == (["seed 5"], [])
+  steps = [previews[0] for gallery, previews in shown[:-1]]
+  # A step that nobody looked at in time may be missing.
+  assert steps
+  assert set(steps) <= {"seed 5, step 1 of 2", "seed 5, step 2 of 2"}
+
+
+def test_a_stop_leaves_what_is_ready_and_draws_no_further(pipeline):
+  stop, shown = threading.Event(), []
+  for gallery, _, _, _ in draw(pipeline, num_images_per_prompt=3, stop=stop):
+    shown.append(len(gallery))
+    if gallery:
+      stop.set()
+  assert shown[-1] == 1
+
+
+def test_earlier_images_stay_behind_the_new_ones(pipeline):
+  before = [("earlier.png", "seed 1")]
+  *_, (gallery, _, _, _) = draw(pipeline, earlier=before)
+  assert [caption for _, caption in gallery] == ["seed 5", "seed 1"]
+
+
+@pytest.fixture
+def uploads(tmp_path):
+  """Files of an image and of a mask over its left half."""
+  draw = np.random.default_rng(0)
+  image = draw.integers(0, 256, (8, 8, 3), np.uint8)
+  mask = np.zeros((8, 8), np.uint8)
+  mask[:, :4] = 255
+  paths = tmp_path / "image.png", tmp_path / "mask.png"
+  for path, array in zip(paths, (image, mask), strict=True):
+    Image.fromarray(array).save(path)
+  return tuple(map(str, paths))
+
+
+def test_an_image_is_drawn_anew_where_its_mask_is_white(pipeline, uploads, tmp_path):
+  image, mask = uploads
+  asked = {"image": image, "mask_image": mask}
+  *_, (files, settings, _) = drawn(pipeline, size=page.IMAGES_OWN, **asked)
+  output = step_by_step(
+    pipeline, PROMPT, num_inference_steps=2, guidance_scale=3.0, seed=5, **asked
+  )
+  assert files[0][0] == as_png(output, tmp_path)
+  before, after = np.asarray(Image.open(image)), np.asarray(output.images[0])
+  assert (before[:, 4:] == after[:, 4:]).all()
+  assert (before[:, :4] != after[:, :4]).any()
+  _, size, values, _ = page.settings_to_fields(pipeline, settings)
+  assert (size, values["strength"]) == (page.IMAGES_OWN, 1.0)
+
+
+def test_settings_of_an_image_draw_it_again(pipeline):
+  asked = {
+    "size": "8 × 16",
+    "sampler": "euler",
+    "pag_scale": 2.0,
+    "pag_applied_layers": "1, 0",
+    "guidance_interval": "0.25, 1",
+    "negative_prompt": "blue",
+  }
+  *_, (_, settings, _) = drawn(pipeline, **asked)
+  settings = json.loads(json.dumps(settings))  # as the page and a file have them
+  prompt, size, values, _ = page.settings_to_fields(pipeline, settings)
+  *_, (gallery, again, _, _) = page.draw(pipeline, prompt, size, values)
+  assert again == settings
+  assert prompt == PROMPT
+  assert len(gallery) == 1
+
+
+def test_a_lora_counts_as_much_as_its_field_says(tmp_path):
+  pipeline = models.pipeline()
+  spec, draw_ = Lora(rank=2, alpha=2.0, targets=("qkv",)), np.random.default_rng(0)
+  adapter = jax.tree.map(
+    lambda leaf: draw_.normal(size=leaf.shape).astype(np.float32),
+    jax.eval_shape(spec.init, pipeline.params, jax.random.key(0)),
+  )
+  write_lora(tmp_path / "style", pipeline.config, adapter, spec)
+  with_lora = pipeline.load_lora_weights(tmp_path / "style", "style")
+  assert drawn(with_lora, lora_scales=[0])[-1][0] == drawn(pipeline)[-1][0]
+  half = drawn(with_lora, lora_scales=[0.5])[-1]
+  assert half[0] != drawn(pipeline)[-1][0]
+  *_, scales = page.settings_to_fields(with_lora, half[1])
+  assert scales == [0.5]
+  with pytest.raises(gr.Error, match="does not have: start it with another --lora"):
+    page.settings_to_fields(pipeline, half[1])
+  with pytest.raises(gr.Error, match="LoRA style has no scale: give 0"):
+    drawn(with_lora, lora_scales=[None])
+
+
+@pytest.mark.parametrize(
+  ("limits", "asked", "message"),
+  [
+    ({"max_n": 2}, {"num_images_per_prompt": 3}, "3 images are .* 2 at most.* --max_n"),
+    (
+      {"max_n": 2},
+      {"num_images_per_prompt": 2**33, "random_seed": True},
+      "images are asked for",
+    ),
+    ({"max_steps": 1}, {}, "2 steps are asked for, .* 1 at most: .* --max_steps"),
+    ({"max_steps": 2}, {"timesteps": "9, 5, 1"}, "3 steps are asked for"),
+    ({"max_pixels": 64}, {"size": "8 × 16"}, "128 pixels are .* 64 .* --max_pixels"),
+  ],
+)
+def test_what_is_beyond_a_limit_is_refused_with_its_flag(
+  pipeline, limits, asked, message
+):
+  with pytest.raises(gr.Error, match=message):
+    drawn(pipeline, limits=page.Limits(**limits), **asked)
+
+
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    ({"size": "large"}, "The size 'large' must be HEIGHT × WIDTH"),
+    ({"pag_applied_layers": "all"}, "PAG applied layers 'all' must be whole numbers"),
+    ({"strength": 0.5}, "strength=0.5 is of an image, and prompt 0 has none"),
+    ({"mask_image": "mask.png"}, "mask_image is of an image"),
+  ],
+)
+def test_what_does_not_go_together_is_told(pipeline, asked, message):
+  with pytest.raises(gr.Error, match=message):
+    drawn(pipeline, **asked)
+
+
+def test_a_limit_below_1_is_refused():
+  with pytest.raises(ValueError, match="max_n=0 must be at least 1"):
+    page.Limits(max_n=0)
+
+
+def test_an_image_that_says_nothing_has_no_settings_to_reuse(pipeline):
+  with pytest.raises(gr.Error, match="There are no settings yet"):
+    page.settings_to_fields(pipeline, {})
+
+
 # ---------------------------------------------------------------------- as it is served
 
 
@@ -347,6 +526,93 @@ def test_a_mistake_is_written_on_the_page_letter_by_letter(serve, browser):
     "document.body.innerText.includes(\"The caption 'a b c d e f g <b>h</b>' has \")"
   )
   assert not browser.run(f"!!{SHOWN}")
+
+
+class Gate:
+  """Holds a pipeline at its steps' previews until it is opened."""
+
+  def __init__(self, monkeypatch):
+    self.steps, self.opened, preview = 0, threading.Event(), Pipeline.preview
+
+    def held(pipeline, latents):
+      self.steps += 1
+      self.opened.wait(60)
+      return preview(pipeline, latents)
+
+    monkeypatch.setattr(Pipeline, "preview", held)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+  gate = Gate(monkeypatch)
+  yield gate
+  gate.opened.set()
+
+
+def until(true):
+  end = time.monotonic() + 60
+  while not true():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+def test_cancel_and_reload_in_the_middle_leave_the_page_ready(serve, browser, gate):
+  address = serve()
+  for leave in ("cancel", "reload"):
+    gate.steps = 0
+    gate.opened.clear()
+    open_page(browser, address)
+    browser.type("#prompt textarea", "a red seven")
+    browser.click("#draw")
+    until(lambda: gate.steps == 1)
+    if leave == "cancel":
+      browser.click("#cancel")
+      time.sleep(1)
+    else:
+      open_page(browser, address)
+      time.sleep(3)
+    gate.opened.set()
+    until(lambda: not any(t.name == page.WORKER for t in threading.enumerate()))
+    assert gate.steps < 20, leave
+    assert not browser.run(f"!!{SHOWN}"), leave
+    browser.type("#prompt textarea", "a red seven")
+    browser.click("#draw")
+    browser.wait(f"{SHOWN}?.complete")
+
+
+def test_of_two_users_one_waits_for_the_other_and_each_has_its_own(
+  serve, browser, gate, tmp_path
+):
+  address = serve()
+  with Browser(shutil.which("chromium"), tmp_path / "other") as other:
+    for number, one in enumerate((browser, other)):
+      open_page(one, address)
+      one.type("#prompt textarea", f"a red seven {number}")
+      one.type("#seed input", str(number))
+      one.click("#draw")
+      until(lambda: gate.steps == 1)
+    gate.opened.set()
+    for number, one in enumerate((browser, other)):
+      one.wait(f"{SHOWN}?.complete")
+      shown = "document.querySelector('#settings').innerText"
+      one.wait(f"{shown}.includes('a red seven {number}')")
+
+
+def test_an_uploaded_image_is_drawn_anew_under_its_mask(serve, browser, uploads):
+  open_page(browser, serve())
+  browser.type("#prompt textarea", "a red seven")
+  browser.click("#edit button")
+  for name, path in zip(("image", "mask_image"), uploads, strict=True):
+    browser.upload(f"#{name} input[type=file]", path)
+    browser.wait(f"document.querySelector('#{name} img')?.complete")
+  browser.wait(f"document.querySelector('#size input').value == '{page.IMAGES_OWN}'")
+  browser.click("#draw")
+  browser.wait("document.querySelector('#settings').innerText.includes('mask_image')")
+  address = browser.wait(f"{SHOWN}?.src")
+  after = np.asarray(Image.open(io.BytesIO(browser.fetch(address))))
+  before = np.asarray(Image.open(uploads[0]))
+  assert (before[:, 4:] == after[:, 4:]).all()
+  assert (before[:, :4] != after[:, :4]).any()
 
 
 # ------------------------------------------------------------------------- the command
