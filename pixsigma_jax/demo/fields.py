@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "pag_applied_layers",
     "skip_layer_guidance_scale",
     "skip_guidance_layers",
+    "autoguidance_scale",
     "apg_eta",
     "apg_threshold",
     "apg_momentum",
