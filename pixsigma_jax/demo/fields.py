@@ -68,6 +68,9 @@ def field(name: str) -> Field:
     case Interval() | WholeList() | Margins():
       same["info"] += " Separated by commas."
       return gr.Textbox(value=value, **same)
+    case Number() if name in ABOUT_IMAGES:
+      # By default none, of which Gradio's field for numbers makes 0.
+      return gr.Textbox(value=value, **same)
     case Number():
       return gr.Number(value=value, **same)
     case Whole():
@@ -81,6 +84,8 @@ def shown(name: str, value: Any) -> Any:
   match SETTINGS[name].kind:
     case Interval() | WholeList() | Margins():
       return "" if value is None else ", ".join(f"{number:g}" for number in value)
+    case Number() if name in ABOUT_IMAGES:
+      return "" if value is None else f"{value:g}"
     case _:
       return value
 
@@ -89,9 +94,11 @@ def value_of(name: str, content: Any) -> Any:
   """A setting's value from what its field shows; the setting checks it.
 
   Raises:
-    ValueError: numbers between commas are none.
+    ValueError: numbers between commas, or a number, are none.
   """
   match SETTINGS[name].kind:
+    case Number() if name in ABOUT_IMAGES:
+      return _number(name, content)
     case Interval():
       number, what = float, "two numbers, low, high"
     case WholeList():
@@ -106,3 +113,12 @@ def value_of(name: str, content: Any) -> Any:
     return tuple(map(number, _SEPARATOR.split(content.strip())))
   except ValueError:
     raise ValueError(f"{label(name)} {content!r} must be {what}.") from None
+
+
+def _number(name: str, content: str) -> float | None:
+  if not content.strip():
+    return None
+  try:
+    return float(content)
+  except ValueError:
+    raise ValueError(f"{label(name)} {content!r} must be a number.") from None
