@@ -7,8 +7,8 @@ anything. With a = κ · rms(z) for outputs z of the convolution, and u of ±1 i
 
   a · norm(z + a u) - a u = z - mean(z) - mean(u z) u + O(z / κ),
 
-means over channels, since the norm divides by a √(1 + O(1 / κ)). Bias of the convolution
-a u, scale of the norm a, and its bias -a u are therefore a start at which two of all
+means over channels, since the norm divides by a √(1 + O(1 / κ)). A convolution's bias
+a u, its norm's scale a and bias -a u are therefore a start at which two of all
 directions are lost, and everything else is as without a norm.
 """
 
