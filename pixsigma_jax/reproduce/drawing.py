@@ -51,15 +51,13 @@ def curves(panels: Mapping[str, Curves]) -> Image.Image | None:
 
 def strips(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:
   """Samples in a row for each label and a column for each step."""
-  cells = [
-    (f"{label}, step {step}", image)
-    for label, by_step in rows.items()
-    for step, image in by_step.items()
-  ]
-  columns = max(map(len, rows.values()))
-  return pictures.grid(
-    [image for _, image in cells], columns, [label for label, _ in cells]
-  )
+  steps = sorted({step for by_step in rows.values() for step in by_step})
+  nothing = Image.new("RGB", (1, 1))
+  images, labels = [], []
+  for label, by_step in rows.items():
+    images += [by_step.get(step, nothing) for step in steps]
+    labels += [f"{label}, step {step}" if step in by_step else "" for step in steps]
+  return pictures.grid(images, len(steps), labels)
 
 
 def stacked(images: Sequence[Image.Image]) -> Image.Image:

@@ -1,6 +1,7 @@
 """Trains and measures the runs of a budget, each piece stored when it is finished.
 
-FOLDER/data/PIXELSpx           records of handwritten digits
+FOLDER/autoencoders/NAME       a small autoencoder
+FOLDER/data/NAME               records of handwritten digits
 FOLDER/runs/KEY                a run of the trainer, resumable by itself
 FOLDER/measured/KEY_STEP.json  what a model of it is worth; its samples as KEY_STEP.png
 
@@ -19,17 +20,18 @@ from absl import logging
 from PIL import Image
 
 from pixsigma_jax import checkpoint, disk
+from pixsigma_jax.data.records import MANIFEST
 from pixsigma_jax.models.pixart import VARIANTS
 from pixsigma_jax.prepare.digits import prepare_digits
-from pixsigma_jax.reproduce import measures
-from pixsigma_jax.reproduce.miniature import DATA_SEED, Budget, Run
+from pixsigma_jax.reproduce import latents, measures
+from pixsigma_jax.reproduce.miniature import DATA_SEED, Budget, Data, Run
 from pixsigma_jax.train import loop
 
 # Seconds on two cores (AMD EPYC with AVX-512), of nothing else to do, for the estimate:
 # a step of "Mini/2" by pixels, and an image, of a 14-step sampler; what a run, a
 # measurement and a network's programs take beside that.
-_STEP_SECONDS = {8: 0.035, 16: 0.06, 24: 0.16}
-_IMAGE_SECONDS = {8: 0.012, 16: 0.025, 24: 0.06}
+_STEP_SECONDS = {8: 0.035, 16: 0.06, 24: 0.16, 32: 0.035}
+_IMAGE_SECONDS = {8: 0.012, 16: 0.025, 24: 0.06, 32: 0.02}
 _RUN_SECONDS, _MEASURE_SECONDS, _COMPILE_SECONDS = 6, 3, 20
 _DATA_SECONDS = 12
 
@@ -55,17 +57,17 @@ class Experiment:
     open_points = [point for point in points if not self._path(point).exists()]
     size = VARIANTS[self._budget.variant]["depth"] / VARIANTS["Mini/2"]["depth"]
     images = 6 * self._budget.per_task * self._budget.sampling_steps / 14
-    pixels = {run.pixels for run in runs}
-    missing = [p for p in pixels if not self._data(p).exists()]
+    data = {run.data.name for run in runs}
+    missing = [name for name in data if not (self._folder / "data" / name).exists()]
     networks = {
       json.dumps(run.config["model"], sort_keys=True, default=list)
       for run in [*runs, *(point.run for point in open_points)]
     }
     return (
       _DATA_SECONDS * len(missing) * self._budget.records / 8000
-      + sum(size * run.steps * _STEP_SECONDS[run.pixels] for run in runs)
+      + sum(size * run.steps * _STEP_SECONDS[run.data.pixels] for run in runs)
       + _RUN_SECONDS * len(runs)
-      + sum(size * images * _IMAGE_SECONDS[p.run.pixels] for p in open_points)
+      + sum(size * images * _IMAGE_SECONDS[p.run.data.pixels] for p in open_points)
       + _MEASURE_SECONDS * len(open_points)
       + size * _COMPILE_SECONDS * len(networks)
     )
@@ -93,6 +95,10 @@ class Experiment:
     with Image.open(self._path(point).with_suffix(".png")) as image:
       return image.convert("RGB")
 
+  def autoencoder_folder(self, name: str) -> pathlib.Path:
+    """Where an autoencoder of that name is, or is to be."""
+    return self._folder / "autoencoders" / name
+
   def distances(self, pixels: int) -> measures.Distances:
     """The distance at a resolution."""
     budget = self._budget
@@ -103,19 +109,20 @@ class Experiment:
     if path.exists():
       return json.loads(path.read_text(encoding="utf-8"))
     self._train(run)
-    workdir = self._workdir(run)
+    workdir, name = self._workdir(run), run.data.autoencoder
     snapshot = workdir / checkpoint.SNAPSHOTS / str(point.step)
     drawn = measures.draw(
       snapshot,
-      pixels=run.pixels,
+      pixels=run.data.pixels,
       per_task=budget.per_task,
       sampling_steps=budget.sampling_steps,
+      frozen=None if name is None else self.autoencoder_folder(name),
     )
     found = {
       "run": run.key,
       "step": point.step,
       "accuracy": measures.accuracies(drawn),
-      "distance": self.distances(run.pixels)(drawn),
+      "distance": self.distances(run.data.pixels)(drawn),
       **measures.held_out_loss(snapshot, self._config(run), examples=budget.held_out),
       "step_seconds": _step_seconds(workdir),
     }
@@ -130,22 +137,33 @@ class Experiment:
       return
     if run.parent is not None:
       self._train(run.parent)
-    data = self._data(run.pixels)
-    prepare_digits(
-      data,
-      resolution=run.pixels,
-      count=self._budget.records,
-      seed=DATA_SEED,
-      scaling_factor=1.0,
-    )
+    self._prepare(run.data)
     began = time.monotonic()
     loop.train(self._config(run), self._workdir(run))
     logging.info("%s: %.0f s.", run.name, time.monotonic() - began)
 
+  def _prepare(self, data: Data) -> None:
+    """Writes the records, unless they are there."""
+    pixels = dataclasses.replace(data, autoencoder=None)
+    if data.autoencoder is None or not (self._data(data) / MANIFEST).exists():
+      prepare_digits(
+        self._data(pixels),
+        resolution=data.pixels,
+        count=data.records,
+        seed=DATA_SEED,
+        scaling_factor=1.0,
+      )
+    if data.autoencoder is not None:
+      latents.encode(
+        self._data(pixels),
+        self.autoencoder_folder(data.autoencoder),
+        self._data(data),
+      )
+
   def _config(self, run: Run) -> dict[str, Any]:
     """The run's config with the paths of this folder."""
     config = {**run.config, "data": {**run.config["data"]}}
-    config["data"]["path"] = str(self._data(run.pixels))
+    config["data"]["path"] = str(self._data(run.data))
     config["init"] = {**run.config["init"]}
     if run.parent is not None:
       config["init"]["parent"] = str(self._workdir(run.parent))
@@ -158,8 +176,8 @@ class Experiment:
   def _workdir(self, run: Run) -> pathlib.Path:
     return self._folder / "runs" / run.key
 
-  def _data(self, pixels: int) -> pathlib.Path:
-    return self._folder / "data" / f"{pixels}px"
+  def _data(self, data: Data) -> pathlib.Path:
+    return self._folder / "data" / data.name
 
   def _path(self, point: Point) -> pathlib.Path:
     return self._folder / "measured" / f"{point.run.key}_{point.step}.json"

@@ -1,7 +1,7 @@
 """Measures of a model of handwritten digits: accuracy, distance, held-out loss.
 
 The distance is Fréchet's (FID's) between features of a small classifier, trained on the
-same handwriting at the same resolution, each feature of unit variance over real cells, or less.
+same handwriting at the same resolution; features have unit variance over real cells.
 Its reference are real cells of the very digits that the prompts ask for, in handwriting
 that trained neither; its floor is the distance of as many other real cells.
 """
@@ -65,7 +65,12 @@ class Drawn:
 
 
 def draw(
-  snapshot: pathlib.Path, *, pixels: int, per_task: int, sampling_steps: int
+  snapshot: pathlib.Path,
+  *,
+  pixels: int,
+  per_task: int,
+  sampling_steps: int,
+  frozen: pathlib.Path | None = None,
 ) -> Drawn:
   """Draws the evaluation's prompts, each at the size of its kind.
 
@@ -73,13 +78,16 @@ def draw(
     snapshot: of a model at `pixels` a cell.
     per_task: prompts of each task, of seen and of unseen scenes each.
     sampling_steps: of an image.
+    frozen: folder of the autoencoder's files, where the model is of latents.
 
   Raises:
     ValueError: an image is not made of finite numbers.
   """
   prompts = evaluation_prompts(0, per_task)
   compute = Compute(dtype=jnp.float32, attention="xla", remat="none", unroll=True)
-  pipeline = Pipeline.from_checkpoint(snapshot, compute=compute, batch_size=_BATCH)
+  pipeline = Pipeline.from_checkpoint(
+    snapshot, compute=compute, batch_size=_BATCH, frozen=frozen
+  )
   rows, columns = zip(*(digits.CELLS[prompt.task] for prompt in prompts), strict=True)
   output = pipeline(
     [prompt.prompt for prompt in prompts],

@@ -17,7 +17,8 @@ from pixsigma_jax.train.config import config_dict
 
 Where: TypeAlias = Literal["shallow", "middle", "deep"]
 
-PIXELS = (8, 16, 24)  # a cell's side: windows of 2 and of 3 tokens divide the last
+# At 24 pixels a cell, windows of 2 and of 3 tokens divide the grid.
+LATENT_PIXELS = 32  # as 8 x 8 latents
 DATA_SEED = 1  # of the records, which all runs share
 
 
@@ -30,14 +31,17 @@ class Budget:
     records: images at each resolution.
     variant: of the network.
     low_steps, high_steps, highest_steps: at 8, at 16 and at 24 pixels.
+    latent_steps: on the latents of a small autoencoder, for figure 8a.
     branch_steps: of what starts from one of these.
     mark_every: steps between two measurements of a branch.
+    swap_steps, swap_mark_every: the same after a swap of autoencoders.
     per_task: prompts of each task, of seen and of unseen scenes each.
     sampling_steps: of an image.
     held_out: images of the held-out loss.
     taught: cells of each colored digit that teach the classifier whose features are
       compared, and
     epochs: how often.
+    autoencoder: fields of `configs/vae_tiny.py` that are others.
   """
 
   seeds: int
@@ -46,18 +50,27 @@ class Budget:
   low_steps: int
   high_steps: int
   highest_steps: int
+  latent_steps: int
   branch_steps: int
   mark_every: int
+  swap_steps: int
+  swap_mark_every: int
   per_task: int
   sampling_steps: int
   held_out: int
   taught: int
   epochs: int
+  autoencoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def marks(self) -> tuple[int, ...]:
     """Steps of a branch that can be measured."""
     return tuple(range(0, self.branch_steps + 1, self.mark_every))
+
+  @property
+  def swap_marks(self) -> tuple[int, ...]:
+    """The same after a swap of autoencoders."""
+    return tuple(range(0, self.swap_steps + 1, self.swap_mark_every))
 
 
 BUDGETS = {
@@ -68,8 +81,11 @@ BUDGETS = {
     low_steps=4500,
     high_steps=2000,
     highest_steps=500,
+    latent_steps=3000,
     branch_steps=100,
     mark_every=50,
+    swap_steps=400,
+    swap_mark_every=200,
     per_task=20,
     sampling_steps=14,
     held_out=256,
@@ -84,13 +100,17 @@ BUDGETS = {
     low_steps=2,
     high_steps=2,
     highest_steps=2,
+    latent_steps=2,
     branch_steps=2,
     mark_every=1,
+    swap_steps=2,
+    swap_mark_every=1,
     per_task=1,
     sampling_steps=2,
     held_out=8,
     taught=2,
     epochs=1,
+    autoencoder={"channels": (4, 4, 4), "norm_groups": 2, "total_steps": 2},
   ),
 }
 
@@ -157,23 +177,42 @@ class Variant:
     return f"{of.where}_{of.ratio}_{of.operator}_{start}_{self.pixels}px"
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Records that a run is trained on.
+
+  Attributes:
+    pixels: side of a digit's cell.
+    records: how many images.
+    autoencoder: name of the one whose latents they are; None for the pixels themselves.
+  """
+
+  pixels: int
+  records: int
+  autoencoder: str | None = None
+
+  @property
+  def name(self) -> str:
+    """Name of its folder."""
+    own = f"_{self.autoencoder}" if self.autoencoder else ""
+    return f"{self.pixels}px_{self.records}{own}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
   """A run of the trainer.
 
   Attributes:
     name: with the seed, for people.
-    pixels: of a cell of its records.
+    data: what it is trained on.
     config: of the trainer, without the paths of data and parent.
     parent: the run that it starts from, at its last step; None for fresh parameters.
-    records: how many images the data has.
   """
 
   name: str
-  pixels: int
+  data: Data
   config: Mapping[str, Any]
   parent: "Run | None"
-  records: int
 
   @property
   def steps(self) -> int:
@@ -183,7 +222,8 @@ class Run:
   @functools.cached_property
   def key(self) -> str:
     """Name of its folder: another config, data or ancestor makes it another run."""
-    of = [self.config, self.records, DATA_SEED, self.parent and self.parent.key]
+    data = dataclasses.asdict(self.data)
+    of = [self.config, data, DATA_SEED, self.parent and self.parent.key]
     text = json.dumps(of, sort_keys=True, default=list)
     return f"{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -198,13 +238,14 @@ class Miniature:
   def low(self, seed: int) -> Run:
     """The weak model, from fresh parameters at 8 pixels."""
     steps = self.budget.low_steps
-    return self._run("low", "low", seed, None, 8, steps=steps, changes={})
+    return self._run("low", "low", seed, None, self._data(8), steps=steps, changes={})
 
   def high(self, seed: int) -> Run:
     """The model at 16 pixels, by PE interpolation."""
     changes = {"checkpoint.snapshot_every": 0}
     steps, low = self.budget.high_steps, self.low(seed)
-    return self._run("high", "high", seed, low, 16, steps=steps, changes=changes)
+    data = self._data(16)
+    return self._run("high", "high", seed, low, data, steps=steps, changes=changes)
 
   def highest(self, seed: int) -> Run:
     """The model at 24 pixels, by PE interpolation."""
@@ -213,8 +254,8 @@ class Miniature:
       "checkpoint.snapshot_every": 0,
       "optimizer.learning_rate": 1e-3,
     }
-    steps, high = self.budget.highest_steps, self.high(seed)
-    return self._run("highest", "high", seed, high, 24, steps=steps, changes=changes)
+    steps, high, data = self.budget.highest_steps, self.high(seed), self._data(24)
+    return self._run("highest", "high", seed, high, data, steps=steps, changes=changes)
 
   def branch(self, variant: Variant, seed: int) -> Run:
     """A short run, at a constant rate, in which a variant shows itself."""
@@ -240,10 +281,44 @@ class Miniature:
       "high",
       seed,
       parent,
-      variant.pixels,
+      self._data(variant.pixels),
       steps=budget.branch_steps,
       changes=changes,
     )
+
+  def on_latents(self, seed: int, autoencoder: str) -> Run:
+    """A model of an autoencoder's latents, from fresh parameters."""
+    steps, data = self.budget.latent_steps, self._data(LATENT_PIXELS, autoencoder)
+    return self._run(
+      "latent", "low", seed, None, data, steps=steps, changes={"model.in_channels": 4}
+    )
+
+  def swapped(
+    self, seed: int, before: str, after: str, transform: Mapping[str, Any] | None
+  ) -> Run:
+    """A run on another autoencoder's latents.
+
+    Args:
+      before, after: names of the autoencoders.
+      transform: `swap_vae` with its arguments; None for fresh parameters.
+    """
+    changes = {
+      "model.in_channels": 4,
+      "optimizer.schedule": "constant",
+      "optimizer.learning_rate": 2e-3,
+      "optimizer.warmup_steps": 20,
+      "checkpoint.snapshot_every": self.budget.swap_mark_every,
+      "log.every": self.budget.swap_mark_every,
+      "init.transforms": () if transform is None else (dict(transform),),
+    }
+    fresh = transform is None
+    start = "fresh" if fresh else "matched" if "old_std" in transform else "swapped"
+    parent = None if fresh else self.on_latents(seed, before)
+    data, steps = self._data(LATENT_PIXELS, after), self.budget.swap_steps
+    return self._run(start, "low", seed, parent, data, steps=steps, changes=changes)
+
+  def _data(self, pixels: int, autoencoder: str | None = None) -> Data:
+    return Data(pixels, self.budget.records, autoencoder)
 
   def _run(
     self,
@@ -251,7 +326,7 @@ class Miniature:
     config: str,
     seed: int,
     parent: Run | None,
-    pixels: int,
+    data: Data,
     *,
     steps: int,
     changes: Mapping[str, Any],
@@ -269,20 +344,21 @@ class Miniature:
         "data.path": "",
         "data.holdout": 0.05 if budget.records >= 1000 else 0.25,
         "init.parent": "",
-        "optimizer.warmup_steps": min(warmup_steps, steps // 2),
         "checkpoint.every": 500,
         "checkpoint.keep_last": 1,
         "log.sample_every": 0,
         "log.prompts": (),
         **changes,
+        "optimizer.warmup_steps": min(
+          changes.get("optimizer.warmup_steps", warmup_steps), steps // 2
+        ),
       }
     )
     return Run(
       name=f"{name}_seed{seed}",
-      pixels=pixels,
+      data=data,
       config=complete.to_dict(),
       parent=parent,
-      records=budget.records,
     )
 
 

@@ -104,6 +104,12 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     shows="operations, days and price of every stage",
     takes="two minutes",
   ),
+  "figure8a": Reproduction(
+    module="figure8a",
+    shows="from one small autoencoder's latents to another's",
+    takes="see below",
+    trains=True,
+  ),
   "figure8b": Reproduction(
     module="figure8b",
     shows="twice the resolution, with and without PE interpolation",

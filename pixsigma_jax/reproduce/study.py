@@ -67,11 +67,13 @@ class Row:
     label: in tables and plots.
     run: the run that it is, of a seed.
     every_mark: whether it is measured on the way, and not at the end alone.
+    marks: after which steps, if these are not a branch's.
   """
 
   label: str
   run: Callable[[Miniature, int], Run]
   every_mark: bool = False
+  marks: tuple[int, ...] | None = None
 
   @classmethod
   def of(cls, variant: Variant, *, every_mark: bool = False) -> "Row":
@@ -166,6 +168,7 @@ class Study:
     for row in self.rows:
       runs = [row.run(miniature, seed) for seed in range(budget.seeds)]
       steps = budget.marks if row.every_mark else (runs[0].steps,)
+      steps = steps if row.marks is None else row.marks
       points[row.label] = [Point(run, step) for step in steps for run in runs]
     return points
 
@@ -200,7 +203,7 @@ class Study:
     deciles = [(label, *_deciles(rows[label, step])) for label, step in last.items()]
     claims = [judged(claim, rows) for claim in self.claims]
     header = [measure.title for measure in measures]
-    pixels = sorted({point.run.pixels for own in points.values() for point in own})
+    pixels = sorted({p.run.data.pixels for own in points.values() for p in own})
     floors = {side: experiment.distances(side) for side in pixels}
     remarks = [
       "A figure is the mean over seeds, in brackets the lowest and the highest. Where "
@@ -214,7 +217,7 @@ class Study:
       title=self.title,
       setting={
         "comparison": self.setting,
-        **_setting(name, budget),
+        **_setting(name, budget, _steps(points)),
         "machine": machine(),
       },
       tables=[
@@ -330,18 +333,29 @@ def machine() -> str:
   return f"{os.cpu_count()} cores of {model}"
 
 
-def _setting(name: str, budget: Budget) -> dict[str, str]:
+def _setting(name: str, budget: Budget, steps: str) -> dict[str, str]:
   sizes = VARIANTS[budget.variant]
   return {
     "budget": name,
     "data": f"{budget.records} captioned images of handwritten digits (scikit-learn) "
     "at each resolution",
     "model": f"{budget.variant}, width {sizes['width']}, {sizes['depth']} layers",
-    "steps": f"{budget.low_steps} at 8 pixels, then {budget.high_steps} at 16, then "
-    f"{budget.highest_steps} at 24; branches {budget.branch_steps}",
+    "steps": steps,
     "seeds": f"{budget.seeds}, each with parents of its own",
     "prompts": f"{6 * budget.per_task}, {budget.sampling_steps} steps of the sampler",
   }
+
+
+def _steps(points: Mapping[str, Sequence[Point]]) -> str:
+  """Steps of the runs, each after what it starts from."""
+  lines: dict[str, None] = {}
+  for own in points.values():
+    line, run = [], own[0].run
+    while run is not None:
+      line.append(f"{run.steps} at {run.data.pixels} pixels")
+      run = run.parent
+    lines[", then ".join(reversed(line))] = None
+  return "; ".join(lines)
 
 
 def _cell(measure: Measure, found: Sequence[Mapping[str, Any]]) -> str:

@@ -10,14 +10,18 @@ import shlex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import digits
+from pixsigma_jax.data.records import open_dataset
 from pixsigma_jax.evaluate.digits import evaluation_prompts
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.pixart import abstract_params, init_params
 from pixsigma_jax.reproduce import (
+  autoencoder,
   experiment,
+  figure8a,
   full_size,
   measures,
   registry,
@@ -48,9 +52,9 @@ def reproduce(capsys, monkeypatch):
   return lambda *arguments: commands.run(capsys, monkeypatch, "reproduce", *arguments)
 
 
-def real_images(snapshot, *, pixels, per_task, sampling_steps):
-  """Real digits in the place of drawn ones, in handwriting nobody has learned from."""
-  del snapshot, sampling_steps
+def real_images(snapshot, *, pixels, per_task, sampling_steps, frozen=None):
+  """Real digits in the place of drawn ones."""
+  del snapshot, sampling_steps, frozen
   draw = np.random.default_rng(7)
   prompts = evaluation_prompts(0, per_task)
   images = []
@@ -83,13 +87,14 @@ class Untrained:
       params, metadata, null_caption = found.params, found.metadata, found.null_caption
     else:
       params = init_params(model, jax.random.key(config["seed"]))
+      features = open_dataset(config["data"]["path"]).manifest
       metadata = Metadata(
         stage=config["stage"],
         model=json.loads(json.dumps(model.to_dict())),
-        autoencoder={"name": "pixels", "version": 1},
-        scaling_factor=1.0,
-        text_encoder={"name": "hashed-words", "version": 1, "width": 64},
-        resolution=2 * model.base_size,
+        autoencoder=dict(features.autoencoder),
+        scaling_factor=features.scaling_factor,
+        text_encoder=dict(features.text_encoder),
+        resolution=features.resolution,
         provenance=(),
       )
       null_caption = np.zeros((model.caption_length, model.caption_width), np.float32)
@@ -129,6 +134,65 @@ def test_each_table_is_made_of_its_runs_which_are_shared_and_never_made_again(
   assert len(set(made)) == len(made)  # parents are common to all tables
   again = reproduce("figure8c", "--budget=smoke", f"--output={tmp_path}")
   assert (again.code, untrained.begun) == (0, made)
+
+
+def test_a_swap_of_autoencoders_is_between_two_that_are_trained_for_it(
+  tmp_path, reproduce, untrained
+):
+  done = reproduce("figure8a", "--budget=smoke", f"--output={tmp_path}")
+  assert done.code == 0, done.err
+  content = json.loads((tmp_path / "figure8a_smoke.json").read_text())
+  assert (tmp_path / "figure8a_smoke.md").read_text() == result.page(content)
+  quality = content["data"]["autoencoders"]
+  assert quality["bytes"] == 256 * 256 // 4**2 * 4
+  assert {kind for own in quality["psnr"].values() for kind in own} == {
+    "photographs",
+    "digits",
+  }
+  # Two steps are something.
+  for which in ("first", "second"):
+    trained, before = (quality["psnr"][f"{which}{s}"] for s in ("", ", untrained"))
+    assert trained["photographs"] > before["photographs"]
+  folders = [*(tmp_path / "smoke" / "autoencoders").iterdir()]
+  first, second = (autoencoder.Trained.read(folder) for folder in sorted(folders))
+  assert first.autoencoder.scaling_factor != second.autoencoder.scaling_factor
+  [runs] = [tmp_path / "smoke" / "runs"]
+  [swapped] = runs.glob("swapped_seed0_*")
+  metadata = checkpoint.read_metadata(swapped / "snapshots" / "0")
+  assert metadata.scaling_factor == second.autoencoder.scaling_factor
+  made = list(untrained.begun)
+  again = reproduce("figure8a", "--budget=smoke", f"--output={tmp_path}")
+  assert (again.code, untrained.begun) == (0, made)
+
+
+def test_the_psnr_of_images_that_differ_by_a_level_is_twenty_log_255():
+  draw = np.random.default_rng(0)
+  pixels = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+  a, b = Image.fromarray(pixels), Image.fromarray(pixels + np.uint8(1))
+  assert autoencoder.psnr(a, b) == pytest.approx(20 * np.log10(255), abs=1e-9)
+
+
+def test_a_jpeg_of_fewer_bytes_is_further_away_and_one_of_none_is_refused():
+  image = autoencoder.held_out_images(64)["photographs"][0]
+  distances = [autoencoder.psnr(image, autoencoder.jpeg(image, n)) for n in (900, 3000)]
+  assert 10 < distances[0] < distances[1]
+  with pytest.raises(ValueError, match="No JPEG of 64 x 64 has 10 bytes"):
+    autoencoder.jpeg(image, 10)
+
+
+def test_photographs_that_are_held_out_are_not_trained_on():
+  both = [autoencoder.photographs(split) for split in ("training", "held_out")]
+  training, held_out = ({photo.tobytes() for photo in photos} for photos in both)
+  assert len(training) > len(held_out) > 1
+  assert training.isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("budget", full_size.BUDGETS)
+def test_commands_for_a_full_size_swap_are_of_a_config_that_train_takes(budget):
+  found = figure8a.run(registry.Options(budget=budget))
+  for line in found.data["commands"]:
+    _, training, _ = line.split("; ")
+    compatibility.check_config(config_of(shlex.split(training.removeprefix("do "))))
 
 
 def test_a_kill_loses_one_piece(tmp_path, untrained, monkeypatch):
