@@ -45,7 +45,8 @@ from pixsigma_jax.wording import install
 # Of scikit-image's wheel; scikit-learn has one of each split beside them.
 _TRAINING = ("astronaut", "coffee", "rocket", "hubble_deep_field", "retina")
 _HELD_OUT = ("chelsea",)
-_DIGITS = 2000  # cells to train on
+_CELL = 32  # pixels along a side of a digit
+_DIGITS = 2048  # of them to train on
 
 _SIZES = ("channels", "blocks_per_level", "latent_channels", "norm_groups")
 
@@ -73,16 +74,24 @@ def photographs(split: Literal["training", "held_out"]) -> list[Image.Image]:
 
 
 def digit_cells(
-  split: digits.Split, count: int, side: int, seed: int
+  split: digits.Split, count: int, seed: int
 ) -> Float32[np.ndarray, "n side side 3"]:
-  """Single colored digits in [-1, 1], in a split's handwriting."""
+  """Single colored digits of `_CELL` pixels in [-1, 1], in a split's handwriting."""
   draw = np.random.default_rng(seed)
   cells = []
   for _ in range(count):
     color, digit = str(draw.choice(list(digits.COLORS))), int(draw.integers(10))
     glyph = int(draw.choice(digits.handwriting(split, digit)))
-    cells.append(digits.render(digits.Scene((Item(color, digit),)), [glyph], side))
+    cells.append(digits.render(digits.Scene((Item(color, digit),)), [glyph], _CELL))
   return np.stack(cells)
+
+
+def composed(
+  cells: Float32[np.ndarray, "n side side 3"], rows: int
+) -> Float32[np.ndarray, "H W 3"]:
+  """A square image of rows² cells."""
+  grid = cells.reshape(rows, rows, _CELL, _CELL, 3).transpose(0, 2, 1, 3, 4)
+  return grid.reshape(rows * _CELL, rows * _CELL, 3)
 
 
 def init_params(config: VAEConfig, key: Array) -> Any:
@@ -140,7 +149,7 @@ def train(config: Mapping[str, Any], folder: pathlib.Path) -> Trained:
   if (folder / "facts.json").exists():
     return Trained.read(folder)
   sizes = VAEConfig(**{name: config[name] for name in _SIZES})
-  params, side = init_params(sizes, jax.random.key(config["seed"])), config["crop"]
+  params = init_params(sizes, jax.random.key(config["seed"]))
   tx = optax.adamw(
     optax.cosine_decay_schedule(config["learning_rate"], config["total_steps"]),
     weight_decay=0.0,
@@ -149,7 +158,7 @@ def train(config: Mapping[str, Any], folder: pathlib.Path) -> Trained:
     functools.partial(_step, tx=tx, config=sizes, kl_weight=config["kl_weight"])
   )
   photos = [np.asarray(photo) for photo in photographs("training")]
-  cells = digit_cells("training", _DIGITS, side, seed=config["seed"])
+  cells = digit_cells("training", _DIGITS, seed=config["seed"])
   state, began = tx.init(params), time.monotonic()
   numbers = command.progress(
     range(config["total_steps"]), config["total_steps"], f"Autoencoder {folder.name}"
@@ -157,7 +166,8 @@ def train(config: Mapping[str, Any], folder: pathlib.Path) -> Trained:
   loss: Any = float("nan")
   for number in numbers:
     draw = np.random.default_rng([config["seed"], number])
-    batch = _batch(draw, photos, cells, config)
+    side = config["crops"][number % len(config["crops"])]
+    batch = _batch(draw, photos, cells, side, config)
     key = jax.random.fold_in(jax.random.key(config["seed"]), number)
     params, state, loss = step(params, state, batch, key)
   logging.info("Loss %.4f after %.0f s.", loss, time.monotonic() - began)
@@ -185,7 +195,7 @@ def _step(
     found: Any = decoder.apply({"params": params["decoder"]}, latents)
     error = found - images
     divergence = (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / 2
-    kl = divergence.sum(axis=(1, 2, 3)).mean()
+    kl = divergence.sum(axis=(1, 2, 3)).mean() / (images.shape[1] * images.shape[2])
     return (jnp.abs(error) + jnp.square(error)).mean() + kl_weight * kl
 
   loss, gradients = jax.value_and_grad(loss_of)(params)
@@ -197,18 +207,20 @@ def _batch(
   draw: np.random.Generator,
   photos: Sequence[UInt8[np.ndarray, "_ _ 3"]],
   cells: Float32[np.ndarray, "n side side 3"],
+  side: int,
   config: Mapping[str, Any],
-) -> Float32[np.ndarray, "b side side 3"]:
-  """Crops of photographs, mirrored as often as not, and cells of digits."""
-  side, count = config["crop"], config["batch_size"]
+) -> Float32[np.ndarray, "b side2 side2 3"]:
+  """Crops of photographs, mirrored as often as not, and composed digits."""
+  count, rows = config["batch_pixels"] // side**2, side // _CELL
   images = []
   for _ in range(round(config["photographs"] * count)):
     photo = photos[int(draw.integers(len(photos)))]
     top, left = (int(draw.integers(n - side + 1)) for n in photo.shape[:2])
     crop = photo[top : top + side, left : left + side].astype(np.float32) / 127.5 - 1
     images.append(crop[:, :: draw.choice([-1, 1])])
-  rest = draw.integers(len(cells), size=count - len(images))
-  return np.concatenate([np.stack(images), cells[rest]]) if images else cells[rest]
+  while len(images) < count:
+    images.append(composed(cells[draw.integers(len(cells), size=rows**2)], rows))
+  return np.stack(images)
 
 
 def _write(
@@ -246,13 +258,9 @@ def held_out_images(side: int) -> dict[str, list[Image.Image]]:
     side: in pixels, a multiple of 32.
   """
   photos = [pictures.fit(photo, side, side) for photo in photographs("held_out")]
-  rows = side // 32
-  cells = digit_cells("reader", rows * rows, 32, seed=3)
-  sheet = cells.reshape(rows, rows, 32, 32, 3).transpose(0, 2, 1, 3, 4)
-  return {
-    "photographs": photos,
-    "digits": [pictures.to_picture(sheet.reshape(side, side, 3))],
-  }
+  rows = side // _CELL
+  sheet = composed(digit_cells("reader", rows**2, seed=3), rows)
+  return {"photographs": photos, "digits": [pictures.to_picture(sheet)]}
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:

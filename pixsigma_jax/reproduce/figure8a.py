@@ -27,7 +27,7 @@ from pixsigma_jax.reproduce.study import Claim, Row, Study
 
 _WHICH = ("first", "second")
 _SIDE = 256  # of the images that autoencoders are measured on
-_MINUTES = 5  # of both autoencoders, on two cores
+_MINUTES = 7  # of both autoencoders, on two cores
 
 
 def run(options: Options) -> Result:
@@ -59,7 +59,7 @@ def run(options: Options) -> Result:
     },
     _SIDE,
   )
-  found = study(names, trained, budget).run(options)
+  found = study(names, _starts(trained), budget).run(options)
   return dataclasses.replace(
     found,
     tables=[*found.tables, _table(quality)],
@@ -67,16 +67,8 @@ def run(options: Options) -> Result:
   )
 
 
-def study(
-  names: Mapping[str, str], trained: Mapping[str, Trained], budget: Budget
-) -> Study:
-  """The comparison, for a pair of autoencoders.
-
-  Args:
-    names: of the folders of `first` and `second`.
-    trained: both.
-  """
-  first, second = (names[which] for which in _WHICH)
+def _starts(trained: Mapping[str, Trained]) -> dict[str, Mapping[str, Any] | None]:
+  """Label of a row → `swap_vae` with its arguments, or None for fresh parameters."""
   new = trained["second"].autoencoder
   swap = {
     "name": "swap_vae",
@@ -92,11 +84,25 @@ def study(
       f"new_{name}": tuple(getattr(trained["second"], name)) for name in ("mean", "std")
     },
   }
-  starts: dict[str, Mapping[str, Any] | None] = {
+  return {
     "swapped": swap,
     "swapped, statistics matched": {**swap, **statistics},
     "fresh": None,
   }
+
+
+def study(
+  names: Mapping[str, str],
+  starts: Mapping[str, Mapping[str, Any] | None],
+  budget: Budget,
+) -> Study:
+  """The comparison, for a pair of autoencoders.
+
+  Args:
+    names: of the folders of `first` and `second`.
+    starts: label of a row → the transform that it starts with, None for none.
+  """
+  first, second = (names[which] for which in _WHICH)
   rows = [
     Row(
       label="before, first autoencoder",

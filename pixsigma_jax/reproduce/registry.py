@@ -73,25 +73,25 @@ REPRODUCTIONS: dict[str, Reproduction] = {
   "table2": Reproduction(
     module="table2",
     shows="quality at twice the resolution, after few steps and after many",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
   "table3a": Reproduction(
     module="table3a",
     shows="compression in shallow, middle or deep layers, or in none",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
   "table3b": Reproduction(
     module="table3b",
     shows="compression by discarding, average pooling or convolution",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
   "table3c": Reproduction(
     module="table3c",
     shows="compression ratios 1, 2, 4 and 9 at two resolutions, with step time",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
   "table3d": Reproduction(
@@ -107,19 +107,19 @@ REPRODUCTIONS: dict[str, Reproduction] = {
   "figure8a": Reproduction(
     module="figure8a",
     shows="from one small autoencoder's latents to another's",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
   "figure8b": Reproduction(
     module="figure8b",
     shows="twice the resolution, with and without PE interpolation",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
   "figure8c": Reproduction(
     module="figure8c",
     shows="starts of KV compression, with and without a norm",
-    takes="see below",
+    takes="what its budget says",
     trains=True,
   ),
 }

@@ -31,6 +31,8 @@ from pixsigma_jax.reproduce.registry import Options
 from pixsigma_jax.reproduce.result import Result, Table
 
 Verdict: TypeAlias = Literal["better", "worse", "none"]
+# (label of a row, step) → what `Experiment.measure` returns of each seed.
+Measured: TypeAlias = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +174,29 @@ class Study:
       points[row.label] = [Point(run, step) for step in steps for run in runs]
     return points
 
+  def tables(self, rows: Measured) -> list[Table]:
+    """The paper's table, ours, what it claims, and losses by tenth of the timesteps."""
+    measures = [*MEASURES.values(), *([_STEP] if self.timed else [])]
+    ours = [
+      (label, str(step), *(_cell(measure, found) for measure in measures))
+      for (label, step), found in rows.items()
+    ]
+    last = {label: found for (label, _), found in rows.items()}
+    return [
+      self.paper,
+      Table("Ours", ("", "Step", *(measure.title for measure in measures)), ours),
+      Table(
+        "What the paper says, and what we find",
+        ("The paper", "Ours", "Verdict"),
+        [judged(claim, rows) for claim in self.claims],
+      ),
+      Table(
+        "Held-out loss by tenth of the timesteps, from little noise to much",
+        ("", *map(str, range(1, 11))),
+        [(label, *_deciles(found)) for label, found in last.items()],
+      ),
+    ]
+
   def _commands(self, budget: str) -> Result:
     lines = self.full_size.commands(self.name, self.variants, budget, seeds=3)
     block = "\n".join(["```bash", *lines, "```"])
@@ -192,17 +217,8 @@ class Study:
     budget: Budget,
     experiment: Experiment,
     points: Mapping[str, Sequence[Point]],
-    rows: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+    rows: Measured,
   ) -> Result:
-    measures = [*MEASURES.values(), *([_STEP] if self.timed else [])]
-    ours = [
-      (label, str(step), *(_cell(measure, found) for measure in measures))
-      for (label, step), found in rows.items()
-    ]
-    last = {label: own[-1].step for label, own in points.items()}
-    deciles = [(label, *_deciles(rows[label, step])) for label, step in last.items()]
-    claims = [judged(claim, rows) for claim in self.claims]
-    header = [measure.title for measure in measures]
     pixels = sorted({p.run.data.pixels for own in points.values() for p in own})
     floors = {side: experiment.distances(side) for side in pixels}
     remarks = [
@@ -220,16 +236,7 @@ class Study:
         **_setting(name, budget, _steps(points)),
         "machine": machine(),
       },
-      tables=[
-        self.paper,
-        Table("Ours", ("", "Step", *header), ours),
-        Table("What the paper says, and what we find", _CLAIM_HEADER, claims),
-        Table(
-          "Held-out loss by tenth of the timesteps, from little noise to much",
-          ("", *map(str, range(1, 11))),
-          deciles,
-        ),
-      ],
+      tables=self.tables(rows),
       remarks=remarks,
       data={
         "budget": {"name": name, **dataclasses.asdict(budget)},
@@ -247,7 +254,7 @@ class Study:
     result: Result,
     experiment: Experiment,
     points: Mapping[str, Sequence[Point]],
-    rows: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+    rows: Measured,
   ) -> Result:
     """The result with curves over all seeds, and samples of the first."""
     panels: dict[str, dict[str, dict[int, list[float]]]] = {}
@@ -270,9 +277,6 @@ class Study:
     return dataclasses.replace(result, plot=drawing.stacked([curves, strips]))
 
 
-_CLAIM_HEADER = ("The paper", "Ours", "Verdict")
-
-
 def compared(
   first: Sequence[float], second: Sequence[float], *, higher_is_better: bool
 ) -> Verdict:
@@ -286,9 +290,7 @@ def compared(
   return "none"
 
 
-def judged(
-  claim: Claim, rows: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
-) -> tuple[str, str, str]:
+def judged(claim: Claim, rows: Measured) -> tuple[str, str, str]:
   """What is claimed, both figures, and whether it is so here.
 
   Args:

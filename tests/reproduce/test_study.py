@@ -1,6 +1,7 @@
 """Comparisons of trained models: what runs, is measured, and is taken for what."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import json
@@ -38,6 +39,7 @@ from pixsigma_jax.transforms import TRANSFORMS
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
 SMOKE = BUDGETS["smoke"]
 TRAINED = [name for name, found in registry.REPRODUCTIONS.items() if found.trains]
 STUDIES = {
@@ -128,12 +130,41 @@ def test_each_table_is_made_of_its_runs_which_are_shared_and_never_made_again(
     assert content["data"]["budget"]["name"] == "smoke"
     labels = {row["model"] for row in content["data"]["measured"]}
     assert labels == {row.label for row in STUDIES[name].rows}
+    comes_from_its_measurements(STUDIES[name], content)
     plotted = (tmp_path / f"{name}_smoke.png").exists()
     assert plotted == (name in ("figure8b", "figure8c"))
   made = list(untrained.begun)
   assert len(set(made)) == len(made)  # parents are common to all tables
   again = reproduce("figure8c", "--budget=smoke", f"--output={tmp_path}")
   assert (again.code, untrained.begun) == (0, made)
+
+
+def comes_from_its_measurements(study, content):
+  """Whether each number and verdict of a page follows from what was measured."""
+  rows = {
+    (row["model"], row["step"]): row["seeds"] for row in content["data"]["measured"]
+  }
+  made = json.loads(json.dumps([dataclasses.asdict(t) for t in study.tables(rows)]))
+  assert content["tables"][: len(made)] == made
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_a_published_page_of_trained_models_is_what_was_measured(path):
+  content = json.loads(path.read_text())
+  assert path.stem in registry.REPRODUCTIONS
+  assert path.with_suffix(".md").read_text() == result.page(content)
+  if content["plot"] is not None:
+    assert (RESULTS / content["plot"]).exists()
+  if path.stem not in TRAINED:
+    return
+  own = content["data"]["budget"]
+  assert own == {"name": "laptop", **dataclasses.asdict(BUDGETS["laptop"])}
+  assert all(len(row["seeds"]) >= 3 for row in content["data"]["measured"])
+  study = STUDIES.get(path.stem)
+  if study is None:
+    names = dict.fromkeys(("first", "second"), "")
+    study = figure8a.study(names, {}, BUDGETS["laptop"])
+  comes_from_its_measurements(study, content)
 
 
 def test_a_swap_of_autoencoders_is_between_two_that_are_trained_for_it(
