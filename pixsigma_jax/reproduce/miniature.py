@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from pixsigma_jax.models.pixart import VARIANTS
 from pixsigma_jax.reproduce import stages
-from pixsigma_jax.train.config import config_dict
+from pixsigma_jax.train.config import DEFAULT, config_dict, origins
 
 Where: TypeAlias = Literal["shallow", "middle", "deep"]
 
@@ -221,9 +221,18 @@ class Run:
 
   @functools.cached_property
   def key(self) -> str:
-    """Name of its folder: another config, data or ancestor makes it another run."""
+    """Name of its folder: another config, data or ancestor makes it another run.
+
+    What a config has by default does not count, so that a new field of the trainer
+    leaves all runs what they were.
+    """
+    config = {
+      name: value
+      for name, value, origin in origins(self.config, ())
+      if origin != DEFAULT
+    }
     data = dataclasses.asdict(self.data)
-    of = [self.config, data, DATA_SEED, self.parent and self.parent.key]
+    of = [config, data, DATA_SEED, self.parent and self.parent.key]
     text = json.dumps(of, sort_keys=True, default=list)
     return f"{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
