@@ -59,7 +59,8 @@ STAGES = {
   ("stage_4k.py", "uhd"): ("stage_2k.py", "compressed"),
   ("stage_4k.py", "uhd_full"): ("stage_2k.py", "full"),
 }
-SHARED = {"quickstart/base.py"}  # what stages are made of
+# What stages are made of, and an autoencoder, which is no stage.
+SHARED = {"quickstart/base.py", "vae_tiny.py"}
 PAPER = [stage for stage in STAGES if stage[0].startswith("stage_")]
 
 FSDP = {"data": 1, "fsdp": 8, "context": 1}

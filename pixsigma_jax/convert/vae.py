@@ -313,12 +313,31 @@ def convert_autoencoder(
   if to_layout == "ldm":
     write_safetensors(target, vae_to_weights(params, config, to_layout))
     return
+  write_autoencoder(
+    target, params, config, layout=to_layout, scaling_factor=fields["scaling_factor"]
+  )
+
+
+def write_autoencoder(
+  target: pathlib.Path,
+  params: Any,
+  config: VAEConfig,
+  *,
+  layout: str,
+  scaling_factor: float,
+) -> None:
+  """Writes a folder that `load_autoencoder` reads, whole or not at all.
+
+  Args:
+    target: new, such as FOLDER/vae.
+    layout: "orbax", or one of diffusers.
+  """
   with disk.whole_folder(target) as folder:
-    if to_layout == "orbax":
+    if layout == "orbax":
       checkpoint.save_arrays(folder, params)
     else:
-      write_safetensors(folder / _WEIGHTS, vae_to_weights(params, config, to_layout))
-    write_json(folder / "config.json", _config_fields(config, fields["scaling_factor"]))
+      write_safetensors(folder / _WEIGHTS, vae_to_weights(params, config, layout))
+    write_json(folder / "config.json", _config_fields(config, scaling_factor))
 
 
 def _params(

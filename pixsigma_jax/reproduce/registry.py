@@ -15,11 +15,15 @@ class Options:
     index: of `curate`, for statistics of captions.
     tagger: what finds nouns.
     beam: options of Apache Beam.
+    budget: how much is trained: `laptop`, `gpu`, `pod` or `smoke`.
+    output: folder of what is trained, for going on.
   """
 
   index: str | None = None
   tagger: str = "rules"
   beam: Sequence[str] = ()
+  budget: str = "laptop"
+  output: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +35,14 @@ class Reproduction:
     shows: what, in a line.
     takes: how long, on two cores.
     needs: names of options that must be given.
+    trains: whether models are, so that the budget counts.
   """
 
   module: str
   shows: str
   takes: str
   needs: tuple[str, ...] = ()
+  trains: bool = False
 
   def run(self, options: Options) -> Result:
     """Makes the result.
@@ -64,6 +70,30 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     takes="as table1",
     needs=("index",),
   ),
+  "table2": Reproduction(
+    module="table2",
+    shows="quality at twice the resolution, after few steps and after many",
+    takes="what its budget says",
+    trains=True,
+  ),
+  "table3a": Reproduction(
+    module="table3a",
+    shows="compression in shallow, middle or deep layers, or in none",
+    takes="what its budget says",
+    trains=True,
+  ),
+  "table3b": Reproduction(
+    module="table3b",
+    shows="compression by discarding, average pooling or convolution",
+    takes="what its budget says",
+    trains=True,
+  ),
+  "table3c": Reproduction(
+    module="table3c",
+    shows="compression ratios 1, 2, 4 and 9 at two resolutions, with step time",
+    takes="what its budget says",
+    trains=True,
+  ),
   "table3d": Reproduction(
     module="table3d",
     shows="seconds of training and sampling with and without compression",
@@ -73,6 +103,24 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     module="table4",
     shows="operations, days and price of every stage",
     takes="two minutes",
+  ),
+  "figure8a": Reproduction(
+    module="figure8a",
+    shows="from one small autoencoder's latents to another's",
+    takes="what its budget says",
+    trains=True,
+  ),
+  "figure8b": Reproduction(
+    module="figure8b",
+    shows="twice the resolution, with and without PE interpolation",
+    takes="what its budget says",
+    trains=True,
+  ),
+  "figure8c": Reproduction(
+    module="figure8c",
+    shows="starts of KV compression, with and without a norm",
+    takes="what its budget says",
+    trains=True,
   ),
 }
 

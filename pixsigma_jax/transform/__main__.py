@@ -29,6 +29,7 @@ from pixsigma_jax.models.kv_compression import OPERATORS, WINDOWS
 from pixsigma_jax.transform.report import report
 from pixsigma_jax.transforms import OF_SEVERAL, Model, apply_transforms, with_defaults
 from pixsigma_jax.transforms.chain import OF_ADAPTERS
+from pixsigma_jax.transforms.kv_compression import INITIALIZATIONS
 
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the difference, write nothing.")
 
@@ -46,7 +47,7 @@ _ARGUMENTS = (
   flags.DEFINE_enum("operator", None, OPERATORS, "What makes one token of several."),
   flags.DEFINE_bool("norm", None, "LayerNorm after the convolution."),
   flags.DEFINE_enum(
-    "initialization", None, ["average", "random"], "Of the convolution."
+    "initialization", None, INITIALIZATIONS, "Of the convolution and its norm."
   ),
   flags.DEFINE_integer("seed", None, "Of the random initialization."),
   # grow_depth, with layers

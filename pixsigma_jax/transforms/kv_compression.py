@@ -1,4 +1,16 @@
-"""Adds key/value compression to a model, or removes it (PixArt-Σ, section 3.3)."""
+"""Adds key/value compression to a model, or removes it (PixArt-Σ, section 3.3).
+
+The reference normalizes what its convolution makes, and so sets keys and values of a
+trained model to another scale: from the paper's start, the mean of each window, little
+of what the model knew is left. A norm of large numbers that vary little does hardly
+anything. With a = κ · rms(z) for outputs z of the convolution, and u of ±1 in turn,
+
+  a · norm(z + a u) - a u = z - mean(z) - mean(u z) u + O(z / κ),
+
+means over channels, since the norm divides by a √(1 + O(1 / κ)). A convolution's bias
+a u, its norm's scale a and bias -a u are therefore a start at which two of all
+directions are lost, and everything else is as without a norm.
+"""
 
 import dataclasses
 from typing import Any
@@ -6,9 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32
 
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArtConfig, segment_name
+
+INITIALIZATIONS = ("average", "calibrated", "random")
+
+# κ above. A float16 holds z + a u to 2⁻¹¹ of a, so that others who compute in it still
+# have z to a hundredth.
+_OFFSET = 16.0
 
 
 def add_kv_compression(
@@ -29,6 +48,7 @@ def add_kv_compression(
     initialization: of the convolution. `average`, the paper's "Conv Avg Init.", starts
       from the mean of each window, so the model sees blurred keys, not noise; `random`
       is torch's default for a convolution, what the paper compares it with.
+      `calibrated` is the mean with a norm that does hardly anything: see the module.
     seed: of the random initialisation.
 
   Returns:
@@ -42,9 +62,15 @@ def add_kv_compression(
       f"The model already compresses keys and values ({config.kv_compression}); "
       "start from one that does not."
     )
-  if initialization not in ("average", "random"):
+  if initialization not in INITIALIZATIONS:
+    known = ", ".join(map(repr, INITIALIZATIONS))
     raise ValueError(
-      f"Unknown initialization {initialization!r}; choose 'average' or 'random'."
+      f"Unknown initialization {initialization!r}; choose one of {known}."
+    )
+  if initialization == "calibrated" and (operator != "conv" or not norm):
+    raise ValueError(
+      "initialization='calibrated' sets the norm after a convolution, and with "
+      f"operator={operator!r}, norm={norm} there is none: use 'average'."
     )
   compression = KVCompression(
     ratio=ratio,
@@ -64,7 +90,7 @@ def add_kv_compression(
       else jax.tree.map(lambda leaf, s=segment: leaf[s.start : s.stop], stack)
     )
     if active.layers and operator == "conv":
-      compressor = _compressor(target, len(segment), initialization, segment, seed)
+      compressor = _compressor(target, blocks, initialization, segment, seed)
       attention = {**blocks["attention"], "kv_compressor": compressor}
       blocks = {**blocks, "attention": attention}
     params[segment_name(segment)] = blocks
@@ -105,25 +131,51 @@ def remove_kv_compression(
 
 def _compressor(
   config: PixArtConfig,
-  depth: int,
+  blocks: Any,
   initialization: str,
   segment: range,
   seed: int,
 ) -> dict[str, Any]:
-  """Stacked parameters of `KVCompressor` for the layers of a segment."""
-  window, width = config.window, config.width
+  """Stacked parameters of `KVCompressor` for the layers of a segment.
+
+  Args:
+    blocks: of the segment, without compressor.
+  """
+  window, width, depth = config.window, config.width, len(segment)
   size = window[0] * window[1]
   shape = (depth, *window, width)
-  if initialization == "average":
-    kernel = jnp.full(shape, 1 / size, jnp.float32)
-    bias = jnp.zeros((depth, width), jnp.float32)
-  else:
+  if initialization == "random":
     # torch.nn.Conv2d draws both from U(±1/√fan_in), and the fan-in is the window.
     draw = np.random.default_rng([seed, segment.start])
     limit = size**-0.5
     kernel = jnp.asarray(draw.uniform(-limit, limit, shape), jnp.float32)
     bias = jnp.asarray(draw.uniform(-limit, limit, (depth, width)), jnp.float32)
+  else:
+    kernel = jnp.full(shape, 1 / size, jnp.float32)
+    bias = jnp.zeros((depth, width), jnp.float32)
   if not config.kv_compression.norm:
     return {"kernel": kernel, "bias": bias}
   norm = {"scale": jnp.ones((depth, width)), "bias": jnp.zeros((depth, width))}
+  if initialization == "calibrated":
+    signs = jnp.where(jnp.arange(width) % 2, -1.0, 1.0)[None]
+    offset = _OFFSET * _rms(blocks["attention"])[:, None]
+    bias = offset * signs
+    norm = {"scale": jnp.broadcast_to(offset, bias.shape), "bias": -bias}
   return {"kernel": kernel, "bias": bias, "norm": norm}
+
+
+def _rms(attention: Any) -> Float32[Array, " layers"]:
+  """Root mean square of keys or of values, of whichever it is larger, by the weights.
+
+  Their input is a layer norm's, of about unit variance.
+
+  Args:
+    attention: stacked parameters, with `qkv` as `[layers 3 in out]`.
+  """
+  kernel, bias = (attention["qkv"][name][:, 1:] for name in ("kernel", "bias"))
+  squares = jnp.square(kernel).sum(axis=2) + jnp.square(bias)
+  keys, values = jnp.unstack(squares.mean(axis=-1), axis=1)
+  if "key_norm" in attention:
+    own = attention["key_norm"]
+    keys = (jnp.square(own["scale"]) + jnp.square(own["bias"])).mean(axis=-1)
+  return jnp.sqrt(jnp.maximum(keys, values))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from pixsigma_jax import tree
-from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.kv_compression import KVCompression, KVCompressor
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params
 from pixsigma_jax.transforms import add_kv_compression, remove_kv_compression
+from pixsigma_jax.transforms.kv_compression import INITIALIZATIONS
 from tests.sample import models
 
 PLAIN = PixArtConfig(
@@ -45,7 +46,7 @@ def layer_of(params, config, layer):
 
 
 @pytest.mark.parametrize("layers", [(2, 3), (1,), (0, 3), (0, 1, 2, 3), (3, 2)])
-@pytest.mark.parametrize("initialization", ["average", "random"])
+@pytest.mark.parametrize("initialization", INITIALIZATIONS)
 def test_the_tree_is_that_of_the_new_config_and_every_layer_keeps_its_numbers(
   params, layers, initialization
 ):
@@ -121,6 +122,44 @@ def test_freshly_averaging_convolutions_predict_what_a_true_mean_predicts(params
   assert not np.allclose(found, run(PLAIN, params, latents), rtol=1e-2)
 
 
+def test_a_calibrated_norm_loses_two_directions_of_the_mean_and_little_else(params):
+  fields = {**CONV, "initialization": "calibrated"}
+  config, new = add_kv_compression(PLAIN, params, **fields, layers=(2, 3))
+  layer = jax.tree.map(lambda leaf: leaf[1], new["blocks_02_03"]["attention"])
+  # As a layer norm's output.
+  x = jax.random.normal(jax.random.key(1), (1, 64, 48))
+  _, *tokens = jnp.einsum("bni,sio->sbno", x, layer["qkv"]["kernel"])
+  compressor = KVCompressor(config.kv_compression, models.FLOAT32)
+  found = compressor.apply({"params": layer["kv_compressor"]}, *tokens, None)
+  u = np.where(np.arange(48) % 2, -1.0, 1.0)
+  for merged, of in zip(found, tokens, strict=True):
+    z = np.asarray(of).reshape(1, 16, 4, 48).mean(axis=2)
+    kept = z - z.mean(-1, keepdims=True) - (z * u).mean(-1, keepdims=True) * u
+    error = np.linalg.norm(merged - kept) / np.linalg.norm(kept)
+    # 1 / κ, of windows' means, which are half as large as the tokens.
+    assert error < 1 / 16
+
+
+def test_a_calibrated_norm_predicts_what_no_norm_predicts(params):
+  stack = params["blocks_00_03"]
+  # Keys and values that a norm would change, as training makes them.
+  qkv = jax.tree.map(lambda leaf: 4 * leaf, stack["attention"]["qkv"])
+  attention = {**stack["attention"], "qkv": qkv}
+  wide = {**params, "blocks_00_03": {**stack, "attention": attention}}
+  latents = jax.random.normal(jax.random.key(1), (1, 8, 8, 4))
+
+  def prediction(**fields):
+    given = {**CONV, "layers": (2, 3), **fields}
+    return run(*add_kv_compression(PLAIN, wide, **given), latents)
+
+  expected = prediction(norm=False)
+
+  def error(**fields):
+    return np.linalg.norm(prediction(**fields) - expected) / np.linalg.norm(expected)
+
+  assert error(initialization="calibrated") < error() / 4
+
+
 def test_the_mean_of_equal_keys_and_values_changes_nothing(params):
   # Without positions, an image of one colour gives every token the same key and value.
   flat = dataclasses.replace(PLAIN, pe_interpolation=1e9)
@@ -172,7 +211,15 @@ def test_a_model_that_compresses_already_is_refused(params):
   [
     (
       {"initialization": "zeros"},
-      "initialization 'zeros'; choose 'average' or 'random'",
+      "initialization 'zeros'; choose one of 'average', 'calibrated', 'random'",
+    ),
+    (
+      {"initialization": "calibrated", "norm": False},
+      "norm=False there is none: use 'average'",
+    ),
+    (
+      {"initialization": "calibrated", "operator": "average"},
+      "operator='average', norm=True there is none",
     ),
     ({"ratio": 5}, "ratio 5 is unknown"),
     ({"layers": (4,)}, r"names layers \(4,\), but layers are 0 … 3"),
