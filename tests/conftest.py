@@ -1,7 +1,9 @@
 """What every test runs under."""
 
 import contextlib
+import gc
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -52,15 +54,30 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ.pop(compilation.DIRECTORY))
 
 
+# Linux gives a process 65,530 mappings, a program takes a dozen, and JAX forgets none:
+# LLVM aborts when there are no more.
+_MANY_MAPPINGS = 25_000
+
+
+def _forget_programs():
+  mappings = pathlib.Path("/proc/self/maps")
+  if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item, nextitem):
   # Around the setup of its module's fixtures too. What a test compiles for other
   # devices it compiles as users do.
   others = {"libtpu", "cuda_plugin"} & set(getattr(item, "fixturenames", ()))
   on_cpu = jax.config.values["jax_platforms"] == "cpu" and not others
   quick = on_cpu and item.get_closest_marker("optimized") is None
   with compilation.quick() if quick else contextlib.nullcontext():
-    return (yield)
+    result = yield
+  if nextitem is None or nextitem.path != item.path:  # module's fixtures are gone
+    _forget_programs()
+  return result
 
 
 @pytest.fixture(scope="session")
