@@ -15,14 +15,11 @@ class OptionFlags:
   def __init__(self):
     """Defines them."""
     of: dict[str, Any] = {"module_name": sys.argv[0]}  # as absl calls the main module
-    string, whole, number = (
-      flags.DEFINE_string,
-      flags.DEFINE_integer,
-      flags.DEFINE_float,
-    )
     self._holders: list[flags.FlagHolder[Any]] = [
-      string("checkpoint", None, "A run's workdir, or one of its snapshots.", **of),
-      string(
+      flags.DEFINE_string(
+        "checkpoint", None, "A run's workdir, or one of its snapshots.", **of
+      ),
+      flags.DEFINE_string(
         "frozen",
         None,
         "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or "
@@ -36,7 +33,9 @@ class OptionFlags:
         "NAME=PATH of a LoRA that requests may ask for by its name; may be repeated.",
         **of,
       ),
-      string("model", "pixart-sigma", "What clients call it; images say it too.", **of),
+      flags.DEFINE_string(
+        "model", "pixart-sigma", "What clients call it; images say it too.", **of
+      ),
       flags.DEFINE_enum(
         "dtype",
         "bfloat16",
@@ -58,7 +57,7 @@ class OptionFlags:
         "Weights and activations of the transformer's blocks as 8-bit integers.",
         **of,
       ),
-      whole(
+      flags.DEFINE_integer(
         "batch_size",
         4,
         "Images drawn at once; fewer are filled up and cost as much.",
@@ -71,7 +70,7 @@ class OptionFlags:
         "those that the warm-up has shown to draw the same bits.",
         **of,
       ),
-      whole(
+      flags.DEFINE_integer(
         "text_batch_size",
         None,
         "Captions that the text encoder takes at once; as many as --batch_size by "
@@ -85,47 +84,51 @@ class OptionFlags:
         "auto is the training's own, buckets all of its sizes, none compiles nothing.",
         **of,
       ),
-      number(
+      flags.DEFINE_float(
         "max_delay",
         0.01,
         "Seconds that an image waits for others to fill its batch.",
         **of,
       ),
-      whole(
+      flags.DEFINE_integer(
         "max_queue",
         128,
         "Images that may wait; what comes after them is told 429.",
         **of,
       ),
-      number(
+      flags.DEFINE_float(
         "deadline",
         600,
         "Seconds after which a request that is not drawn is given up.",
         **of,
       ),
-      whole(
+      flags.DEFINE_integer(
         "max_programs",
         128,
         "Kinds and sizes of images whose programs stay in memory.",
         **of,
       ),
-      whole("max_n", 10, "Images of a request, at most.", **of),
-      whole("max_steps", 100, "Steps of an image, at most.", **of),
-      whole(
+      flags.DEFINE_integer("max_n", 10, "Images of a request, at most.", **of),
+      flags.DEFINE_integer("max_steps", 100, "Steps of an image, at most.", **of),
+      flags.DEFINE_integer(
         "max_pixels",
         None,
         "Pixels of an image, at most; 4 times the training's by default.",
         **of,
       ),
-      whole(
+      flags.DEFINE_integer(
         "max_prompt",
         4000,
         "Characters of a prompt, at most; the model has its own limit.",
         **of,
       ),
-      whole("max_body", 1 << 20, "Bytes of a request in JSON, at most.", **of),
-      whole("max_upload", 20 << 20, "Bytes of one with images, at most.", **of),
-      string(
+      flags.DEFINE_integer(
+        "max_body", 1 << 20, "Bytes of a request in JSON, at most.", **of
+      ),
+      flags.DEFINE_integer(
+        "max_upload", 20 << 20, "Bytes of one with images, at most.", **of
+      ),
+      flags.DEFINE_string(
         "tokens",
         None,
         "File with a token on each line, one of which a client must give.",
@@ -138,8 +141,10 @@ class OptionFlags:
         **of,
       ),
       flags.DEFINE_bool("log_prompts", False, "Write prompts into the log.", **of),
-      string("host", "127.0.0.1", "Address to listen at.", **of),
-      whole("port", 8000, "Port to listen at; 0 takes a free one.", **of),
+      flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.", **of),
+      flags.DEFINE_integer(
+        "port", 8000, "Port to listen at; 0 takes a free one.", **of
+      ),
     ]
     flags.mark_flag_as_required("checkpoint")
 

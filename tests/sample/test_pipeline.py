@@ -393,6 +393,7 @@ def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(draw
     "guidance_rescale": 0.0,
     "guidance_interval": [0.0, 1.0],
     "guidance_method": "cfg",
+    "autoguidance_scale": 1.0,
     "apg_eta": 0.0,
     "apg_threshold": 15.0,
     "apg_momentum": -0.5,
@@ -663,6 +664,7 @@ def test_a_snapshot_of_unknown_parts_is_refused(
     params=real.params,
     null_caption=real.null_caption,
   )
+  monkeypatch.setattr(checkpoint, "read_metadata", lambda _path: snapshot.metadata)
   monkeypatch.setattr(checkpoint, "read_snapshot", lambda _path, _mesh: snapshot)
   with pytest.raises(ValueError, match=message):
     Pipeline.from_checkpoint(tmp_path)
