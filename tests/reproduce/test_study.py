@@ -40,6 +40,12 @@ from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
+# Pages of other commands lie there, too.
+PAGES = [
+  path
+  for path in sorted(RESULTS.glob("*.json"))
+  if path.stem in registry.REPRODUCTIONS or "reproduces" in json.loads(path.read_text())
+]
 SMOKE = BUDGETS["smoke"]
 TRAINED = [name for name, found in registry.REPRODUCTIONS.items() if found.trains]
 STUDIES = {
@@ -148,10 +154,14 @@ def comes_from_its_measurements(study, content):
   assert content["tables"][: len(made)] == made
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_no_page_of_results_was_written_by_hand():
+  assert {path.stem for path in RESULTS.glob("*.md")} <= {path.stem for path in PAGES}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_a_published_page_of_trained_models_is_what_was_measured(path):
   content = json.loads(path.read_text())
-  assert path.stem in registry.REPRODUCTIONS
+  assert content["reproduces"] == path.stem
   assert path.with_suffix(".md").read_text() == result.page(content)
   if content["plot"] is not None:
     assert (RESULTS / content["plot"]).exists()
