@@ -64,6 +64,16 @@ class Drawn:
     return strip
 
 
+@functools.cache
+def prompts_of(per_task: int) -> tuple[EvaluationPrompt, ...]:
+  """The prompts of all measurements.
+
+  Args:
+    per_task: of each task, of seen and of unseen scenes each.
+  """
+  return tuple(evaluation_prompts(0, per_task))
+
+
 def draw(
   snapshot: pathlib.Path,
   *,
@@ -83,7 +93,7 @@ def draw(
   Raises:
     ValueError: an image is not made of finite numbers.
   """
-  prompts = evaluation_prompts(0, per_task)
+  prompts = prompts_of(per_task)
   compute = Compute(dtype=jnp.float32, attention="xla", remat="none", unroll=True)
   pipeline = Pipeline.from_checkpoint(
     snapshot, compute=compute, batch_size=_BATCH, frozen=frozen
@@ -119,7 +129,7 @@ def accuracies(drawn: Drawn) -> dict[str, float]:
 @functools.cache
 def distances(pixels: int, per_task: int, taught: int, epochs: int) -> "Distances":
   """The distance at a resolution, for a number of prompts; made once."""
-  prompts = evaluation_prompts(0, per_task)
+  prompts = prompts_of(per_task)
   return Distances(pixels, prompts, taught=taught, epochs=epochs)
 
 

@@ -110,7 +110,12 @@ BUDGETS = {
     held_out=8,
     taught=2,
     epochs=1,
-    autoencoder={"channels": (4, 4, 4), "norm_groups": 2, "total_steps": 2},
+    autoencoder={
+      "channels": (4, 4, 4),
+      "norm_groups": 2,
+      "total_steps": 2,
+      "crops": (32,),
+    },
   ),
 }
 

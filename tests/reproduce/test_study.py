@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.data import digits
 from pixsigma_jax.data.records import open_dataset
-from pixsigma_jax.evaluate.digits import evaluation_prompts
 from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.pixart import abstract_params, init_params
 from pixsigma_jax.reproduce import (
@@ -64,7 +64,7 @@ def real_images(snapshot, *, pixels, per_task, sampling_steps, frozen=None):
   """Real digits in the place of drawn ones."""
   del snapshot, sampling_steps, frozen
   draw = np.random.default_rng(7)
-  prompts = evaluation_prompts(0, per_task)
+  prompts = measures.prompts_of(per_task)
   images = []
   for prompt in prompts:
     glyphs = [
@@ -107,10 +107,12 @@ class Untrained:
       )
       null_caption = np.zeros((model.caption_length, model.caption_width), np.float32)
     every = config["checkpoint"]["snapshot_every"] or config["total_steps"]
-    for step in range(0, config["total_steps"] + 1, every):
-      checkpoint.save_snapshot(
-        workdir, step, params=params, null_caption=null_caption, metadata=metadata
-      )
+    checkpoint.save_snapshot(
+      workdir, 0, params=params, null_caption=null_caption, metadata=metadata
+    )
+    for step in range(every, config["total_steps"] + 1, every):
+      first = workdir / checkpoint.SNAPSHOTS / "0"
+      shutil.copytree(first, first.with_name(str(step)))
     (workdir / "metrics.jsonl").write_text('{"step": 1, "step_time": 0.5}\n')
 
 
@@ -279,7 +281,7 @@ def test_a_model_is_trained_and_measured_and_then_remembered(tmp_path, monkeypat
 def test_real_digits_follow_their_prompts_and_are_as_near_to_real_ones_as_the_floor():
   drawn = real_images(None, pixels=16, per_task=10, sampling_steps=0)
   assert measures.accuracies(drawn)["pairs"] > 90
-  prompts = evaluation_prompts(0, 10)
+  prompts = measures.prompts_of(10)
   distance = measures.Distances(16, prompts, taught=10, epochs=60)
   assert distance.accuracy > 60  # of 70 classes
   noise = np.random.default_rng(0)
@@ -295,6 +297,7 @@ def test_models_differ_where_the_ranges_of_their_seeds_do_not_meet():
   assert compared([3.0, 4.0], [1.0, 2.0], higher_is_better=False) == "worse"
   assert compared([1.0, 3.0], [2.0, 4.0], higher_is_better=True) == "none"
   assert compared([1.0, 2.0], [2.0, 3.0], higher_is_better=True) == "none"
+  assert compared([2.0, 3.0], [1.0, 2.0], higher_is_better=True) == "none"
 
 
 def accuracy(*pairs):
@@ -360,7 +363,7 @@ def test_a_run_is_another_where_its_config_or_an_ancestor_is():
   variant = Variant(label="a", compression=Compression())
   same = Variant(label="b", compression=Compression())
   assert miniature.branch(variant, 0).key == miniature.branch(same, 0).key
-  longer = Miniature(BUDGETS["laptop"])
+  longer = Miniature(dataclasses.replace(SMOKE, low_steps=SMOKE.low_steps + 1))
   keys = {
     miniature.branch(variant, 0).key,
     miniature.branch(variant, 1).key,
