@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import logging
 
+from pixsigma_jax import disk
 from pixsigma_jax.reproduce import autoencoder, full_size
 from pixsigma_jax.reproduce.autoencoder import Trained
 from pixsigma_jax.reproduce.experiment import Experiment
@@ -26,7 +27,6 @@ from pixsigma_jax.reproduce.result import Result, Table
 from pixsigma_jax.reproduce.study import Claim, Row, Study
 
 _WHICH = ("first", "second")
-_SIDE = 256  # of the images that autoencoders are measured on
 _MINUTES = 7  # of both autoencoders, on two cores
 
 
@@ -51,20 +51,29 @@ def run(options: Options) -> Result:
     which: autoencoder.train(configs[which], folder)
     for which, folder in folders.items()
   }
-  quality = autoencoder.compared(
-    {
-      "first, untrained": autoencoder.untrained(configs["first"]),
-      "second, untrained": autoencoder.untrained(configs["second"]),
-      **{which: trained[which].autoencoder for which in _WHICH},
-    },
-    _SIDE,
-  )
+  quality = _quality(configs, trained, budget.side)
   found = study(names, _starts(trained), budget).run(options)
   return dataclasses.replace(
     found,
     tables=[*found.tables, _table(quality)],
     data={**found.data, "autoencoders": quality},
   )
+
+
+def _quality(
+  configs: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Trained], side: int
+) -> dict[str, Any]:
+  """What `autoencoder.compared` finds of both, which is stored beside the second."""
+  path = trained["second"].folder / f"beside_{trained['first'].folder.name}.json"
+  if not path.exists():
+    models = {
+      "first, untrained": autoencoder.untrained(configs["first"]),
+      "second, untrained": autoencoder.untrained(configs["second"]),
+      **{which: trained[which].autoencoder for which in _WHICH},
+    }
+    quality = autoencoder.compared(models, side)
+    disk.write_text(path, json.dumps(quality, indent=2) + "\n")
+  return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _starts(trained: Mapping[str, Trained]) -> dict[str, Mapping[str, Any] | None]:

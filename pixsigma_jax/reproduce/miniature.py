@@ -41,6 +41,7 @@ class Budget:
     taught: cells of each colored digit that teach the classifier whose features are
       compared, and
     epochs: how often.
+    side: in pixels, of the images that autoencoders are measured on.
     autoencoder: fields of `configs/vae_tiny.py` that are others.
   """
 
@@ -60,6 +61,7 @@ class Budget:
   held_out: int
   taught: int
   epochs: int
+  side: int
   autoencoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
@@ -91,6 +93,7 @@ BUDGETS = {
     held_out=256,
     taught=60,
     epochs=30,
+    side=256,
   ),
   # That everything runs, in seconds: nothing is learned.
   "smoke": Budget(
@@ -110,6 +113,7 @@ BUDGETS = {
     held_out=8,
     taught=2,
     epochs=1,
+    side=64,
     autoencoder={
       "channels": (4, 4, 4),
       "norm_groups": 2,

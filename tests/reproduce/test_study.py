@@ -187,7 +187,7 @@ def test_a_swap_of_autoencoders_is_between_two_that_are_trained_for_it(
   content = json.loads((tmp_path / "figure8a_smoke.json").read_text())
   assert (tmp_path / "figure8a_smoke.md").read_text() == result.page(content)
   quality = content["data"]["autoencoders"]
-  assert quality["bytes"] == 256 * 256 // 4**2 * 4
+  assert quality["bytes"] == SMOKE.side**2 // 4**2 * 4
   assert {kind for own in quality["psnr"].values() for kind in own} == {
     "photographs",
     "digits",
