@@ -30,7 +30,7 @@ from pixsigma_jax.train import loop
 # Seconds on two cores (AMD EPYC with AVX-512), of nothing else to do, for the estimate:
 # a step of "Mini/2" by pixels, and an image, of a 14-step sampler; what a run, a
 # measurement and a network's programs take beside that.
-_STEP_SECONDS = {8: 0.035, 16: 0.06, 24: 0.16, 32: 0.035}
+_STEP_SECONDS = {8: 0.035, 16: 0.06, 24: 0.16, 32: 0.04}
 _IMAGE_SECONDS = {8: 0.012, 16: 0.025, 24: 0.06, 32: 0.02}
 _RUN_SECONDS, _MEASURE_SECONDS, _COMPILE_SECONDS = 6, 3, 20
 _DATA_SECONDS = 12
