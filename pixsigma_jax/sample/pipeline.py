@@ -151,6 +151,16 @@ class _Kind(NamedTuple):
   masked: bool
 
 
+class _Call(NamedTuple):
+  """What a call asks for: its arguments, an image each, and how all are drawn."""
+
+  asked: Settings
+  given: CallArguments
+  requests: list[Request]
+  table: SolverTable
+  guidance: Guidance | None
+
+
 class Planned(NamedTuple):
   """An image that a call would draw; see `Pipeline.plan`.
 
@@ -475,6 +485,20 @@ class Pipeline:
       ValueError: a picture is not made of finite numbers, or a callback returns
         something else.
     """
+    call = self._checked(prompt, arguments)
+    asked = call.asked
+    about = asked.of_all() | {
+      "dtype": jnp.dtype(self.compute.dtype).name,
+      "batch_size": self.batch_size,
+      "pixsigma_jax": pixsigma_jax.__version__,
+      **self.origin,
+      **self.loras.about(),
+    }
+    threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
+    return self._draw(*call, threshold, about)
+
+  def _checked(self, prompt: Any, arguments: Mapping[str, Any]) -> _Call:
+    """What a call asks for, all of it checked; see `stream` for what is raised."""
     asked, given = call_arguments.split(arguments)
     requests = self._planner.requests(given.prompts(prompt, asked), asked, given)
     encoder = self._encoder(asked)
@@ -501,15 +525,7 @@ class Pipeline:
         asked.sampler,
         asked.guidance_scale,
       )
-    about = asked.of_all() | {
-      "dtype": jnp.dtype(self.compute.dtype).name,
-      "batch_size": self.batch_size,
-      "pixsigma_jax": pixsigma_jax.__version__,
-      **self.origin,
-      **self.loras.about(),
-    }
-    threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
-    return self._draw(requests, table, guidance, threshold, asked, given, about)
+    return _Call(asked, given, requests, table, guidance)
 
   def preview(self, latents: Float32[np.ndarray, "h w c"]) -> Image.Image:
     """A small image of clean latents, one pixel for each, without the decoder.
@@ -536,9 +552,6 @@ class Pipeline:
     Raises:
       TypeError, ValueError: as those of `stream`, before it begins.
     """
-    self.stream(prompt, **arguments)  # checks everything, and draws nothing yet
-    asked, given = call_arguments.split(arguments)
-    requests = self._planner.requests(given.prompts(prompt, asked), asked, given)
     return [
       Planned(
         self._kind(request),
@@ -547,7 +560,7 @@ class Pipeline:
         request.grid[0] * request.grid[1],
         [c for c in (*request.captions, request.negative) if isinstance(c, str)],
       )
-      for request in requests
+      for request in self._checked(prompt, arguments).requests
     ]
 
   def _guidance(self, asked: Settings) -> Guidance | None:
@@ -610,12 +623,12 @@ class Pipeline:
 
   def _draw(
     self,
+    asked: Settings,
+    given: CallArguments,
     requests: list[Request],
     table: SolverTable,
     guidance: Guidance | None,
     threshold: Float32[Array, ""] | None,
-    asked: Settings,
-    given: CallArguments,
     settings: dict[str, Any],
   ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     """Draws requests of one kind together, `batch_size` at a time."""

@@ -192,24 +192,16 @@ def start(
   table: SolverTable,
   guidance: Guidance | None,
   threshold: Any = None,
-  *,
-  config: PixArtConfig,
-  compute: Compute,
-  passes: int,
-  cfg_zero: bool = False,
-  weak_config: PixArtConfig | None = None,
+  **static: Any,
 ) -> tuple[Batch, SolverState]:
   """What `sample` works out before its first step; `step` goes on from there.
 
-  Arguments are those of `sample`.
+  Arguments are those of `sample`; `static` are those by name.
 
   Returns:
     What the network is conditioned on, and the state before the first step.
   """
-  drawing = _Drawing(
-    *(params, batch, table, guidance, threshold),
-    *(config, compute, passes, cfg_zero, weak_config),
-  )
+  drawing = _Drawing(params, batch, table, guidance, threshold, **static)
   memory = drawing.nothing_remembered()
   return drawing.conditions(), start_state(batch["noise"], table, memory)
 
@@ -224,12 +216,7 @@ def step(
   conditions: Batch,
   state: SolverState,
   number: Any,
-  *,
-  config: PixArtConfig,
-  compute: Compute,
-  passes: int,
-  cfg_zero: bool = False,
-  weak_config: PixArtConfig | None = None,
+  **static: Any,
 ) -> tuple[SolverState, Float32[Array, "b n c"]]:
   """One step of `sample`, for a loop that looks at latents in between.
 
@@ -239,11 +226,8 @@ def step(
   Returns:
     The next state, and the clean latents as the step has estimated them.
   """
-  _log_compilation("sampler's step", batch, table, guidance, passes)
-  drawing = _Drawing(
-    *(params, batch, table, guidance, threshold),
-    *(config, compute, passes, cfg_zero, weak_config),
-  )
+  _log_compilation("sampler's step", batch, table, guidance, static["passes"])
+  drawing = _Drawing(params, batch, table, guidance, threshold, **static)
   row = jax.tree.map(lambda column: column[number], table)
   denoise = drawing.denoiser(conditions)
   return take_step(
@@ -282,8 +266,8 @@ class _Drawing:
   config: PixArtConfig
   compute: Compute
   passes: int
-  cfg_zero: bool
-  weak_config: PixArtConfig | None
+  cfg_zero: bool = False
+  weak_config: PixArtConfig | None = None
 
   @property
   def guided(self) -> bool:
