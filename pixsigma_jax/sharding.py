@@ -260,6 +260,18 @@ def _over_slices(
   )
 
 
+def mesh_of_rows(batch_size: int, devices: Sequence[Any] | None = None) -> Mesh | None:
+  """All devices for the rows of a batch; None if they cannot share it evenly.
+
+  Args:
+    devices: None for those of all processes.
+  """
+  devices = jax.devices() if devices is None else devices
+  if len(devices) == 1 or batch_size % len(devices):
+    return None
+  return make_mesh(data=-1, fsdp=1, context=1, devices=devices)
+
+
 def single_device_mesh() -> Mesh:
   """A mesh of this process's first device alone."""
   return make_mesh(data=1, fsdp=1, context=1, devices=jax.local_devices()[:1])

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.sharding import Mesh
 
 from pixsigma_jax import checkpoint, command, disk, distributed, sharding
 from pixsigma_jax.convert.model import Options
@@ -117,7 +116,7 @@ def sample(
     frozen=frozen,
     compute=compute_here(dtype),
     batch_size=size,
-    mesh=_mesh(devices, size),
+    mesh=sharding.mesh_of_rows(size, devices),
   )
   if missing:
     _draw(pipeline, model, missing, settings)
@@ -159,10 +158,3 @@ def _draw(
 def _shared(settings: Settings) -> Mapping[str, Any]:
   """Settings that all images share, as `Pipeline.stream` takes them."""
   return settings.of_all()
-
-
-def _mesh(devices: Sequence[Any], batch_size: int) -> Mesh | None:
-  """This process's devices, if they can share a batch evenly."""
-  if len(devices) == 1 or batch_size % len(devices):
-    return None
-  return sharding.make_mesh(data=-1, fsdp=1, context=1, devices=devices)

@@ -7,8 +7,6 @@ import re
 import time
 from typing import Any
 
-import jax
-
 from pixsigma_jax import command, sharding
 from pixsigma_jax.data import buckets
 from pixsigma_jax.sample.adapters import read_adapter
@@ -133,15 +131,12 @@ def running(options: Options) -> Service:
 
 
 def _pipeline(options: Options) -> Pipeline:
-  devices = jax.device_count()
-  shared = devices > 1 and not options.batch_size % devices
   pipeline = Pipeline.from_checkpoint(
     options.checkpoint,
     frozen=options.frozen,
     compute=compute_here(options.dtype, options.attention),
     batch_size=options.batch_size,
-    # All devices, if they can share a batch evenly.
-    mesh=sharding.make_mesh(data=-1, fsdp=1, context=1) if shared else None,
+    mesh=sharding.mesh_of_rows(options.batch_size),
     quantize=options.quantize,
   )
   # Clients are not told where things lie.
