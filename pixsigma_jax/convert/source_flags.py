@@ -9,6 +9,16 @@ from absl import flags
 from pixsigma_jax.convert.model import Options
 from pixsigma_jax.convert.released import RELEASES
 
+CHECKPOINT_HELP = (
+  "A run's workdir, or one of its snapshots; or a folder of diffusers, a .pth, a "
+  ".safetensors, or the id of one on the hub, which are converted once."
+)
+FROZEN_HELP = (
+  "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
+  "of one on the hub. By default those beside the weights, or what the model was "
+  "published with, from the hub."
+)
+
 
 class SourceFlags:
   """The flags of `Options`, each of its field's name."""

@@ -10,7 +10,11 @@ import dataclasses
 from absl import flags
 
 from pixsigma_jax import command
-from pixsigma_jax.convert.source_flags import SourceFlags
+from pixsigma_jax.convert.source_flags import (
+  CHECKPOINT_HELP,
+  FROZEN_HELP,
+  SourceFlags,
+)
 from pixsigma_jax.models import attention
 from pixsigma_jax.sample import adapters
 from pixsigma_jax.sample.pipeline import Pipeline
@@ -20,17 +24,14 @@ from pixsigma_jax.wording import install
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "A run's workdir, or one of its snapshots; or a folder of diffusers, a .pth, a "
-  ".safetensors, or the id of one on the hub, which are converted once.",
+  CHECKPOINT_HELP,
   required=True,
 )
 _SOURCE = SourceFlags()
 _FROZEN = flags.DEFINE_string(
   "frozen",
   None,
-  "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
-  "of one on the hub. By default those beside the weights, or what the model was "
-  "published with, from the hub.",
+  FROZEN_HELP,
 )
 _LORA = flags.DEFINE_multi_string(
   "lora",

@@ -18,13 +18,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags, logging
 from jax.sharding import Mesh
 from PIL import Image
 
 from pixsigma_jax import checkpoint, command, disk, sharding
-from pixsigma_jax.convert.source_flags import SourceFlags
+from pixsigma_jax.convert.source_flags import (
+  CHECKPOINT_HELP,
+  FROZEN_HELP,
+  SourceFlags,
+)
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig
@@ -49,8 +52,7 @@ from pixsigma_jax.sample.timing import Timing
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "A run's workdir, or one of its snapshots; or a folder of diffusers, a .pth, a "
-  ".safetensors, or the id of one on the hub, which are converted once.",
+  CHECKPOINT_HELP,
   required=True,
 )
 _SOURCE = SourceFlags()
@@ -58,9 +60,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.", required
 _FROZEN = flags.DEFINE_string(
   "frozen",
   None,
-  "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or the id "
-  "of one on the hub. By default those beside the weights, or what the model was "
-  "published with, from the hub.",
+  FROZEN_HELP,
 )
 _OWN_SETTINGS = [name for name, setting in SETTINGS.items() if setting.of_a_prompt]
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
@@ -206,7 +206,7 @@ def _draw(
   """Draws and writes all pictures; `written` has, at any time, those that are there."""
   command.keep_compiled()
   compute = compute_here(_DTYPE.value, _ATTENTION.value)
-  mesh, timing = _mesh(), Timing()
+  mesh, timing = sharding.mesh_of_rows(_BATCH_SIZE.value), Timing()
   asked = dataclasses.asdict(settings)
   # Before T5 is read, which takes minutes.
   located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
@@ -385,14 +385,6 @@ def _remembered(
     known.save(_SAVE_CAPTIONS.value)
     logging.info("Saved %d captions to %s.", len(cleaned), _SAVE_CAPTIONS.value)
   return known
-
-
-def _mesh() -> Mesh | None:
-  """All devices, if they can share a batch evenly."""
-  devices = jax.device_count()
-  if devices == 1 or _BATCH_SIZE.value % devices:
-    return None
-  return sharding.make_mesh(data=-1, fsdp=1, context=1)
 
 
 def _read_prompts(name: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from pixsigma_jax.convert.source_flags import CHECKPOINT_HELP, FROZEN_HELP
 from pixsigma_jax.models import attention
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS
 
@@ -16,15 +17,11 @@ class OptionFlags:
     """Defines them."""
     of: dict[str, Any] = {"module_name": sys.argv[0]}  # as absl calls the main module
     self._holders: list[flags.FlagHolder[Any]] = [
-      flags.DEFINE_string(
-        "checkpoint", None, "A run's workdir, or one of its snapshots.", **of
-      ),
+      flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, **of),
       flags.DEFINE_string(
         "frozen",
         None,
-        "Folder with vae/, text_encoder/ and tokenizer/ as diffusers saves them, or "
-        "the id of one on the hub. By default what the model was published with, from "
-        "the hub.",
+        FROZEN_HELP,
         **of,
       ),
       flags.DEFINE_multi_string(
