@@ -11,7 +11,6 @@ import base64
 import contextlib
 import dataclasses
 import functools
-import importlib.resources
 import json
 import time
 import traceback
@@ -28,6 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pixsigma_jax import static_pages
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.settings import Settings
 from pixsigma_jax.serve import forms
@@ -47,21 +47,8 @@ from pixsigma_jax.serve.engine import Request as Checked
 from pixsigma_jax.serve.fields import Refusal, RequestLimits, Wanted, read_fields
 from pixsigma_jax.serve.logs import Log
 
-_STATIC = importlib.resources.files("pixsigma_jax.serve") / "static"
-_TYPES = {
-  "page.html": "text/html",
-  "page.js": "text/javascript",
-  "page.css": "text/css",
-}
-_HEADERS = {
-  # The page has no script or style but its two files; its images are data.
-  "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-  "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-  "frame-ancestors 'none'",
-  "x-content-type-options": "nosniff",
-  "referrer-policy": "no-referrer",
-  "cache-control": "no-store",
-}
+# Images of answers are data.
+_HEADERS = static_pages.headers("'self' data:")
 _RETRY_DRAINING = 5  # seconds; another replica has taken over by then
 _WRITE_SECONDS = 60.0  # within which a client has to take what it is sent
 _HEARTBEAT = 15.0  # seconds; proxies close streams that say nothing
@@ -111,8 +98,8 @@ class Service:
 
     async def file(request: Request) -> Response:
       name = request.url.path.removeprefix("/") or "page.html"
-      content = (_STATIC / name).read_bytes()
-      return Response(content, media_type=_TYPES[name])
+      content, kind = static_pages.read("pixsigma_jax.serve", name)
+      return Response(content, media_type=kind)
 
     routes = [
       Route("/", file),

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import pathlib
 import re
@@ -26,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pixsigma_jax import static_pages
 from pixsigma_jax.evaluate.study import png
 from pixsigma_jax.evaluate.study.answers import (
   Answer,
@@ -41,20 +41,7 @@ _MOST_BYTES = 64 * 1024  # of an answer
 MOST_NOTE = 4000  # characters
 _MOST = 1e9  # seconds, pixels
 _NONCE = re.compile(r"[0-9a-zA-Z-]{8,64}")
-_STATIC = importlib.resources.files("pixsigma_jax.evaluate.study") / "static"
-_TYPES = {
-  "page.html": "text/html",
-  "page.js": "text/javascript",
-  "page.css": "text/css",
-}
-_HEADERS = {
-  # Nothing of anybody else's, no script or style but the two files.
-  "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-  "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-  "frame-ancestors 'none'",
-  "x-content-type-options": "nosniff",
-  "referrer-policy": "no-referrer",  # the address has the token in it
-}
+_HEADERS = static_pages.headers("'self'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,8 +277,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _file(name: str) -> Response:
-  content = (_STATIC / name).read_bytes()
-  return Response(content, media_type=_TYPES[name])
+  content, kind = static_pages.read("pixsigma_jax.evaluate.study", name)
+  return Response(content, media_type=kind)
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
@@ -309,12 +296,11 @@ class _WithHeaders:
     async def send_with_headers(message: Message) -> None:
       if message["type"] == "http.response.start":
         have = {name.lower() for name, _ in message["headers"]}
-        headers = {"cache-control": "no-store"} | _HEADERS
         message["headers"] = [
           *message["headers"],
           *(
             (name.encode(), value.encode())
-            for name, value in headers.items()
+            for name, value in _HEADERS.items()
             if name.encode() not in have
           ),
         ]
