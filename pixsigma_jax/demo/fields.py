@@ -1,5 +1,6 @@
 """Fields of the page for the settings of a pipeline, made from `Settings`."""
 
+import itertools
 import re
 from typing import Any, TypeAlias
 
@@ -42,6 +43,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "use_resolution_binning",
   ),
 }
+# Numbers with a field from here that may be empty: Gradio's own for numbers makes 0 of
+# nothing, so they are texts.
+_EMPTIED = {
+  name
+  for name in (*ABOUT_IMAGES, *itertools.chain(*GROUPS.values()))
+  if isinstance(SETTINGS[name].kind, Number | Whole) and SETTINGS[name].default is None
+}
 _ABBREVIATIONS = {"pag": "PAG", "apg": "APG", "karras": "Karras"}
 _SEPARATOR = re.compile(r"\s*,\s*")
 
@@ -68,8 +76,7 @@ def field(name: str) -> Field:
     case Interval() | WholeList() | Margins():
       same["info"] += " Separated by commas."
       return gr.Textbox(value=value, **same)
-    case Number() if name in ABOUT_IMAGES:
-      # By default none, of which Gradio's field for numbers makes 0.
+    case _ if name in _EMPTIED:
       return gr.Textbox(value=value, **same)
     case Number():
       return gr.Number(value=value, **same)
@@ -84,7 +91,7 @@ def shown(name: str, value: Any) -> Any:
   match SETTINGS[name].kind:
     case Interval() | WholeList() | Margins():
       return "" if value is None else ", ".join(f"{number:g}" for number in value)
-    case Number() if name in ABOUT_IMAGES:
+    case _ if name in _EMPTIED:
       return "" if value is None else f"{value:g}"
     case _:
       return value
@@ -97,7 +104,7 @@ def value_of(name: str, content: Any) -> Any:
     ValueError: numbers between commas, or a number, are none.
   """
   match SETTINGS[name].kind:
-    case Number() if name in ABOUT_IMAGES:
+    case _ if name in _EMPTIED:
       return _number(name, content)
     case Interval():
       number, what = float, "two numbers, low, high"
