@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
   if _FROM.value == "mmcv":
     _convert_config(source, target)
     return
-  to_format = _TO.value
+  to_format, options = _TO.value, _SOURCE.values()
   if to_format is None:
     raise ValueError(f"Say with --to what {target} is to be: {', '.join(_FORMATS)}.")
   if _FROM.value == to_format:
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
       target,
       from_format=_FROM.value,
       to_format=to_format,
-      variant=_SOURCE.values().variant,
+      variant=options.variant,
     )
     print(target)
     return
@@ -89,18 +89,16 @@ def main(arguments: list[str]) -> None:
       target,
       from_layout=_FROM.value,
       to_layout=to_format,
-      scaling_factor=_SOURCE.values().scaling_factor,
-      variant=_SOURCE.values().variant,
+      scaling_factor=options.scaling_factor,
+      variant=options.variant,
     )
     print(target)
     return
-  options = _SOURCE.values()
-  given = options.given()
   model.check_target(target, to_format)
   converted = model.read(
     source,
     _FROM.value,
-    given,
+    options.given(),
     ema=options.ema,
     stored_positions=options.pos_embed,
     variant=options.variant,

@@ -192,13 +192,7 @@ def duration(seconds: float) -> str:
 
 def _ancestors(points: Iterable[Point]) -> list[Run]:
   """Runs of all points and what they start from, each once, parents first."""
-  found: dict[str, Run] = {}
-  for point in points:
-    line, run = [], point.run
-    while run is not None:
-      line.append(run)
-      run = run.parent
-    found |= {run.key: run for run in reversed(line)}
+  found = {run.key: run for point in points for run in point.run.lineage}
   return list(found.values())
 
 
@@ -208,6 +202,3 @@ def _step_seconds(workdir: pathlib.Path) -> float | None:
   rows = map(json.loads, lines)
   times = [row["step_time"] for row in rows if row.get("step_time")]
   return min(times, default=None)
-
-
-__all__ = ["Experiment", "Point", "duration"]

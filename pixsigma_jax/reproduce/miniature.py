@@ -228,6 +228,11 @@ class Run:
     """Steps until its end."""
     return self.config["total_steps"]
 
+  @property
+  def lineage(self) -> "list[Run]":
+    """The runs that lead to this one, and itself as the last."""
+    return [*([] if self.parent is None else self.parent.lineage), self]
+
   @functools.cached_property
   def key(self) -> str:
     """Name of its folder: another config, data or ancestor makes it another run.

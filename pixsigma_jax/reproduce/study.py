@@ -5,7 +5,6 @@ differ where these ranges do not meet; else the difference is called none.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 import platform
@@ -352,11 +351,8 @@ def _steps(points: Mapping[str, Sequence[Point]]) -> str:
   """Steps of the runs, each after what it starts from."""
   lines: dict[str, None] = {}
   for own in points.values():
-    line, run = [], own[0].run
-    while run is not None:
-      line.append(f"{run.steps} at {run.data.pixels} pixels")
-      run = run.parent
-    lines[", then ".join(reversed(line))] = None
+    line = (f"{run.steps} at {run.data.pixels} pixels" for run in own[0].run.lineage)
+    lines[", then ".join(line)] = None
   return "; ".join(lines)
 
 
@@ -374,6 +370,5 @@ def _deciles(found: Sequence[Mapping[str, Any]]) -> list[str]:
   cells = []
   for losses in zip(*(m["decile_loss"] for m in found), strict=True):
     known = [loss for loss in losses if loss is not None]
-    mean = sum(known) / len(known) if known else math.nan
-    cells.append(f"{mean:.4f}" if known else "–")
+    cells.append(f"{sum(known) / len(known):.4f}" if known else "–")
   return cells
