@@ -259,7 +259,7 @@ def test_the_transforms_lead_from_the_parents_model_to_the_stages(stage):
   for transform in config.init.transforms:
     arguments = dict(transform)
     name = arguments.pop("name")
-    have, params = _abstractly(TRANSFORMS[name], have, params, arguments)
+    have, params = abstractly(TRANSFORMS[name], have, params, arguments)
   want = model_config(config.model.to_dict())
   assert have == want
   assert jax.tree.map(_kind, params) == jax.tree.map(_kind, _abstract_params(want))
@@ -270,7 +270,7 @@ def _abstract_params(config):
   return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _abstractly(transform, config, params, arguments):
+def abstractly(transform, config, params, arguments):
   """A transform on shapes alone."""
   configs = []
 

@@ -11,7 +11,6 @@ from diffusers import (
   DPMSolverMultistepScheduler,
   PixArtSigmaPAGPipeline,
   PixArtSigmaPipeline,
-  PixArtTransformer2DModel,
 )
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
@@ -20,6 +19,7 @@ from pixsigma_jax.convert import files, from_diffusers, to_pixart
 from pixsigma_jax.sample import Pipeline
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
+from tests.convert.test_main import diffusers_transformer
 from tests.test_own_images import ROOT
 
 # The page's full size in small, for a CPU: 256 pixels, two layers, two steps.
@@ -82,22 +82,7 @@ def write_lora(transformer, folder, targets):
 def published(tmp_path_factory):
   """A pipeline that diffusers saved, an official file of it, and two LoRAs."""
   root = tmp_path_factory.mktemp("from_diffusers")
-  torch.manual_seed(0)
-  transformer = PixArtTransformer2DModel(
-    num_attention_heads=4,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=8,
-    num_layers=2,
-    cross_attention_dim=48,
-    sample_size=32,
-    caption_channels=32,
-    interpolation_scale=0.5,
-    use_additional_conditions=False,
-  )
-  with torch.no_grad():
-    for parameter in transformer.parameters():
-      parameter.copy_(0.1 * torch.randn_like(parameter))
+  transformer = diffusers_transformer(sample_size=32, interpolation_scale=0.5)
   write_t5(root / "t5")
   write_tokenizer(root / "tokenizer")
   PixArtSigmaPipeline(

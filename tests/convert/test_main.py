@@ -55,8 +55,8 @@ def write_snapshot(workdir, **fields):
   return params, about
 
 
-def write_diffusers(folder, *, shards=False):
-  """A transformer of diffusers, saved by diffusers."""
+def diffusers_transformer(*, sample_size, interpolation_scale):
+  """A transformer of diffusers with random weights."""
   torch.manual_seed(0)
   model = diffusers.PixArtTransformer2DModel(
     num_attention_heads=4,
@@ -65,14 +65,20 @@ def write_diffusers(folder, *, shards=False):
     out_channels=8,
     num_layers=2,
     cross_attention_dim=48,
-    sample_size=8,
+    sample_size=sample_size,
     caption_channels=32,
-    interpolation_scale=2.0,
+    interpolation_scale=interpolation_scale,
     use_additional_conditions=False,
   )
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.copy_(0.1 * torch.randn_like(parameter))
+  return model
+
+
+def write_diffusers(folder, *, shards=False):
+  """A transformer of diffusers, saved by diffusers."""
+  model = diffusers_transformer(sample_size=8, interpolation_scale=2.0)
   model.save_pretrained(folder, max_shard_size="50KB" if shards else "10GB")
   return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 

@@ -37,6 +37,7 @@ from pixsigma_jax.train import compatibility
 from pixsigma_jax.train.config import complete, model_config
 from pixsigma_jax.transforms import TRANSFORMS
 from tests import commands
+from tests.test_configs import abstractly
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -429,18 +430,6 @@ def config_of(words):
 @functools.cache
 def shapes(config):
   return abstract_params(config)
-
-
-def abstractly(transform, model, params, fields):
-  models = []
-
-  def applied(params):
-    after, params = transform(model, params, **fields)
-    models.append(after)
-    return params
-
-  params = jax.eval_shape(applied, params)
-  return models[0], params
 
 
 def leads_to_its_model(config):

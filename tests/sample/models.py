@@ -18,6 +18,14 @@ from pixsigma_jax.sample.pipeline import Pipeline
 FLOAT32 = Compute(dtype=jnp.float32)
 SCALING_FACTOR = 2.0
 ENCODER = HashedWordEncoder(16)
+# All guidance that can act together, and step caching.
+EVERYTHING = {
+  "pag_scale": 2.0,
+  "skip_layer_guidance_scale": 1.0,
+  "guidance_method": "apg",
+  "guidance_rescale": 0.3,
+  "step_caching": 0.1,
+}
 
 
 def nano(**fields):

@@ -18,13 +18,6 @@ from tests.sample import models
 
 STEPS = 3
 SAMPLE = {"num_inference_steps": STEPS, "seed": 4}
-EVERYTHING = {
-  "pag_scale": 2.0,
-  "skip_layer_guidance_scale": 1.0,
-  "guidance_method": "apg",
-  "guidance_rescale": 0.3,
-  "step_caching": 0.1,
-}
 
 
 def photograph(height=8, width=8, seed=0):
@@ -50,7 +43,7 @@ def latents_of(subject, prompt="a one", **arguments):
 # ----------------------------------------------------------------------- image to image
 
 
-@pytest.mark.parametrize("more", [{}, EVERYTHING, {"sampler": "heun"}])
+@pytest.mark.parametrize("more", [{}, models.EVERYTHING, {"sampler": "heun"}])
 def test_strength_1_is_text_to_image_to_the_bit(subject, more):
   plain = latents_of(subject, **more)
   ours = latents_of(subject, image=photograph(), strength=1, **more)
@@ -133,7 +126,9 @@ def test_an_empty_mask_is_the_original_to_the_bit(subject):
   np.testing.assert_array_equal(latents[0], scaled)
 
 
-@pytest.mark.parametrize("more", [{}, EVERYTHING, {"sampler": "euler-ancestral"}])
+@pytest.mark.parametrize(
+  "more", [{}, models.EVERYTHING, {"sampler": "euler-ancestral"}]
+)
 def test_a_full_mask_is_text_to_image(subject, more):
   everything = np.ones((8, 8), bool)
   plain = latents_of(subject, **more)
@@ -229,7 +224,7 @@ def test_margins_of_nothing_are_an_empty_mask(subject):
 ALL = (0, 0, 8, 8)
 
 
-@pytest.mark.parametrize("more", [{}, EVERYTHING])
+@pytest.mark.parametrize("more", [{}, models.EVERYTHING])
 def test_one_region_over_everything_is_the_plain_prompt_to_the_bit(subject, more):
   regions = [{"prompt": "a blue two", "box": ALL}]
   plain = latents_of(subject, "a blue two", **more)
@@ -237,7 +232,7 @@ def test_one_region_over_everything_is_the_plain_prompt_to_the_bit(subject, more
 
 
 @pytest.mark.parametrize(
-  ("more", "passes"), [({}, 1), (EVERYTHING, 1), (EVERYTHING, 2)]
+  ("more", "passes"), [({}, 1), (models.EVERYTHING, 1), (models.EVERYTHING, 2)]
 )
 def test_regions_of_one_prompt_are_that_prompt(subject, more, passes):
   subject = subject.replace(guidance_passes=passes)

@@ -71,20 +71,11 @@ def test_a_callback_sees_the_images_of_each_batch_at_their_own_sizes(subject):
       assert shapes == [(16 if n == 1 else 8, 8, 3) for n in known["images"]]
 
 
-EVERYTHING = {
-  "pag_scale": 2.0,
-  "skip_layer_guidance_scale": 1.0,
-  "guidance_method": "apg",
-  "guidance_rescale": 0.3,
-  "step_caching": 0.1,
-}
-
-
 @pytest.mark.parametrize("passes", [1, 2])
 def test_it_changes_nothing_beside_all_guidance_and_step_caching(subject, passes):
   subject = subject.replace(guidance_passes=passes)
-  plain = latents_of(subject, **EVERYTHING)
-  watched = latents_of(subject, **EVERYTHING, callback_on_step_end=Seen())
+  plain = latents_of(subject, **models.EVERYTHING)
+  watched = latents_of(subject, **models.EVERYTHING, callback_on_step_end=Seen())
   scale = np.abs(plain).max()
   # The loop and the scan are two programs: float32 over three guided steps.
   np.testing.assert_allclose(watched, plain, rtol=0, atol=1e-4 * scale)

@@ -12,18 +12,11 @@ from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, abstract_params
 from pixsigma_jax.transforms import grow_depth
 from tests.sample import models
+from tests.transforms.test_kv_compression import PLAIN
 
 # Layers 1 and 2 compress: three segments.
-CONFIG = PixArtConfig(
-  depth=4,
-  width=48,
-  num_heads=4,
-  patch_size=2,
-  base_size=4,
-  pe_interpolation=1.0,
-  caption_width=8,
-  caption_length=5,
-  kv_compression=KVCompression(ratio=4, layers=(1, 2)),
+CONFIG = dataclasses.replace(
+  PLAIN, kv_compression=KVCompression(ratio=4, layers=(1, 2))
 )
 
 
