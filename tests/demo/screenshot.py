@@ -1,4 +1,4 @@
-"""Takes the picture of the demo page that docs/demo.md shows.
+"""Takes the image of the demo page that docs/demo.md shows.
 
 python -m tests.demo.screenshot runs/quickstart/compressed docs/images/demo.png
 """
@@ -22,7 +22,7 @@ assert executable, "There is no chromium on the PATH."
 server = page.serve(pipeline, "127.0.0.1", 7860)
 with (
   tempfile.TemporaryDirectory() as profile,
-  Browser(executable, profile, height=1060) as browser,
+  Browser(executable, profile, height=1300) as browser,
 ):
   browser.do("Page.navigate", url=server.local_url)
   browser.wait("document.querySelector('#draw')?.innerText == 'Draw'")
