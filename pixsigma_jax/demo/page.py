@@ -155,7 +155,7 @@ def draw(
       and an image that cannot be written.
   """
   stop = threading.Event() if stop is None else stop
-  with tempfile.TemporaryDirectory() as folder:
+  with _folder() as folder:
     gallery: Images = []
     settings: dict[str, Any] = {}
     try:
@@ -195,6 +195,19 @@ def draw(
         yield [*gallery, *earlier][:_REMEMBERED], settings, first, previews
     except (ValueError, OSError) as error:
       raise _error(str(error)) from error
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+  """An empty folder that is gone with its block, also when a generator is collected.
+
+  `tempfile.TemporaryDirectory` warns then that nobody has closed it.
+  """
+  folder = tempfile.mkdtemp()
+  try:
+    yield folder
+  finally:
+    shutil.rmtree(folder)
 
 
 class _Step(NamedTuple):
