@@ -4,6 +4,7 @@ Nothing here talks to any machine but the one that it is served to: Gradio's tel
 its look for newer versions and its record of runs are off, and its fonts are files.
 """
 
+import contextlib
 import dataclasses
 import html
 import inspect
@@ -11,6 +12,7 @@ import pathlib
 import queue
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 import threading
