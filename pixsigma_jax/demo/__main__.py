@@ -16,7 +16,7 @@ from pixsigma_jax.convert.source_flags import (
   SourceFlags,
 )
 from pixsigma_jax.models import attention
-from pixsigma_jax.sample import adapters
+from pixsigma_jax.sample.model_flags import ModelFlags
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.wording import install
@@ -33,12 +33,7 @@ _FROZEN = flags.DEFINE_string(
   None,
   FROZEN_HELP,
 )
-_LORA = flags.DEFINE_multi_string(
-  "lora",
-  [],
-  "PATH[:SCALE] of a LoRA that draws along: a file or folder of PEFT, diffusers or "
-  "Kohya's names, or a run that trains one; may be repeated.",
-)
+_MODELS = ModelFlags()
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Precision of the networks."
 )
@@ -92,10 +87,9 @@ def main(_: list[str]) -> None:
     frozen=_FROZEN.value,
     compute=compute_here(_DTYPE.value, _ATTENTION.value),
     batch_size=_BATCH_SIZE.value,
+    **_MODELS.values(),
     **dataclasses.asdict(_SOURCE.values()),
   )
-  if _LORA.value:
-    pipeline = pipeline.with_adapters(adapters.read_flags(_LORA.value, pipeline.config))
   server = page.serve(pipeline, _HOST.value, _PORT.value, limits)
   print(f"Open {server.local_url}   Ctrl-C ends it.", flush=True)
   page.wait(server)

@@ -30,10 +30,7 @@ from pixsigma_jax.convert.source_flags import (
 )
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.sample import (
-  adapters,
-  captions,
   companions,
   editing,
   pictures,
@@ -41,6 +38,7 @@ from pixsigma_jax.sample import (
   weights,
 )
 from pixsigma_jax.sample.encoders import RememberedCaptions, load_text_encoder
+from pixsigma_jax.sample.model_flags import ModelFlags
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS, Output, Pipeline
 from pixsigma_jax.sample.previews import PreviewFiles
 from pixsigma_jax.sample.program import compute_here
@@ -93,25 +91,7 @@ _CAPTIONS = flags.DEFINE_string(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
 )
-_LORA = flags.DEFINE_multi_string(
-  "lora",
-  [],
-  "PATH[:SCALE] of a LoRA that draws along: a file or folder of PEFT, diffusers or "
-  "Kohya's names, or a run that trains one; may be repeated.",
-)
-_REFINER = flags.DEFINE_string(
-  "refiner",
-  None,
-  "A second model, as --checkpoint, that draws below the timestep --switch_at.",
-)
-_SWITCH_AT = flags.DEFINE_integer(
-  "switch_at", None, "Timestep below which --refiner draws, 1 … 999."
-)
-_AUTOGUIDANCE = flags.DEFINE_string(
-  "autoguidance",
-  None,
-  "A weaker model, as --checkpoint, to guide away from by --autoguidance_scale.",
-)
+_MODELS = ModelFlags()
 _GUIDANCE_PASSES = flags.DEFINE_integer(
   "guidance_passes",
   None,
@@ -158,17 +138,7 @@ def main(_: list[str]) -> None:
     sides = (about["height"] or 0, about["width"] or 0)
     pictures.check_sides(_FORMAT.value, *(source.size if source else sides))
     steps_of(settings.num_inference_steps, strength_of(i, about["strength"], source))
-  if (_AUTOGUIDANCE.value is not None) != (settings.autoguidance_scale > 1):
-    raise ValueError(
-      f"--autoguidance={_AUTOGUIDANCE.value} and --autoguidance_scale="
-      f"{settings.autoguidance_scale:g} go together: give a weaker model and a scale "
-      "above 1, or neither."
-    )
-  if _REFINER.value is not None and _LORA.value:
-    raise ValueError(
-      "A LoRA acts in one model, and --refiner is a second: merge --lora into each "
-      "that it is for (transform merge_lora), and draw without it."
-    )
+  companions.check_scale(_MODELS.values()["autoguidance"], settings.autoguidance_scale)
   directory = pathlib.Path(_OUTPUT.value)
   disk.check_writable(directory)
   if _SAVE_CAPTIONS.value is not None:
@@ -211,13 +181,8 @@ def _draw(
   # Before T5 is read, which takes minutes.
   located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
   metadata = checkpoint.read_metadata(located.checkpoint)
-  further = {
-    "refiner": _REFINER.value,
-    "switch_at": _SWITCH_AT.value,
-    "autoguidance": _AUTOGUIDANCE.value,
-  }
+  further = _MODELS.values()
   companions.locate(metadata, **further, options=_SOURCE.values())
-  loras = adapters.read_flags(_LORA.value, PixArtConfig.from_dict(metadata.model))
   texts = prompts + [
     about["negative_prompt"] for about in settings.of_prompts(len(prompts))
   ]
@@ -236,8 +201,6 @@ def _draw(
     **further,
     **dataclasses.asdict(_SOURCE.values()),
   )
-  if loras:
-    pipeline = pipeline.with_adapters(loras)
   total = len(prompts) * settings.num_images_per_prompt
   if _PREVIEWS.value is not None:
     previewed = PreviewFiles(pathlib.Path(_PREVIEWS.value), total)
@@ -376,9 +339,7 @@ def _remembered(
   frozen = located.encoders if _FROZEN.value is None else _FROZEN.value
   encoder = load_text_encoder(metadata, frozen, dtype=compute.dtype, mesh=mesh)
   length = metadata.model["caption_length"]
-  cleaned = [captions.clean_caption(t, settings.caption_cleaning) for t in texts]
-  if settings.prompt_weighting:
-    cleaned = [needed for text in cleaned for needed in weighting.texts_of(text)]
+  cleaned = weighting.encoded_texts(texts, settings)
   with timing.part("text encoder"):
     known = RememberedCaptions.of(encoder, cleaned, length)
   if _SAVE_CAPTIONS.value is not None:

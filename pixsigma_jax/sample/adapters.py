@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from pixsigma_jax.models import int8
 from pixsigma_jax.models.pixart import PixArtConfig, layer_name, segment_name
 from pixsigma_jax.transforms.lora import merged, nested
 from pixsigma_jax.wording import listed
+
+_Model = TypeVar("_Model", bound="Adaptable")
 
 _RUNS = "adapters"  # WORKDIR/adapters/STEP, as a run leaves them
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -154,9 +156,9 @@ class Adapters:
     default_factory=dict
   )
 
-  def about(self) -> dict[str, Any]:
-    """Facts for images' settings: nothing where no LoRA acts."""
-    loras = [
+  def about(self) -> list[dict[str, Any]]:
+    """Facts for images' settings, of each LoRA that acts."""
+    return [
       {
         "path": self.loaded[name].path,
         "scale": scale,
@@ -165,7 +167,14 @@ class Adapters:
       for name, scale in self.scales.items()
       if scale
     ]
-    return {"loras": loras} if loras else {}
+
+  def without_folders(self) -> "Adapters":
+    """The same, whose facts for images have names of LoRAs, not their folders."""
+    loaded = {
+      name: dataclasses.replace(one, path=pathlib.Path(one.path).name)
+      for name, one in self.loaded.items()
+    }
+    return dataclasses.replace(self, loaded=loaded)
 
   def add(
     self, adapters: Mapping[str, Adapter], params: Any, config: PixArtConfig
@@ -270,6 +279,91 @@ class Adapters:
       if scale:
         kernels = merged(kernels, self.loaded[adapter].change, scale, base)
     return tree.named_leaves(kernels)[name]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adaptable:
+  """A model that LoRAs can change; each call returns another one.
+
+  Attributes:
+    config: the model's hyper-parameters.
+    params: the model's parameters, with the acting LoRAs in them.
+    loras: what LoRAs these are.
+  """
+
+  config: PixArtConfig
+  params: Any
+  loras: Adapters = dataclasses.field(default_factory=Adapters, kw_only=True)
+
+  def replace(self: _Model, **fields: Any) -> _Model:
+    """The same with other `params`, say; compiled programs stay shared.
+
+    Programs belong to hyper-parameters and shapes, so pipelines of several checkpoints
+    of one architecture share them too.
+    """
+    return dataclasses.replace(self, **fields)
+
+  def load_lora_weights(
+    self: _Model,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    weight_name: str | None = None,
+  ) -> _Model:
+    """The same with one more LoRA, which acts at the scale 1.
+
+    Compiled programs stay shared, whichever LoRAs act at which scales.
+
+    Args:
+      path, weight_name: see `adapters.read_adapter`.
+      adapter_name: for `set_adapters`; by default `default_NUMBER`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of another model or kind, it is in the model already, or the
+        name is taken.
+    """
+    name = adapter_name or f"default_{len(self.loras.loaded)}"
+    adapter = read_adapter(path, self.config, weight_name)
+    return self.with_adapters({name: (adapter, 1.0)})
+
+  def set_adapters(
+    self: _Model,
+    adapter_names: str | Sequence[str],
+    adapter_weights: float | int | Sequence[float | int] | None = None,
+  ) -> _Model:
+    """The same with these of its LoRAs acting and no others.
+
+    Args:
+      adapter_names: of some of the loaded; an empty list for none of them.
+      adapter_weights: their scales, one for all or one for each; 1 by default.
+
+    Raises:
+      ValueError: there is none of a name, or a scale is not finite.
+    """
+    return self._with(self.loras.scaled(adapter_names, adapter_weights))
+
+  def unload_lora_weights(self: _Model) -> _Model:
+    """The same without LoRAs: the model itself, to the bit."""
+    own = self._with(self.loras.scaled([]))
+    return own.replace(loras=Adapters(self.loras.snapshot))
+
+  def with_adapters(
+    self: _Model, further: Mapping[str, tuple[Adapter, float]]
+  ) -> _Model:
+    """The same with further LoRAs by name, each with its scale.
+
+    Raises:
+      ValueError: a name is taken, or a LoRA is in the model already.
+    """
+    read = {name: adapter for name, (adapter, _) in further.items()}
+    added = self.loras.add(read, self.params, self.config)
+    scales = {**added.scales, **{name: scale for name, (_, scale) in further.items()}}
+    return self._with(added.scaled(list(scales), list(scales.values())))
+
+  def _with(self: _Model, changed: Adapters) -> _Model:
+    params = changed.applied(self.params, self.config)
+    return self.replace(params=params, loras=changed)
 
 
 def _named(params: Any) -> dict[str, Any]:

@@ -69,7 +69,7 @@ from pixsigma_jax.diffusion.solvers import (
 from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import PixArtConfig, inference_params
+from pixsigma_jax.models.pixart import inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import (
   call_arguments,
@@ -79,7 +79,7 @@ from pixsigma_jax.sample import (
   program,
   weights,
 )
-from pixsigma_jax.sample.adapters import Adapter, Adapters, read_adapter
+from pixsigma_jax.sample.adapters import Adaptable, Adapters
 from pixsigma_jax.sample.call_arguments import (
   CallArguments,
   Embedded,
@@ -179,7 +179,7 @@ class Planned(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pipeline:
+class Pipeline(Adaptable):
   """A model ready to draw: `Pipeline.from_checkpoint(path)(prompt).images[0]`.
 
   A picture depends on its prompt, seed, size and settings, and not on what else is
@@ -205,13 +205,14 @@ class Pipeline:
       2 one after the other, in about half the memory; None decides by the tokens that
       a device has, see `program.passes_by_size`. Rounds differently, no more.
     origin: further facts for every picture's settings, such as the checkpoint's path.
-    loras: what LoRAs are in `params`, see `load_lora_weights`.
+    loras: what LoRAs are in `params`, see `load_lora_weights`. Other models of the
+      pipeline have their own, as each pipeline of diffusers has.
     refiner: a second model of the same hyper-parameters, for the timesteps below its
       `switch_at`. Steps are then taken one by one, as with a callback. A sampler of
       several steps starts anew at the switch, which is first order there; step caching
       computes the refiner's first step.
     weak_model: a worse model to guide away from, see `autoguidance_scale`. It may be
-      smaller; step caching does not spare it a step. LoRAs do not act in it.
+      smaller; step caching does not spare it a step.
     timing: adds up the seconds of `text encoder`, `transformer`, `autoencoder` and
       `compilation` over all calls, those of `replace`d pipelines included.
 
@@ -219,8 +220,6 @@ class Pipeline:
     ValueError: the parts do not fit each other.
   """
 
-  config: PixArtConfig
-  params: Any
   null_caption: Float[Array, "t e"] | Float[np.ndarray, "t e"] | None
   autoencoder: Any
   text_encoder: Any
@@ -230,7 +229,6 @@ class Pipeline:
   mesh: Mesh | None = None
   guidance_passes: int | np.integer[Any] | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  loras: Adapters = dataclasses.field(default_factory=Adapters)
   refiner: Refiner | None = None
   weak_model: WeakModel | None = None
   timing: Timing = dataclasses.field(default_factory=Timing)
@@ -250,13 +248,10 @@ class Pipeline:
           f"The model has {name} {ours} and the {whose} {theirs}: these are not the "
           "parts that were trained together."
         )
+    if self.refiner is not None:
+      companions.check_refiner(config, self.refiner.config)
     if self.weak_model is not None:
       companions.check_weak(config, self.weak_model.config)
-    if self.refiner is not None and self.loras.loaded:
-      raise ValueError(
-        "A LoRA acts in one model, and a pipeline with a refiner has two: merge it "
-        "into each that it is for (transform merge_lora), and draw without it."
-      )
     for name in ("batch_size", "guidance_passes"):
       # They are written into files, which know no numbers of NumPy.
       if isinstance(getattr(self, name), np.integer):
@@ -292,6 +287,9 @@ class Pipeline:
     refiner: str | os.PathLike[str] | None = None,
     switch_at: int | None = None,
     autoguidance: str | os.PathLike[str] | None = None,
+    lora: Sequence[str] = (),
+    refiner_lora: Sequence[str] = (),
+    autoguidance_lora: Sequence[str] = (),
     **source: Any,
   ) -> "Pipeline":
     """The model of a checkpoint, of diffusers' folder, of a file, or of the hub.
@@ -314,6 +312,8 @@ class Pipeline:
       refiner, switch_at: a second model, found as `path` is, that draws below the
         timestep `switch_at`; both or neither.
       autoguidance: a weaker model, found as `path` is, for `autoguidance_scale`.
+      lora, refiner_lora, autoguidance_lora: PATH[:SCALE] of LoRAs that act in the first
+        model, the refiner and the weaker one; see `load_lora_weights`.
       source: what weights of another format leave open, by the flags of `convert`:
         release, base_size, pe_interpolation, caption_length, scaling_factor, num_heads,
         ema, pos_embed, variant.
@@ -322,17 +322,20 @@ class Pipeline:
       FileNotFoundError: there is none.
       TypeError: `source` has an argument of another name.
       ValueError: it is damaged, leaves open what is not given, or needs an encoder that
-        this version does not have; or a further model does not go with it.
+        this version does not have; or a further model or a LoRA does not go with it.
     """
     _check_choice("quantize", quantize, QUANTIZATIONS)
     options = weights.options_of(source)
     located = weights.locate(path, options)
     further = companions.locate(
       checkpoint.read_metadata(located.checkpoint),
+      options=options,
       refiner=refiner,
       switch_at=switch_at,
       autoguidance=autoguidance,
-      options=options,
+      lora=lora,
+      refiner_lora=refiner_lora,
+      autoguidance_lora=autoguidance_lora,
     )
     frozen = located.encoders if frozen is None else frozen
     snapshot = checkpoint.read_snapshot(os.fspath(located.checkpoint), mesh)
@@ -350,7 +353,7 @@ class Pipeline:
     def prepare(params: Any) -> Any:
       return inference_params(QUANTIZATIONS[quantize](params), compute)
 
-    return cls(
+    pipeline = cls(
       config=snapshot.config,
       params=prepare(snapshot.params),
       null_caption=snapshot.null_caption,
@@ -373,77 +376,10 @@ class Pipeline:
       **further.read(snapshot.null_caption, mesh, prepare),
       timing=Timing() if timing is None else timing,
     )
+    return pipeline.with_adapters(further.loras)
 
   # By the name that diffusers' users know.
   from_pretrained = from_checkpoint
-
-  def replace(self, **fields: Any) -> "Pipeline":
-    """This pipeline with other `params`, say; compiled programs stay shared.
-
-    Programs belong to hyper-parameters and shapes, so pipelines of several checkpoints
-    of one architecture share them too.
-    """
-    return dataclasses.replace(self, **fields)
-
-  def load_lora_weights(
-    self,
-    path: str | os.PathLike[str],
-    adapter_name: str | None = None,
-    *,
-    weight_name: str | None = None,
-  ) -> "Pipeline":
-    """This pipeline with one more LoRA, which acts at the scale 1.
-
-    Compiled programs stay shared, whichever LoRAs act at which scales.
-
-    Args:
-      path, weight_name: see `adapters.read_adapter`.
-      adapter_name: for `set_adapters`; by default `default_NUMBER`.
-
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is of another model or kind, it is in the model already, or the
-        name is taken.
-    """
-    name = adapter_name or f"default_{len(self.loras.loaded)}"
-    adapter = read_adapter(path, self.config, weight_name)
-    return self.with_adapters({name: (adapter, 1.0)})
-
-  def set_adapters(
-    self,
-    adapter_names: str | Sequence[str],
-    adapter_weights: float | int | Sequence[float | int] | None = None,
-  ) -> "Pipeline":
-    """This pipeline with these of its LoRAs acting and no others.
-
-    Args:
-      adapter_names: of some of the loaded; an empty list for none of them.
-      adapter_weights: their scales, one for all or one for each; 1 by default.
-
-    Raises:
-      ValueError: there is none of a name, or a scale is not finite.
-    """
-    return self._with(self.loras.scaled(adapter_names, adapter_weights))
-
-  def unload_lora_weights(self) -> "Pipeline":
-    """This pipeline without LoRAs: the model itself, to the bit."""
-    own = self._with(self.loras.scaled([]))
-    return own.replace(loras=Adapters(self.loras.snapshot))
-
-  def with_adapters(self, further: Mapping[str, tuple[Adapter, float]]) -> "Pipeline":
-    """This pipeline with further LoRAs by name, each with its scale.
-
-    Raises:
-      ValueError: a name is taken, or a LoRA is in the model already.
-    """
-    read = {name: adapter for name, (adapter, _) in further.items()}
-    added = self.loras.add(read, self.params, self.config)
-    scales = {**added.scales, **{name: scale for name, (_, scale) in further.items()}}
-    return self._with(added.scaled(list(scales), list(scales.values())))
-
-  def _with(self, changed: Adapters) -> "Pipeline":
-    params = changed.applied(self.params, self.config)
-    return self.replace(params=params, loras=changed)
 
   def __call__(self, prompt: Any = None, **arguments: Any) -> Output:
     """Draws the prompts; arguments, their defaults and errors are those of `stream`.
@@ -492,10 +428,20 @@ class Pipeline:
       "batch_size": self.batch_size,
       "pixsigma_jax": pixsigma_jax.__version__,
       **self.origin,
-      **self.loras.about(),
+      **self._loras_about(),
     }
     threshold = jnp.float32(asked.step_caching) if asked.step_caching else None
     return self._draw(*call, threshold, about)
+
+  def _loras_about(self) -> dict[str, Any]:
+    """Facts for images' settings: the acting LoRAs of each model that has any."""
+    models: dict[str, Adaptable | None] = {
+      "loras": self,
+      "refiner_loras": self.refiner,
+      "autoguidance_loras": self.weak_model,
+    }
+    about = {n: model.loras.about() for n, model in models.items() if model is not None}
+    return {name: loras for name, loras in about.items() if loras}
 
   def _checked(self, prompt: Any, arguments: Mapping[str, Any]) -> _Call:
     """What a call asks for, all of it checked; see `stream` for what is raised."""

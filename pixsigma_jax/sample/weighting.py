@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from pixsigma_jax.sample import captions
+from pixsigma_jax.sample.settings import Settings
 from pixsigma_jax.wording import shortened
 
 _PLAIN_WEIGHT = 1.1  # of parentheses without a number
@@ -69,6 +71,18 @@ def texts_of(prompt: str) -> list[str]:
   """All texts that an encoder is asked for by `WeightedEncoder`, but the empty one."""
   weighed = parse(prompt)
   return [weighed.text, *weighed.prefixes]
+
+
+def encoded_texts(texts: Sequence[str], settings: Settings) -> list[str]:
+  """All texts that an encoder is asked for where these are drawn with `settings`.
+
+  Raises:
+    ValueError: see `parse`.
+  """
+  cleaned = [captions.clean_caption(text, settings.caption_cleaning) for text in texts]
+  if not settings.prompt_weighting:
+    return cleaned
+  return [needed for text in (*cleaned, "") for needed in texts_of(text)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -691,6 +691,9 @@ def test_the_command_serves_the_model_of_the_checkpoint_until_ctrl_c(
       "--batch_size=2",
       "--dtype=float32",
       "--attention=chunked",
+      f"--refiner={workdir}",
+      "--switch_at=300",
+      f"--autoguidance={workdir}",
     ),
   )
   assert done.code == 130
@@ -702,6 +705,8 @@ def test_the_command_serves_the_model_of_the_checkpoint_until_ctrl_c(
   assert pipeline.origin["checkpoint"] == str(workdir / "snapshots" / "3")
   assert (pipeline.batch_size, pipeline.compute.attention) == (2, "chunked")
   assert pipeline.compute.dtype == jnp.float32
+  assert pipeline.refiner.switch_at == 300
+  assert pipeline.weak_model is not None
 
 
 def test_ctrl_c_closes_a_page_that_is_served(interrupt):

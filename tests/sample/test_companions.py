@@ -1,23 +1,32 @@
 """Two models that draw as one, and a weaker one to guide away from."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from pixsigma_jax import sharding
+from pixsigma_jax.convert.lora import read_lora, write_lora
 from pixsigma_jax.diffusion.solvers import SAMPLERS, restarted, solver_table
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.sample import program
-from pixsigma_jax.sample.adapters import Adapter
 from pixsigma_jax.sample.companions import Refiner, WeakModel
 from pixsigma_jax.sample.pipeline import Pipeline
+from pixsigma_jax.transforms import merge_lora
+from tests.convert.test_lora import lora, random_adapter
 from tests.sample import models
 
 CONFIG = models.nano()
 FIRST, SECOND = (models.random_params(CONFIG, seed) for seed in (0, 1))
 STEPS = 4  # ddim: timesteps 999, 749, 499, 249
+# Samplers whose steps remember nothing of earlier ones, but for the one of one step.
+FIRST_ORDER = [
+  name
+  for name in SAMPLERS
+  if name != "dmd" and solver_table(name, program.SCHEDULE, STEPS).previous is None
+]
 
 
 def drawn(prompt="a one", *, refiner=None, weak=None, params=FIRST, **settings):
@@ -33,8 +42,10 @@ def single():
   return drawn()
 
 
-def test_two_equal_models_draw_what_one_draws_to_the_bit(single):
-  np.testing.assert_array_equal(drawn(refiner=Refiner(FIRST, 400)), single)
+@pytest.mark.parametrize("sampler", FIRST_ORDER)
+def test_two_equal_models_draw_what_one_draws_to_the_bit(sampler):
+  equal = drawn(refiner=Refiner(CONFIG, FIRST, 400), sampler=sampler)
+  np.testing.assert_array_equal(equal, drawn(sampler=sampler))
 
 
 def test_above_the_switch_the_first_model_draws_and_below_it_the_second(
@@ -47,10 +58,12 @@ def test_above_the_switch_the_first_model_draws_and_below_it_the_second(
     return step(params, *arguments, **static)
 
   monkeypatch.setattr(program, "step", watched)
-  both = drawn(refiner=Refiner(SECOND, 749))  # the step at 749 is the first one's
+  both = drawn(
+    refiner=Refiner(CONFIG, SECOND, 749)
+  )  # the step at 749 is the first one's
   assert seen == ["first", "first", "second", "second"]
   assert np.abs(both - single).max() > 0.01
-  np.testing.assert_array_equal(drawn(refiner=Refiner(SECOND, 249)), single)
+  np.testing.assert_array_equal(drawn(refiner=Refiner(CONFIG, SECOND, 249)), single)
 
 
 def test_the_second_model_goes_on_from_the_first_ones_latents():
@@ -66,7 +79,7 @@ def test_the_second_model_goes_on_from_the_first_ones_latents():
     return {"latents": [kept[1]] if step == 1 else known["latents"]}
 
   by_hand = drawn(params=SECOND, callback_on_step_end=put)
-  np.testing.assert_array_equal(drawn(refiner=Refiner(SECOND, 600)), by_hand)
+  np.testing.assert_array_equal(drawn(refiner=Refiner(CONFIG, SECOND, 600)), by_hand)
 
 
 def test_callbacks_and_step_caching_see_both_models():
@@ -75,7 +88,7 @@ def test_callbacks_and_step_caching_see_both_models():
   def watch(_pipeline, step, timestep, known):
     seen.append((step, timestep, known["num_steps"]))
 
-  refiner = Refiner(SECOND, 400)
+  refiner = Refiner(CONFIG, SECOND, 400)
   both = drawn(refiner=refiner)
   np.testing.assert_array_equal(
     drawn(refiner=refiner, callback_on_step_end=watch), both
@@ -91,7 +104,7 @@ def test_callbacks_and_step_caching_see_both_models():
 def test_an_image_of_which_only_the_end_is_drawn_is_the_second_models():
   image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
   settings = {"image": image, "strength": 0.5}
-  both = drawn(refiner=Refiner(SECOND, 600), **settings)
+  both = drawn(refiner=Refiner(CONFIG, SECOND, 600), **settings)
   np.testing.assert_array_equal(both, drawn(params=SECOND, **settings))
 
 
@@ -119,10 +132,16 @@ def test_no_step_below_the_switch_remembers_one_above(sampler):
   np.testing.assert_allclose(total(changed), total(table), rtol=1e-5, atol=1e-6)
 
 
+def test_a_refiner_of_another_architecture_is_refused():
+  deeper = dataclasses.replace(CONFIG, depth=3)
+  with pytest.raises(ValueError, match=r"refiner does not go .*depth: 2 → 3"):
+    models.pipeline(CONFIG, refiner=Refiner(deeper, {}, 400))
+
+
 @pytest.mark.parametrize("switch_at", [0, 1000])
 def test_a_switch_that_is_no_timestep_between_others_is_refused(switch_at):
   with pytest.raises(ValueError, match=f"switch_at={switch_at} must be a timestep"):
-    Refiner(FIRST, switch_at)
+    Refiner(CONFIG, FIRST, switch_at)
 
 
 # Smaller in depth and in width.
@@ -166,25 +185,30 @@ def test_autoguidance_without_a_weaker_model_is_refused():
     drawn(autoguidance_scale=2)
 
 
-def test_a_lora_beside_a_refiner_is_refused():
-  subject = models.pipeline(CONFIG, refiner=Refiner(SECOND, 400))
-  loaded = dataclasses.replace(subject.loras, loaded={"one": Adapter.__new__(Adapter)})
-  with pytest.raises(ValueError, match=r"A LoRA acts in one model.*merge_lora"):
-    subject.replace(loras=loaded)
-
-
-def test_devices_share_both_models_and_the_weaker_one():
+def test_devices_share_all_models_with_all_guidance_caching_and_sizes():
+  """As each image by itself on one device: another program, which rounds otherwise."""
   mesh = sharding.make_mesh(data=2, fsdp=1, context=1, devices=jax.devices()[:2])
-  subject = models.pipeline(
-    CONFIG, batch_size=2, mesh=mesh, refiner=Refiner(SECOND, 400), weak_model=WEAK
-  )
-  settings = {"sampler": "ddim", "num_inference_steps": 2, "autoguidance_scale": 2}
-  subject("a one", **settings)
-  alone = drawn(refiner=Refiner(SECOND, 400), weak=WEAK, **settings)
-  scale = np.abs(alone).max()
-  np.testing.assert_allclose(
-    subject.autoencoder.decoded[0], alone[0], atol=1e-4 * scale
-  )
+  both = {"refiner": Refiner(CONFIG, SECOND, 400), "weak_model": WEAK}
+  both |= {"batch_size": 2, "guidance_passes": 1}
+  settings = models.EVERYTHING | {
+    "sampler": "ddim",
+    "num_inference_steps": 3,
+    "guidance_interval": (0.1, 0.9),
+    "autoguidance_scale": 2,
+  }
+  sizes = {"height": [8, 4], "width": [8, 16]}
+  subject = models.pipeline(CONFIG, mesh=mesh, **both)
+  together = subject(["a one", "two threes"], **sizes, **settings)
+  for i, prompt in enumerate(("a one", "two threes")):
+    alone = models.pipeline(CONFIG, **both)
+    size = {name: sides[i] for name, sides in sizes.items()}
+    output = alone(prompt, seed=i, **size, **settings)
+    found, expected = (p.autoencoder.decoded[j] for p, j in ((subject, i), (alone, 0)))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    computed = [
+      o.settings[j]["computed_steps"] for o, j in ((together, i), (output, 0))
+    ]
+    assert computed[0] == computed[1]
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +239,98 @@ def test_a_pipeline_is_made_of_three_checkpoints_and_says_so(places):
   subject("a one", **settings)
   np.testing.assert_array_equal(
     np.stack(subject.autoencoder.decoded),
-    drawn(refiner=Refiner(SECOND, 400), weak=WEAK, **settings),
+    drawn(refiner=Refiner(CONFIG, SECOND, 400), weak=WEAK, **settings),
   )
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+  """Two LoRAs of the first two models' shape, and one of the smaller one's."""
+  folder = tmp_path_factory.mktemp("loras")
+  spec = lora(("qkv",))
+  for seed, (name, config) in enumerate(
+    {"one": CONFIG, "two": CONFIG, "small": WEAK_CONFIG}.items()
+  ):
+    params = models.random_params(config)
+    write_lora(folder / name, config, random_adapter(spec, params, seed), spec)
+  return folder
+
+
+def merged(path, config, params, scale):
+  change = read_lora(path, config)
+  return merge_lora(config, params, adapter=change, scale=scale)[1]
+
+
+def test_each_model_has_its_own_loras(places, loras):
+  """Given as the command does; compared with models that they are merged into."""
+  subject = Pipeline.from_checkpoint(
+    places / "one",
+    compute=models.FLOAT32,
+    batch_size=2,
+    guidance_passes=1,
+    refiner=places / "two",
+    switch_at=400,
+    autoguidance=places / "small",
+    lora=[f"{loras / 'one'}:0.5"],
+    refiner_lora=[f"{loras / 'two'}", f"{loras / 'one'}:-1"],
+    autoguidance_lora=[f"{loras / 'small'}:2"],
+  )
+  settings = {"sampler": "ddim", "num_inference_steps": STEPS, "autoguidance_scale": 2}
+  subject = subject.replace(autoencoder=models.Tracing())
+  output = subject("a one", **settings)
+  second = merged(loras / "two", CONFIG, SECOND, 1.0)
+  expected = drawn(
+    params=merged(loras / "one", CONFIG, FIRST, 0.5),
+    refiner=Refiner(CONFIG, merged(loras / "one", CONFIG, second, -1.0), 400),
+    weak=WeakModel(WEAK_CONFIG, merged(loras / "small", WEAK_CONFIG, WEAK.params, 2.0)),
+    **settings,
+  )
+  found = np.stack(subject.autoencoder.decoded)
+  np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+  about = output.settings[0]
+  said = {
+    name: [(pathlib.Path(one["path"]).name, one["scale"]) for one in about[name]]
+    for name in ("loras", "refiner_loras", "autoguidance_loras")
+  }
+  assert said == {
+    "loras": [("one", 0.5)],
+    "refiner_loras": [("two", 1.0), ("one", -1.0)],
+    "autoguidance_loras": [("small", 2.0)],
+  }
+  # Those of one model are taken out and changed without the others'.
+  refiner = subject.refiner.unload_lora_weights()
+  jax.tree.map(np.testing.assert_array_equal, refiner.params, SECOND)
+  about = subject.replace(refiner=refiner)("a one", **settings).settings[0]
+  assert ("loras" in about, "refiner_loras" in about) == (True, False)
+
+
+def test_loras_of_a_model_that_is_not_there_or_of_another_shape_are_refused(
+  places, loras
+):
+  for fields, message in (
+    ({"refiner_lora": [str(loras / "one")]}, "refiner_lora=.*one is for a model that"),
+    (
+      {"autoguidance_lora": ["x:1"]},
+      "autoguidance_lora=x:1 is for .*give auto",
+    ),
+    (
+      {
+        "autoguidance": places / "small",
+        "autoguidance_lora": [str(loras / "one")],
+      },
+      "is no LoRA for a PixArt of 1 layers of width 32",
+    ),
+    (
+      {
+        "refiner": places / "two",
+        "switch_at": 400,
+        "refiner_lora": [str(loras / "small")],
+      },
+      f"is no LoRA for a PixArt of 2 layers of width {CONFIG.width}",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Pipeline.from_checkpoint(places / "one", **fields)
 
 
 @pytest.mark.parametrize(
