@@ -12,7 +12,7 @@ from absl import logging
 from pixsigma_jax import checkpoint, command, disk, distributed, sharding
 from pixsigma_jax.convert.model import Options
 from pixsigma_jax.evaluate.folder import EvaluationFolder, ModelFolder
-from pixsigma_jax.sample import pictures, weights
+from pixsigma_jax.sample import companions, pictures, weights
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.sample.settings import Settings
@@ -71,6 +71,7 @@ def sample(
   dtype: str,
   batch_size: int | None,
   frozen: str | os.PathLike[str] | None,
+  further: companions.Located | None = None,
   replace: bool = False,
 ) -> ModelFolder:
   """Draws what is missing of a checkpoint's images; all processes of a job together.
@@ -84,6 +85,7 @@ def sample(
     settings: of sampling; seeds and sizes are the items' own.
     batch_size: images that a process draws together; None for one a device.
     frozen: see `Pipeline.from_checkpoint`.
+    further: what draws beside it.
     replace: see `EvaluationFolder.begin_model`.
 
   Raises:
@@ -93,7 +95,8 @@ def sample(
   snapshot = checkpoint.read_snapshot(path).with_fingerprint()
   origin = {"kind": "checkpoint", **snapshot.origin}
   del snapshot
-  about = {**settings.of_all(), "dtype": dtype}
+  identities = {} if further is None else further.identities()
+  about = {**settings.of_all(), "dtype": dtype, **identities}
   if distributed.is_first():
     found = origin.pop("path")
     folder.begin_model(name, path=found, origin=origin, settings=about, replace=replace)
@@ -117,6 +120,7 @@ def sample(
     compute=compute_here(dtype),
     batch_size=size,
     mesh=sharding.mesh_of_rows(size, devices),
+    **({} if further is None else further.arguments),
   )
   if missing:
     _draw(pipeline, model, missing, settings)

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pixsigma_jax import command, distributed
+from pixsigma_jax import checkpoint, command, distributed
 from pixsigma_jax.convert.model import Options as Source
 from pixsigma_jax.convert.source_flags import SourceFlags
 from pixsigma_jax.evaluate import folder as folder_
@@ -14,6 +14,8 @@ from pixsigma_jax.evaluate.folder import EvaluationFolder
 from pixsigma_jax.evaluate.options import Option, OptionFlags
 from pixsigma_jax.evaluate.scorers import scorer_type
 from pixsigma_jax.evaluate.suites import SUITES, Suite, suite
+from pixsigma_jax.sample import companions
+from pixsigma_jax.sample.model_flags import ModelFlags
 from pixsigma_jax.sample.setting_flags import SettingFlags
 from pixsigma_jax.sample.settings import SETTINGS, Settings
 from pixsigma_jax.sample.weights import Located
@@ -119,10 +121,13 @@ def _define(of: Suite, steps: Sequence[str], words: tuple[str, ...]) -> Command:
   draws = "sample" in steps
   settings = SettingFlags(*_SETTINGS) if draws else None
   source = SourceFlags() if draws else None
+  models = ModelFlags() if draws else None
 
   def run(_: list[str]) -> None:
     asked = settings.values() if settings is not None else {}
-    _run(of, steps, flags.values(), asked, source.values() if source else None)
+    further = models.values() if models is not None else {}
+    found = source.values() if source is not None else None
+    _run(of, steps, flags.values(), asked, found, further)
 
   return Command(run, words)
 
@@ -137,6 +142,7 @@ def _run(
   values: Mapping[str, Any],
   settings: Mapping[str, Any],
   source: Source | None,
+  further: Mapping[str, Any],
 ) -> None:
   """Runs steps in their order, after all that can be refused beforehand is."""
   if values["output"] is None:
@@ -149,14 +155,20 @@ def _run(
   if steps == ("sample",) and not checkpoints:
     raise ValueError("Give --checkpoints=[NAME=]DIR,… to draw with.")
   checked = Settings.of(settings)
+  companions.check_scale(further.get("autoguidance"), checked.autoguidance_scale)
   if values.get("batch_size") is not None and values["batch_size"] < 1:
     raise ValueError(f"--batch_size={values['batch_size']} must be at least 1.")
+  beside: dict[str, companions.Located] = {}
   actions: dict[str, Callable[[EvaluationFolder], None]] = {
-    "sample": lambda folder: _sample(folder, checkpoints, checked, values),
+    "sample": lambda folder: _sample(folder, checkpoints, beside, checked, values),
     "score": lambda folder: _score(of, folder, images, values),
     "report": lambda folder: _report(of, folder, values),
   }
   with _job(values):
+    # In the job, as reading a checkpoint asks JAX which process this is.
+    for name, located in checkpoints.items():
+      first = checkpoint.read_metadata(located.checkpoint)
+      beside[name] = companions.locate(first, options=source or Source(), **further)
     folder = _prompts(of, path, values) if "prompts" in steps else _open(of, path)
     for step in steps:
       if step != "prompts":
@@ -209,6 +221,7 @@ def _open(of: Suite, path: pathlib.Path) -> EvaluationFolder:
 def _sample(
   folder: EvaluationFolder,
   checkpoints: Mapping[str, Located],
+  beside: Mapping[str, companions.Located],
   settings: Settings,
   values: Mapping[str, Any],
 ) -> None:
@@ -223,6 +236,7 @@ def _sample(
       dtype=values["dtype"],
       batch_size=values["batch_size"],
       frozen=located.encoders if frozen is None else frozen,
+      further=beside[name],
       replace=values["redraw"] == "stale",
     )
 

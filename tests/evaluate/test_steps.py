@@ -8,11 +8,13 @@ import sys
 import pytest
 from PIL import Image
 
+from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.data import digits
 from pixsigma_jax.evaluate import folder, report, suites
 from pixsigma_jax.sample import pictures
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
+from tests.convert.test_lora import lora, random_adapter
 from tests.sample import models
 from tests.test_house import ROOT
 
@@ -182,6 +184,49 @@ def test_stale_images_are_drawn_and_scored_again_and_no_others(
   assert (after.st_ino, after.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
 
 
+def test_loras_and_further_models_decide_whether_images_are_drawn_again(
+  evaluate, runs, tmp_path
+):
+  config = models.nano(caption_length=12)
+  spec = lora(("qkv",))
+  adapter = tmp_path / "style"
+  write_lora(adapter, config, random_adapter(spec, models.random_params(config)), spec)
+  output = tmp_path / "evaluation"
+  done = evaluate("prompts", "digits", f"--output={output}", "--per_task=1")
+  assert done.code == 0, done.err
+
+  def draw(*more):
+    return evaluate(
+      *("sample", "digits", f"--output={output}", *SAMPLE, *more),
+      f"--checkpoints=it={runs / 'low'}",
+    )
+
+  assert draw().code == 0
+  plain = images_of(output, "it")
+  refined = f"--refiner={runs / 'high'}", "--switch_at=500"
+  weak = f"--autoguidance={runs / 'high'}", "--autoguidance_scale=2"
+  seen = [plain]
+  for more in (
+    (f"--lora={adapter}:0.5",),
+    (f"--lora={adapter}:0.6",),
+    refined,
+    (*refined, f"--refiner_lora={adapter}"),
+    weak,
+  ):
+    done = draw(*more)
+    assert done.code == 1
+    assert "holds images of another origin or other settings: settings." in done.err
+    assert draw("--redraw=stale", *more).code == 0
+    drawn = images_of(output, "it")
+    assert all(drawn != other for other in seen), more
+    seen.append(drawn)
+  # A LoRA that does not count is none.
+  assert draw("--redraw=stale", f"--lora={adapter}:0").code == 0
+  assert images_of(output, "it") == plain
+  about = folder.open_folder(output).model("it").about["settings"]
+  assert not {"loras", "refiner", "switch_at", "autoguidance"} & set(about)
+
+
 def test_a_kill_amid_the_deletion_leaves_no_image_beside_anothers_name(
   evaluate, drawn_twice, monkeypatch
 ):
@@ -246,6 +291,9 @@ def test_checkpoints_of_one_architecture_share_their_programs(
     ("low", ["--guidance_scale=-1"], "guidance_scale=-1.0 must be 0 or more"),
     ("low", ["--num_inference_steps=0"], "num_inference_steps=0 must be at least 1"),
     ("low", ["--batch_size=0"], "--batch_size=0 must be at least 1"),
+    ("low", ["--lora=nowhere:2"], "There is no adapter at nowhere"),
+    ("low", ["--refiner=high"], "switch_at=None go together"),
+    ("low", ["--autoguidance_scale=2"], "give a weaker model and a scale above 1"),
   ],
 )
 def test_what_cannot_be_drawn_is_refused_before_weights_are_read(
