@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from pixsigma_jax import command, sharding
+from pixsigma_jax.convert.model import Options as Source
 from pixsigma_jax.data import buckets
 from pixsigma_jax.sample.adapters import read_adapter
 from pixsigma_jax.sample.pipeline import Pipeline
@@ -29,8 +30,14 @@ class Options:
   """All that decides about a service; see the flags of the same names."""
 
   checkpoint: str
+  source: Source
   frozen: str | None
   lora: tuple[str, ...]
+  refiner: str | None
+  switch_at: int | None
+  autoguidance: str | None
+  refiner_lora: tuple[str, ...]
+  autoguidance_lora: tuple[str, ...]
   model: str
   dtype: str
   attention: str
@@ -138,15 +145,35 @@ def _pipeline(options: Options) -> Pipeline:
     batch_size=options.batch_size,
     mesh=sharding.mesh_of_rows(options.batch_size),
     quantize=options.quantize,
+    refiner=options.refiner,
+    switch_at=options.switch_at,
+    autoguidance=options.autoguidance,
+    refiner_lora=options.refiner_lora,
+    autoguidance_lora=options.autoguidance_lora,
+    **dataclasses.asdict(options.source),
   )
-  # Clients are not told where things lie.
-  pipeline = pipeline.replace(origin={**pipeline.origin, "checkpoint": options.model})
+  pipeline = _without_paths(pipeline, options.model)
   return pipeline.with_adapters(
     {
       name: (dataclasses.replace(read_adapter(path, pipeline.config), path=name), 0.0)
       for name, path in _named_loras(options.lora).items()
     }
   )
+
+
+def _without_paths(pipeline: Pipeline, name: str) -> Pipeline:
+  """The pipeline, whose images do not tell clients where its models lie."""
+  origin = {**pipeline.origin, "checkpoint": name}
+  for word in ("refiner", "autoguidance"):
+    if word in origin:
+      origin[word] = pathlib.Path(origin[word]).name
+  models = {"refiner": pipeline.refiner, "weak_model": pipeline.weak_model}
+  fields = {
+    field: further.replace(loras=further.loras.without_folders())
+    for field, further in models.items()
+    if further is not None
+  }
+  return pipeline.replace(origin=origin, **fields)
 
 
 def _named_loras(texts: tuple[str, ...]) -> dict[str, str]:

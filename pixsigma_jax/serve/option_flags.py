@@ -5,17 +5,24 @@ from typing import Any
 
 from absl import flags
 
-from pixsigma_jax.convert.source_flags import CHECKPOINT_HELP, FROZEN_HELP
+from pixsigma_jax.convert.source_flags import (
+  CHECKPOINT_HELP,
+  FROZEN_HELP,
+  SourceFlags,
+)
 from pixsigma_jax.models import attention
+from pixsigma_jax.sample.model_flags import ModelFlags
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS
 
 
 class OptionFlags:
-  """The flags of `building.Options`, each of its name."""
+  """The flags of `building.Options`, each of its name, and those of its `source`."""
 
   def __init__(self):
     """Defines them."""
     of: dict[str, Any] = {"module_name": sys.argv[0]}  # as absl calls the main module
+    self._source = SourceFlags()
+    self._models = ModelFlags(lora=False)  # here LoRAs have names
     self._holders: list[flags.FlagHolder[Any]] = [
       flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, **of),
       flags.DEFINE_string(
@@ -147,9 +154,7 @@ class OptionFlags:
 
   def values(self) -> dict[str, Any]:
     """Values by name; to be read once flags are parsed."""
-    return {
-      holder.name: tuple(holder.value)
-      if isinstance(holder.value, list)
-      else holder.value
-      for holder in self._holders
-    }
+    values = {holder.name: holder.value for holder in self._holders}
+    values |= self._models.values()
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return {**found, "source": self._source.values()}

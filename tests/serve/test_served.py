@@ -87,6 +87,20 @@ def test_sigterm_in_the_middle_finishes_what_was_begun_and_ends_well():
   assert not any(word in log for word in ("three", "five", str(ROOT)))
 
 
+def test_further_models_draw_along_and_clients_are_not_told_where_they_lie():
+  flags = f"--refiner={MINIATURE}", "--switch_at=400", f"--autoguidance={MINIATURE}"
+  with (
+    serving(*flags, "--warm_up=none", "--batch_size=1") as (address, _),
+    made_client(address) as client,
+  ):
+    body = {"seed": 1, "num_inference_steps": 2, "autoguidance_scale": 2}
+    [item] = client.images.generate(prompt="a red three", extra_body=body).data
+  _, about = as_image(base64.b64decode(item.b64_json))
+  assert (about["switch_at"], about["autoguidance_scale"]) == (400, 2)
+  assert (about["refiner"], about["autoguidance"]) == ("miniature", "miniature")
+  assert str(ROOT) not in json.dumps(about)
+
+
 def test_ctrl_c_ends_an_idle_server_in_one_line():
   with serving("--warm_up=none") as (address, process):
     assert httpx.get(f"{address}health/live").status_code == 200
@@ -120,6 +134,15 @@ def serve(capsys, monkeypatch):
     (["--port=0", "--lora=style"], "--lora=style must be NAME=PATH"),
     (["--port=0", "--lora=a=x", "--lora=a=y"], "Two LoRAs are called 'a'"),
     (["--port=0", "--lora=a=/none"], "There is no adapter at /none"),
+    (
+      ["--port=0", "--release=sigma-512"],
+      "says itself what it is: leave out --release",
+    ),
+    (["--port=0", f"--refiner={MINIATURE}"], "switch_at=None go together"),
+    (
+      ["--port=0", "--refiner_lora=x"],
+      "refiner_lora=x is for a model that there is not",
+    ),
     (["--port=0", "--max_queue=0"], "--max_queue=0 must be at least 1"),
     (["--port=0", "--max_steps=0"], "--max_steps=0 must be at least 1"),
   ],
