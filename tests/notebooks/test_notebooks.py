@@ -20,16 +20,21 @@ import pytest
 from PIL import Image
 
 from pixsigma_jax import checkpoint
+from pixsigma_jax.convert import from_diffusers
+from pixsigma_jax.convert.files import open_weights, read_json
+from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.models.attention import CHOICES
 from pixsigma_jax.models.kv_compression import WINDOWS, KVCompression
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline, pictures
 from pixsigma_jax.sample.encoders import RememberedCaptions
+from pixsigma_jax.sample.settings import SETTINGS, Choice
 from pixsigma_jax.transforms import add_kv_compression, interpolate_pe
 from tests import compilation
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
+from tests.convert.test_lora import lora, random_adapter
 from tests.convert.test_main import write_diffusers, write_official
 from tests.test_house import ROOT, pyproject
 
@@ -156,16 +161,33 @@ def test_every_field_is_a_form_that_colab_reads_and_is_used(path):
     value = ast.literal_eval(field["value"])
     form = field["form"].removeprefix("  # @param ")
     kind = re.search(r'{type:"(\w+)"}', form)
+    setting = SETTINGS.get(field["name"].lower())
+    if setting is not None and path.stem == "sample":
+      assert value == setting.default or setting.name in ("height", "width")
     if form.startswith("["):
       choices = ast.literal_eval(form.partition("]")[0] + "]")
       assert value in choices
       assert set(choices) <= KNOWN.get(field["name"], set(choices))
       assert isinstance(value, str) == (kind is None)  # other choices are taken raw
     else:
-      kinds = {"string": str, "integer": int, "number": float}
-      assert type(value) is kinds[kind[1]]
+      kinds = {"string": str, "integer": int, "number": float, "boolean": bool}
+      assert kind[1] == "raw" or type(value) is kinds[kind[1]]
+    if setting is not None and path.stem == "sample":
+      continue  # all of them are used by one line
     uses = sum(len(re.findall(rf"\b{field['name']}\b", source)) for source in code)
     assert uses > 1, f"{field['name']} changes nothing"
+
+
+def test_the_first_notebook_has_a_field_for_every_setting_and_all_its_choices():
+  code = "\n".join(
+    cell.source for cell in code_of(read(ROOT / "notebooks/sample.ipynb"))
+  )
+  forms = {field["name"].lower(): field["form"] for field in FIELD.finditer(code)}
+  assert set(SETTINGS) <= set(forms)
+  for name, setting in SETTINGS.items():
+    if isinstance(setting.kind, Choice):
+      offered = forms[name].removeprefix("  # @param ")
+      assert ast.literal_eval(offered) == list(setting.kind.names)
 
 
 @each_notebook
@@ -226,7 +248,7 @@ def test_the_install_cells_ask_pip_for_the_package_and_its_accelerator(
 
 # What each of them does, with small weights in the published formats.
 
-PROMPTS = ("a red fox in the snow", "two birds above a small house")
+PROMPTS = ("a (red:1.3) fox in the snow", "two birds above a small house")
 LENGTH = 20
 FLAGS = f"--caption_length={LENGTH} --scaling_factor=0.13025"
 
@@ -248,7 +270,20 @@ def executed(name, folder, **fields):
 
 
 @pytest.fixture(scope="module")
-def sampled(published, tmp_path_factory):
+def lora_folder(published, tmp_path_factory):
+  """A LoRA of the published transformer."""
+  config, params = from_diffusers(
+    open_weights(published / "transformer"),
+    caption_length=LENGTH,
+    config_json=read_json(published / "transformer" / "config.json"),
+  )
+  path, spec = tmp_path_factory.mktemp("loras") / "style", lora(("qkv",))
+  write_lora(path, config, random_adapter(spec, params), spec)
+  return path
+
+
+@pytest.fixture(scope="module")
+def sampled(published, lora_folder, tmp_path_factory):
   folder = tmp_path_factory.mktemp("sample") / "work"
   notebook = executed(
     "sample.ipynb",
@@ -257,8 +292,13 @@ def sampled(published, tmp_path_factory):
     NEGATIVE_PROMPT="a car",
     HEIGHT=64,
     WIDTH=96,
-    STEPS=2,
+    NUM_INFERENCE_STEPS=2,
     SEED=5,
+    PREVIEWS=True,
+    PAG_SCALE=2.0,
+    PAG_APPLIED_LAYERS=(1,),
+    PROMPT_WEIGHTING=True,
+    LORAS=f"{lora_folder}:0.5",
     DTYPE="float32",
     ATTENTION="chunked",
     MODEL=str(published),
@@ -269,7 +309,7 @@ def sampled(published, tmp_path_factory):
   return notebook, folder / "my drive"
 
 
-def test_sample_draws_what_the_package_draws(sampled, published):
+def test_sample_draws_what_the_package_draws(sampled, published, lora_folder):
   notebook, folder = sampled
   saved = [folder / "pictures" / f"0000{i}.png" for i in range(2)]
   assert sorted((folder / "pictures").iterdir()) == saved
@@ -278,8 +318,10 @@ def test_sample_draws_what_the_package_draws(sampled, published):
     frozen=published,
     text_encoder=RememberedCaptions.load(folder / "captions.safetensors"),
     compute=Compute(dtype="float32", attention="chunked"),
+    lora=[f"{lora_folder}:0.5"],
   )
   draw = {"height": 64, "width": 96, "num_inference_steps": 2, "seed": 5}
+  draw |= {"pag_scale": 2.0, "pag_applied_layers": [1], "prompt_weighting": True}
   expected = pipeline(PROMPTS, negative_prompt="a car", **draw)
   for path, picture, about in zip(
     saved, expected.images, expected.settings, strict=True
@@ -288,7 +330,8 @@ def test_sample_draws_what_the_package_draws(sampled, published):
     assert np.abs(levels(Image.open(path)) - levels(picture)).max() <= 1
     said = pictures.settings_of(path)
     assert {**said, "checkpoint": about["checkpoint"]} == about
-  *one_by_one, grid = shown(notebook)
+  previews, *one_by_one, grid = shown(notebook)
+  assert previews.width >= 96 // 8  # the last; one pixel for each latent at least
   for path, picture in zip(saved, one_by_one, strict=True):
     np.testing.assert_array_equal(levels(picture), levels(Image.open(path)))
   np.testing.assert_array_equal(levels(grid), levels(Image.open(folder / "grid.png")))
