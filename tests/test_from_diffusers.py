@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pixsigma_jax.convert import files, from_diffusers, to_pixart
-from pixsigma_jax.sample import Pipeline
+from pixsigma_jax.models.layers import Compute
+from pixsigma_jax.sample import Pipeline, program
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
 from tests.convert.test_main import diffusers_transformer
@@ -31,6 +32,7 @@ SMALLER = {
   'release="sigma-1024"': "num_heads=4, scaling_factor=0.13025",
   "832": "224",
   "1216": "288",
+  "128, 128": "32, 32",
   "blocks.14": "blocks.1",
   "[14]": "[1]",
 }
@@ -100,7 +102,12 @@ def published(tmp_path_factory):
     caption_length=300,
     config_json=files.read_json(folder / "config.json"),
   )
-  null_caption = np.zeros((300, 32), np.float32)
+  # Of the empty prompt, as the published file has it.
+  tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+  empty = tokenizer("", padding="max_length", max_length=300, return_tensors="pt")
+  with torch.no_grad():
+    encoded = T5EncoderModel.from_pretrained(root / "t5")(**empty).last_hidden_state
+  null_caption = encoded[0].numpy()
   weights = root / "weights" / "PixArt-Sigma-XL-2-1024-MS.pth"
   files.write_pickle(weights, to_pixart(config, params, null_caption), None)
   write_lora(transformer, root / "loras" / "style", ["to_q", "to_v"])
@@ -116,6 +123,7 @@ def test_both_columns_of_the_page_run_and_draw_images_of_one_size(
 ):
   monkeypatch.chdir(published)
   monkeypatch.setenv("PIXSIGMA_JAX_CACHE", str(published / "cache"))
+  monkeypatch.setattr(program, "compute_here", lambda: Compute(dtype="float32"))
   for kind in (PixArtSigmaPipeline, PixArtSigmaPAGPipeline, Pipeline):
     monkeypatch.setattr(kind, "__call__", few_steps(kind.__call__))
   found = sections()
@@ -129,6 +137,15 @@ def test_both_columns_of_the_page_run_and_draw_images_of_one_size(
       exec(compile(code, f"docs/from_diffusers.md: {title}", "exec"), names)
     drawn = [sizes_of(names) for names in (theirs, ours)]
     assert drawn[0] == drawn[1], title
-  assert len(drawn[0]) == 9
+  assert len(drawn[0]) == 10
+  one, other = (np.asarray(names["given"], int) for names in (theirs, ours))
+  assert (np.abs(one - other) <= 1).mean() >= 0.999
+  assert one.std() > 1
+  # Captions that were encoded by themselves round differently, no more.
+  known, again = (
+    np.asarray(ours[name]("a red fox in the snow").images[0], int)
+    for name in ("without_t5", "pipeline")
+  )
+  assert np.abs(known - again).max() <= 1
   assert ours["wide"].size == (288, 224)
   assert [len(names["images"]) for names in (theirs, ours)] == [2, 2]
