@@ -5,6 +5,7 @@ and read from the folders that diffusers saved.
 """
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from tests import commands
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
 from tests.convert.test_main import write_diffusers
+from tests.test_house import ROOT
 
 PROMPTS = ("a red fox in the snow", "two birds above a small house and a tree")
 LENGTH = 20
@@ -203,6 +205,33 @@ def test_perturbed_attention_guidance_is_that_of_diffusers(
   scale = np.abs(latents).max()
   difference = np.concatenate(spy.latents) - np.moveaxis(latents, 1, -1)
   assert np.abs(difference).max() < 1e-3 * max(1, scale)
+
+
+def test_their_default_layer_perturbs_those_eleven_that_the_page_lists(theirs):
+  deep = PixArtTransformer2DModel(
+    num_attention_heads=1,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=8,
+    num_layers=28,  # as XL/2
+    cross_attention_dim=8,
+    sample_size=8,
+    caption_channels=32,
+    use_additional_conditions=False,
+  )
+  peer = PixArtSigmaPAGPipeline(**theirs.components | {"transformer": deep})
+  peer._set_pag_attn_processor(
+    pag_applied_layers=peer.pag_applied_layers, do_classifier_free_guidance=True
+  )
+  perturbed = [
+    i
+    for i, block in enumerate(deep.transformer_blocks)
+    if "PAG" in type(block.attn1.processor).__name__
+  ]
+  page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+  listed = re.findall(r"--pag_applied_layers=([\d,]+)", page)
+  assert listed == [",".join(map(str, perturbed))]
+  assert len(perturbed) == 11
 
 
 def test_the_unconditional_masks_differ_and_the_empty_caption_comes_from_t5(ours):
