@@ -16,8 +16,11 @@ def guide(
 ) -> Float32[Array, "*shape"]:
   """Moves a prediction `scale` times the way from unconditional to conditional.
 
-  0 is unconditional, 1 conditional, more exaggerates. In float32 even where the
-  network answers in bfloat16: the difference is small and is multiplied.
+  Classifier-free guidance (Ho & Salimans 2022, equation 6, whose w is `scale` - 1).
+  Linear, so of noise and of clean estimates alike. It costs two calls of the network,
+  one for each prediction. 0 is unconditional, 1 conditional, more exaggerates. In
+  float32 even where the network answers in bfloat16: the difference is small and is
+  multiplied.
   """
   unconditional = unconditional.astype(jnp.float32)
   conditional = conditional.astype(jnp.float32)
