@@ -606,6 +606,10 @@ def test_of_two_users_one_waits_for_the_other_and_each_has_its_own(
       one.type("#seed input", str(number))
       one.click("#draw")
       until(lambda: gate.steps == 1)
+    # Who waits takes the request back, and gives it again: the other draws on.
+    other.click("#cancel")
+    time.sleep(1)
+    other.click("#draw")
     gate.opened.set()
     for number, one in enumerate((browser, other)):
       one.wait(f"{SHOWN}?.complete")

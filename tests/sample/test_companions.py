@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pixsigma_jax import sharding
+from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.convert.lora import read_lora, write_lora
 from pixsigma_jax.diffusion.solvers import SAMPLERS, restarted, solver_table
 from pixsigma_jax.models.kv_compression import KVCompression
@@ -218,6 +218,13 @@ def places(tmp_path_factory):
   models.save_snapshot(folder / "two", CONFIG, 1, seed=1)
   models.save_snapshot(folder / "small", WEAK_CONFIG, 1, seed=2)
   models.save_snapshot(folder / "scaled", CONFIG, 1, scaling_factor=3.0)
+  checkpoint.save_snapshot(
+    folder / "unlike",
+    1,
+    params=SECOND,
+    null_caption=models.null_caption(CONFIG) + 1,
+    metadata=models.metadata(CONFIG),
+  )
   return folder
 
 
@@ -338,6 +345,7 @@ def test_loras_of_a_model_that_is_not_there_or_of_another_shape_are_refused(
   [
     ({"refiner": "small", "switch_at": 400}, r"refiner .*model\.depth: 2 → 1"),
     ({"refiner": "scaled", "switch_at": 400}, r"scaling_factor: 2\.0 → 3\.0"),
+    ({"refiner": "unlike", "switch_at": 400}, "trained with another null caption"),
     ({"autoguidance": "scaled"}, r"cannot guide .*scaling_factor: 2\.0 → 3\.0"),
     ({"refiner": "two"}, "switch_at=None go together"),
     ({"switch_at": 400}, "refiner=None and switch_at=400 go together"),
