@@ -499,6 +499,7 @@ def browser(tmp_path):
 def open_page(browser, address):
   browser.do("Page.navigate", url=address)
   browser.wait("document.querySelector('#draw')?.innerText == 'Draw'")
+  browser.wait("!!document.querySelector('#prompt textarea')")
 
 
 SHOWN = "document.querySelector('#pictures .thumbnail-lg img')"
