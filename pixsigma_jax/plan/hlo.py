@@ -25,7 +25,7 @@ _COLLECTIVE = re.compile(
   r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
   r"(-start)?\("
 )
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _ARRAY = re.compile(
   r"(pred|s8|u8|bf16|f16|s16|u16|f32|s32|u32|f64|s64|u64)\[([\d,]*)\]"
 )
@@ -67,9 +67,10 @@ def read(text: str) -> Static:
       if match := _COLLECTIVE.search(line):
         shapes, kind, start = match.groups()
         size = times * (_started(shapes) if start else _size(shapes))
-        # XLA writes one collective into each fusion that overlaps with it.
-        channel = _CHANNEL.search(line)
-        key = channel[1] if channel else f"{name}: {line}"
+        # XLA writes one collective into each fusion that overlaps with it, a chain. Its
+        # channel says less: all that one `shard_map` calls have the same.
+        chain = _CHAIN.search(line)
+        key = f"chain {chain[1]}" if chain else f"{name}: {line}"
         if size > collectives.get(key, ("", 0.0))[1]:
           collectives[key] = (kind, size)
   sent: dict[str, float] = {}

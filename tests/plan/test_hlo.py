@@ -127,7 +127,10 @@ ENTRY %main (a: (s32[], s32[])) -> (s32[], s32[]) {
 
 def test_one_collective_in_several_fusions_counts_once():
   cycles = 'backend_config={"estimated_cycles":"12"}'
-  line = "%g = bf16[64,32]{1,0} all-gather(%x), channel_id=5, dimensions={0}"
+  line = (
+    "%g = bf16[64,32]{1,0} all-gather(%x), channel_id=5, dimensions={0}, "
+    'frontend_attributes={chain_id="7"}'
+  )
   text = f"""
 %one (x: bf16[8,32]) -> bf16[64,32] {{
   {line}
@@ -148,6 +151,41 @@ ENTRY %main (x: bf16[8,32]) -> bf16[64,32] {{
   ((kernel, times),) = static.kernels
   assert kernel.startswith("%k = bf16[64,32] custom-call(%a)")
   assert times == 1
+
+
+def test_collectives_of_one_channel_count_each():
+  attributes = 'channel_id=1, dimensions={0}, frontend_attributes={chain_id="%d"}'
+  text = f"""
+%one (x: bf16[8,32]) -> bf16[64,32] {{
+  ROOT %g = bf16[64,32]{{1,0}} all-gather(%x), {attributes % 3}
+}}
+
+%two (x: bf16[8,32]) -> bf16[64,32] {{
+  ROOT %g = bf16[64,32]{{1,0}} all-gather(%x), {attributes % 4}
+}}
+
+ENTRY %main (x: bf16[8,32]) -> bf16[64,32] {{
+  %a = bf16[64,32] fusion(%x), kind=kCustom, calls=%one
+  %b = bf16[64,32] fusion(%x), kind=kCustom, calls=%two
+  %c = bf16[64,32]{{1,0}} all-gather(%x), channel_id=1, dimensions={{0}}
+  ROOT %d = bf16[64,32]{{1,0}} all-gather(%x), channel_id=1, dimensions={{0}}
+}}
+"""
+  assert hlo.read(text).sent == {"all-gather": 4 * 64 * 32 * 2.0}
+
+
+def test_keys_and_values_that_one_shard_map_gathers_count_each(mesh):
+  def gathered(key, value):
+    return jax.shard_map(
+      lambda *both: tuple(jax.lax.all_gather(x, "x", tiled=True) for x in both),
+      mesh=mesh,
+      in_specs=(P("x"), P("x")),
+      out_specs=P(),
+      check_vma=False,
+    )(key, value)
+
+  static = hlo.read(compiled(mesh, gathered, (4 * SIDE, SIDE), (8 * SIDE, SIDE)))
+  assert static.sent == {"all-gather": (4 + 8) * SIDE * SIDE * 4}
 
 
 def test_what_follows_a_kernel_counts_though_its_words_go_over_lines():
