@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import tree
-from pixsigma_jax.mesh_axes import AXES, CONTEXT, DATA, FSDP, ROWS
+from pixsigma_jax.mesh_axes import AXES, CONTEXT, DATA, FSDP, GUIDANCE, ROWS
 
 CHOSEN = 0  # the size of an axis that is left to `choose_axes`
 
@@ -50,20 +50,40 @@ _TOKEN_ARRAYS = ("latents", "latent_moments", "coordinates")
 
 
 def make_mesh(
-  *, data: int, fsdp: int, context: int, devices: Sequence[Any] | None = None
+  *,
+  data: int,
+  fsdp: int,
+  context: int,
+  guidance: int | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> Mesh:
   """A mesh over all devices; one axis may be -1, which takes what the others leave.
+
+  Args:
+    guidance: see `mesh_axes.SAMPLING_AXES`; None for a mesh without that axis.
 
   Raises:
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = _covering({DATA: data, FSDP: fsdp, CONTEXT: context}, len(devices))
+  branches = {} if guidance is None else {GUIDANCE: guidance}
+  sizes = _covering(
+    {DATA: data, FSDP: fsdp, **branches, CONTEXT: context}, len(devices)
+  )
   arranged = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices, allow_split_physical_axes=_splits(devices)
   )
   # Auto, because Linen layers under Explicit axes refuse FSDP-sharded parameters.
-  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def split_length(longest: int, context: int, window: tuple[int, int]) -> int:
+  """Tokens that sequences are padded to, so that `context` splits them evenly.
+
+  Each part has whole windows, and merges its keys and values by itself.
+  """
+  unit = context * math.prod(window) if context > 1 else 1
+  return -(-longest // unit) * unit
 
 
 def _splits(devices: Sequence[Any]) -> bool:

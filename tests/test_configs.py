@@ -27,7 +27,6 @@ from pixsigma_jax.metadata import Metadata
 from pixsigma_jax.models.autoencoders import vae_identity
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig, init_params
-from pixsigma_jax.train.batches import split_length
 from pixsigma_jax.train.compatibility import check_config
 from pixsigma_jax.train.config import complete, model_config
 from pixsigma_jax.train.program import abstract_batch, make_program
@@ -344,7 +343,7 @@ def test_state_and_batch_of_full_size_lie_evenly_on_its_mesh(stage, devices):
   part = jax.tree.leaves(parts.params, is_leaf=lambda x: isinstance(x, tuple))
   assert sum(map(math.prod, part)) < whole / 7.5  # kernels in eighths, the rest whole
   longest = _abstract_batch(stage)["coordinates"].shape[1]
-  length = split_length(longest, context, _program(stage).model.config.window)
+  length = sharding.split_length(longest, context, _program(stage).model.config.window)
   assert longest <= length < 1.001 * longest  # no more than a few of padding
   latents = NamedSharding(mesh, P(("data", "fsdp"), "context"))
   rows, tokens, _ = latents.shard_shape((config.batch_size, length, 32))

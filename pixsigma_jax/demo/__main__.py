@@ -16,6 +16,7 @@ from pixsigma_jax.convert.source_flags import (
   SourceFlags,
 )
 from pixsigma_jax.models import attention
+from pixsigma_jax.sample import devices
 from pixsigma_jax.sample.model_flags import ModelFlags
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
@@ -46,6 +47,7 @@ _ATTENTION = flags.DEFINE_enum(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Images drawn at once; more are faster if they are small."
 )
+_MESH = flags.DEFINE_string("mesh", "auto", devices.MESH_HELP)
 _MAX_N = flags.DEFINE_integer("max_n", 16, "Images of a request, at most.")
 _MAX_STEPS = flags.DEFINE_integer("max_steps", 100, "Steps of an image, at most.")
 _MAX_PIXELS = flags.DEFINE_integer(
@@ -87,6 +89,7 @@ def main(_: list[str]) -> None:
     frozen=_FROZEN.value,
     compute=compute_here(_DTYPE.value, _ATTENTION.value),
     batch_size=_BATCH_SIZE.value,
+    mesh=_MESH.value,
     **_MODELS.values(),
     **dataclasses.asdict(_SOURCE.values()),
   )

@@ -17,6 +17,7 @@ less is sent so, with the rows that it has and some of the heads.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32
 
-from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP, ROWS
+from pixsigma_jax.mesh_axes import CONTEXT, network_rows
 from pixsigma_jax.models import products, splash
 
 # Names under which remat policies find what the backward pass needs of attention.
@@ -49,6 +50,8 @@ def attend(
   mask: Bool[Array, "b m"],
   implementation: str,
   mesh: Mesh | None = None,
+  *,
+  keys_everywhere: bool = False,
 ) -> Float[Array, "b n k f"]:
   """softmax(q·kᵀ/√f)·v over the keys that `mask` allows, in the dtype of `value`.
 
@@ -56,6 +59,7 @@ def attend(
     implementation: one of `IMPLEMENTATIONS`, or `auto`.
     mesh: devices that share the work, with the axes of `pixsigma_jax.mesh_axes`. What
       an axis does not divide, all its devices compute.
+    keys_everywhere: every device has all keys and values of its rows already.
 
   Raises:
     ValueError: `cudnn` in another dtype than it knows.
@@ -72,15 +76,16 @@ def attend(
   if mesh is None or mesh.size == 1:
     return one_device(query, key, value, mask)
 
-  parts = mesh.shape[DATA] * mesh.shape[FSDP]
-  context = mesh.shape[CONTEXT]
-  rows = ROWS if len(query) % parts == 0 else None
+  rows, context = network_rows(mesh), mesh.shape[CONTEXT]
+  if len(query) % math.prod(mesh.shape[axis] for axis in rows):
+    rows = None
 
   def tokens(x: Array) -> str | None:
     return CONTEXT if x.shape[1] % context == 0 else None
 
   (n, heads), m = query.shape[1:3], key.shape[1]
-  split = context > 1 and tokens(key) is not None
+  of_keys = None if keys_everywhere else tokens(key)
+  split = context > 1 and of_keys is not None
   trades = split and tokens(query) is not None and trades_heads(n, m, heads, context)
 
   def each_device(query, key, value, mask):
@@ -96,7 +101,7 @@ def attend(
   return jax.shard_map(
     each_device,
     mesh=mesh,
-    in_specs=(P(rows, tokens(query)), *[P(rows, tokens(key))] * 2, P(rows)),
+    in_specs=(P(rows, tokens(query)), *[P(rows, of_keys)] * 2, P(rows)),
     out_specs=P(rows, tokens(query)),
     check_vma=False,  # scans that start from constants; kernels do not say what varies
   )(query, key, value, mask)

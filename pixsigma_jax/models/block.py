@@ -102,7 +102,11 @@ class CrossAttention(nn.Module):
     else:
       assert captions is not None, "either these or caption_kv"
       key, value = Linear(width, self.compute, copies=2, name="kv")(captions)
-    return _attend_heads(self, query, key, value, caption_mask, out_init=zeros_init)
+    return _attend_heads(
+      *(self, query, key, value, caption_mask),
+      out_init=zeros_init,
+      keys_everywhere=caption_kv is not None,
+    )
 
 
 def _attend_heads(
@@ -113,10 +117,12 @@ def _attend_heads(
   mask,
   out_init=None,
   own_value=None,
+  keys_everywhere=False,
 ) -> Float32[Array, "b n d"]:
   """Splits heads, attends, joins heads and projects: the end of both attentions.
 
-  `own_value` is the images `[b]` whose attention is the identity, and what it returns.
+  `own_value` is the images `[b]` whose attention is the identity, and what it returns;
+  for `keys_everywhere` see `attention.attend`.
   """
   compute = module.compute
   query, key, value = (
@@ -125,7 +131,10 @@ def _attend_heads(
     )
     for x in (query, key, value)
   )
-  out = attention.attend(query, key, value, mask, compute.attention, compute.mesh)
+  out = attention.attend(
+    *(query, key, value, mask, compute.attention, compute.mesh),
+    keys_everywhere=keys_everywhere,
+  )
   out = einops.rearrange(out, "b n k f -> b n (k f)")
   if own_value is not None:
     identity, passed = own_value

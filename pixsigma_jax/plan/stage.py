@@ -16,7 +16,6 @@ from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import gpus
 from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.train import compatibility
-from pixsigma_jax.train.batches import split_length
 from pixsigma_jax.train.config import call, complete, model_config
 from pixsigma_jax.train.program import Program, abstract_batch, make_program
 
@@ -128,7 +127,7 @@ def stage_on(config: Mapping[str, Any], topology: Topology, state: Any = None) -
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   compatibility.check_batch(batch_size, config["accumulation"], mesh)
   context = sizes[CONTEXT]
-  tokens = split_length(longest_sequence(model), context, model.window)
+  tokens = sharding.split_length(longest_sequence(model), context, model.window)
   program = make_program(config, mesh=None, scaling_factor=SCALING_FACTOR)
   compute = program.model.compute
   attention.check_dtype(compute.attention, compute.dtype)

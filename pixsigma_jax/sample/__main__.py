@@ -18,11 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags, logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from pixsigma_jax import checkpoint, command, disk, sharding
+from pixsigma_jax import checkpoint, command, disk
 from pixsigma_jax.convert.source_flags import (
   CHECKPOINT_HELP,
   FROZEN_HELP,
@@ -30,8 +31,10 @@ from pixsigma_jax.convert.source_flags import (
 )
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.layers import Compute
+from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.sample import (
   companions,
+  devices,
   editing,
   pictures,
   weighting,
@@ -92,6 +95,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
 )
 _MODELS = ModelFlags()
+_MESH = flags.DEFINE_string("mesh", "auto", devices.MESH_HELP)
 _GUIDANCE_PASSES = flags.DEFINE_integer(
   "guidance_passes",
   None,
@@ -139,6 +143,12 @@ def main(_: list[str]) -> None:
     pictures.check_sides(_FORMAT.value, *(source.size if source else sides))
     steps_of(settings.num_inference_steps, strength_of(i, about["strength"], source))
   companions.check_scale(_MODELS.values()["autoguidance"], settings.autoguidance_scale)
+  devices.check(
+    _MESH.value,
+    jax.device_count(),
+    batch_size=_BATCH_SIZE.value,
+    branches=settings.branches,
+  )
   directory = pathlib.Path(_OUTPUT.value)
   disk.check_writable(directory)
   if _SAVE_CAPTIONS.value is not None:
@@ -176,11 +186,17 @@ def _draw(
   """Draws and writes all pictures; `written` has, at any time, those that are there."""
   command.keep_compiled()
   compute = compute_here(_DTYPE.value, _ATTENTION.value)
-  mesh, timing = sharding.mesh_of_rows(_BATCH_SIZE.value), Timing()
+  timing = Timing()
   asked = dataclasses.asdict(settings)
   # Before T5 is read, which takes minutes.
   located = weights.locate(_CHECKPOINT.value, _SOURCE.values())
   metadata = checkpoint.read_metadata(located.checkpoint)
+  mesh = devices.mesh_of(
+    _MESH.value,
+    batch_size=_BATCH_SIZE.value,
+    tokens=PixArtConfig.from_dict(metadata.model).base_size ** 2,
+    branches=settings.branches,
+  )
   further = _MODELS.values()
   companions.locate(metadata, **further, options=_SOURCE.values())
   texts = prompts + [

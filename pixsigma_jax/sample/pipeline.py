@@ -58,7 +58,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from PIL import Image
 
 import pixsigma_jax
-from pixsigma_jax import checkpoint, sharding
+from pixsigma_jax import checkpoint
 from pixsigma_jax.diffusion.solvers import (
   SolverState,
   SolverTable,
@@ -66,14 +66,15 @@ from pixsigma_jax.diffusion.solvers import (
   restarted,
   solver_table,
 )
-from pixsigma_jax.mesh_axes import DATA, FSDP
+from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.models.pixart import inference_params
+from pixsigma_jax.models.pixart import PixArtConfig, inference_params
 from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.sample import (
   call_arguments,
   companions,
+  devices,
   pictures,
   previews,
   program,
@@ -113,9 +114,7 @@ QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
   "int8": int8.quantize,
 }
 
-# Sequences are padded to a multiple of this share of the training grid's tokens: the
-# buckets of a resolution, all near the same area, share two or three programs.
-_LENGTHS_PER_GRID = 16
+_GUIDED = 2  # branches of a call with the defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +198,10 @@ class Pipeline(Adaptable):
     compute: precision and implementation of the network.
     batch_size: pictures that are drawn at once. One large picture fills an
       accelerator; for small ones 16 or 64 are faster.
-    mesh: devices that share each batch, `batch_size` divided over `data` and `fsdp`;
-      None for the one where the parameters are.
+    mesh: devices that share each batch, as `devices.mesh_of` makes it: `batch_size`
+      divided over `data` and `fsdp`, branches of guidance over `guidance`, tokens over
+      `context`; None for the one where the parameters are. A call whose branches
+      `guidance` does not divide, or with autoguidance, gives its devices to `context`.
     guidance_passes: 1 sends the branches of guidance through the network as one batch,
       2 one after the other, in about half the memory; None decides by the tokens that
       a device has, see `program.passes_by_size`. Rounds differently, no more.
@@ -280,7 +281,7 @@ class Pipeline(Adaptable):
     text_encoder: Any = None,
     compute: Compute | None = None,
     batch_size: int | np.integer[Any] = 1,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     guidance_passes: int | np.integer[Any] | None = None,
     quantize: str = "none",
     timing: Timing | None = None,
@@ -305,7 +306,9 @@ class Pipeline(Adaptable):
         published with.
       text_encoder: to use instead of loading one, such as
         `encoders.RememberedCaptions`.
-      mesh: devices to share parameters and batches, see `sharding.py`.
+      mesh: devices to share parameters and batches: see the class, or a text for
+        `devices.mesh_of`, as "auto" or "context=4", for images of the model's size with
+        guidance.
       compute: see the class; None for `program.compute_here()`.
       batch_size, guidance_passes, timing: see the class.
       quantize: a key of `QUANTIZATIONS`, what is made of the parameters.
@@ -325,8 +328,13 @@ class Pipeline(Adaptable):
         this version does not have; or a further model or a LoRA does not go with it.
     """
     _check_choice("quantize", quantize, QUANTIZATIONS)
+    if isinstance(mesh, str):  # before anything is converted
+      devices.check(
+        mesh, jax.device_count(), batch_size=int(batch_size), branches=_GUIDED
+      )
     options = weights.options_of(source)
     located = weights.locate(path, options)
+    mesh = cls._mesh(mesh, located, int(batch_size))
     further = companions.locate(
       checkpoint.read_metadata(located.checkpoint),
       options=options,
@@ -377,6 +385,21 @@ class Pipeline(Adaptable):
       timing=Timing() if timing is None else timing,
     )
     return pipeline.with_adapters(further.loras)
+
+  @staticmethod
+  def _mesh(
+    asked: Mesh | str | None, located: weights.Located, batch_size: int
+  ) -> Mesh | None:
+    if not isinstance(asked, str):
+      return asked
+    model = checkpoint.read_metadata(located.checkpoint).model
+    tokens = PixArtConfig.from_dict(model).base_size ** 2
+    fitting: dict[str, Any] = {
+      "batch_size": batch_size,
+      "tokens": tokens,
+      "branches": _GUIDED,
+    }
+    return devices.mesh_of(asked, **fitting)
 
   # By the name that diffusers' users know.
   from_pretrained = from_checkpoint
@@ -583,7 +606,12 @@ class Pipeline(Adaptable):
     for number, request in enumerate(requests):
       numbers_by_kind.setdefault(self._kind(request), []).append(number)
     for kind, numbers in numbers_by_kind.items():
-      passes = self._passes(kind.length) if guidance is not None else 1
+      branches = program.count_branches(guidance, kind.captions)
+      alike = guidance is None or guidance.weaker is None
+      mesh = devices.suited_to(self.mesh, branches, alike=alike)
+      passes = 1
+      if guidance is not None:
+        passes = self._passes(kind.length, mesh)
       if kind.steps:
         table = later_start(asked.sampler, whole, steps, kind.steps)
       switch = None
@@ -613,7 +641,7 @@ class Pipeline(Adaptable):
         try:
           if kind.steps:
             sequences, computed = self._solve(
-              *(batch, table, guidance, threshold),
+              *(mesh, batch, table, guidance, threshold),
               *(passes, cfg_zero, watch, switch),
             )
           else:
@@ -654,6 +682,7 @@ class Pipeline(Adaptable):
 
   def _solve(
     self,
+    mesh: Mesh | None,
     batch: Batch,
     table: SolverTable,
     guidance: Guidance | None,
@@ -666,14 +695,16 @@ class Pipeline(Adaptable):
     """The latents of a batch as sequences, in one program or step by step.
 
     Args:
+      mesh: the pipeline's, as it suits this batch.
       watch: the step's number, latents and clean latents → other latents, or None;
         steps one by one.
       switch: the row of the table from which on the refiner draws; steps one by one.
     """
     compute = self.compute
-    if self.mesh is not None:
-      batch = jax.device_put(batch, sharding.batch_shardings(batch, self.mesh))
-      compute = dataclasses.replace(compute, mesh=self.mesh)
+    if mesh is not None:
+      batch = jax.device_put(batch, devices.batch_shardings(batch, mesh))
+      whole = mesh.shape[CONTEXT] == 1
+      compute = dataclasses.replace(compute, mesh=mesh, merge_rows=whole)
     arguments = batch, table, guidance, threshold
     static: dict[str, Any] = {
       "config": self.config,
@@ -771,15 +802,15 @@ class Pipeline(Adaptable):
     )
 
   def _length(self, grid: Grid) -> int:
-    """Tokens that a picture's sequence is padded to: a function of its size alone."""
-    multiple = max(1, self.config.base_size**2 // _LENGTHS_PER_GRID)
-    return -(-grid[0] * grid[1] // multiple) * multiple
+    """Tokens that a picture's sequence is padded to on the mesh."""
+    sizes = {} if self.mesh is None else self.mesh.shape
+    return devices.padded_length(self.config, grid, sizes)
 
-  def _passes(self, length: int) -> int:
+  def _passes(self, length: int, mesh: Mesh | None) -> int:
     """Number of passes for the halves of guidance."""
     if self.guidance_passes is not None:
       return int(self.guidance_passes)
-    return program.passes_by_size(int(self.batch_size), length, self.mesh)
+    return program.passes_by_size(int(self.batch_size), length, mesh)
 
   def _captions(self, encoder: Any, requests: list[Request]) -> Batch:
     """Captions of the network, a row for each request."""

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32
 
 from pixsigma_jax.diffusion.guidance import (
@@ -39,7 +40,14 @@ from pixsigma_jax.diffusion.solvers import (
   start_state,
   take_step,
 )
-from pixsigma_jax.mesh_axes import DATA, FSDP
+from pixsigma_jax.mesh_axes import (
+  CONTEXT,
+  DATA,
+  FSDP,
+  GUIDANCE,
+  ROWS,
+  network_rows,
+)
 from pixsigma_jax.models import tokens
 from pixsigma_jax.models.conditions import Conditions
 from pixsigma_jax.models.layers import Compute
@@ -122,16 +130,26 @@ def compute_here(dtype: str = "bfloat16", attention: str = "auto") -> Compute:
   return Compute(dtype=jnp.dtype(dtype), attention=attention, unroll=on_cpu)
 
 
-def passes_by_size(rows: int, length: int, mesh: Mesh | None) -> int:
+def passes_by_size(rows: int, length: int, mesh: Mesh | AbstractMesh | None) -> int:
   """Best number of passes for both halves of guidance: 1 or 2.
 
   Args:
     rows: pictures of a batch.
     length: tokens of each.
-    mesh: devices that share the rows.
+    mesh: devices that share the rows and their tokens.
   """
-  devices = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
-  return 1 if rows // devices * length <= _TOKENS_OF_ONE_BATCH else 2
+  devices = 1
+  if mesh is not None:
+    devices = mesh.shape[DATA] * mesh.shape[FSDP] * mesh.shape[CONTEXT]
+  return 1 if rows * length <= devices * _TOKENS_OF_ONE_BATCH else 2
+
+
+def count_branches(guidance: Guidance | None, captions: int) -> int:
+  """Branches of guidance of images with so many captions each; see `_Drawing`."""
+  if guidance is None:
+    return captions
+  weakened = (guidance.perturbed is not None) + (guidance.skipped is not None)
+  return (guidance.scale is not None) + captions * (1 + weakened)
 
 
 _STATIC = ("config", "compute", "passes", "cfg_zero", "weak_config")
@@ -162,7 +180,8 @@ def sample(
       With k captions for each image, areas `[b k n c]` are the weights of their
       predictions, and region_1_embeddings, region_1_mask … the others than the first.
     threshold: of step caching; None computes every step and remembers nothing.
-    passes: 2 takes the branches of guidance one after the other; 1 without guidance.
+    passes: 2 takes the branches of guidance one after the other, or as many at a time
+      as the mesh has groups of devices for; 1 without guidance.
     cfg_zero: join predictions by `guide_from_optimal`.
     weak_config: of `guidance.weaker`.
 
@@ -312,8 +331,29 @@ class _Drawing:
   def by_pass(self, *of_branches: Array) -> Array:
     """Arrays `[rows …]` of the branches as `[passes rows …]`."""
     stacked = jnp.stack(of_branches)
-    passes = len(of_branches) if self.passes == 2 else 1
-    return stacked.reshape(passes, -1, *stacked.shape[2:])
+    # All branches everywhere, of which a device takes its own: left to itself, XLA
+    # makes each on one group of devices and sends it to the others.
+    rest = [P.UNCONSTRAINED] * (stacked.ndim - 2)
+    stacked = self.placed(stacked, None, ROWS, *rest)
+    return stacked.reshape(self.passes_of(len(of_branches)), -1, *stacked.shape[2:])
+
+  def passes_of(self, branches: int) -> int:
+    """Calls of the network for so many branches."""
+    mesh = self.compute.mesh
+    at_once = 1 if mesh is None else mesh.shape.get(GUIDANCE, 1)
+    return branches // at_once if self.passes == 2 else 1
+
+  def placed(self, x: Array, *axes: Any) -> Array:
+    """An array whose axes lie over these of the mesh, if devices share the work."""
+    mesh = self.compute.mesh
+    if mesh is None or mesh.size == 1:
+      return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+  def for_network(self, x: Float32[Array, "p r n c"]) -> Float32[Array, "p r n c"]:
+    """Hands every device its own rows and tokens."""
+    mesh = self.compute.mesh
+    return x if mesh is None else self.placed(x, None, network_rows(mesh), CONTEXT)
 
   def conditions(self) -> Batch:
     """What the network is conditioned on in every step; a weaker one, by `weaker`."""
@@ -359,7 +399,7 @@ class _Drawing:
     rows, length, _ = self.batch["noise"].shape
     if self.threshold is not None:
       branches = len(self.captions)
-      passes = branches if self.passes == 2 else 1
+      passes = self.passes_of(branches)
       shape = (passes, branches * rows // passes, length, self.config.width)
       memory = memory._replace(caching=step_caching.nothing_yet(shape, rows))
     if self.guidance is not None and self.guidance.projection is not None:
@@ -455,7 +495,7 @@ class _Drawing:
         noise, _ = split_prediction(output, self.weak_config)
         return self.averaged(jnp.split(noise, self.regions))
 
-      noisy = self.by_pass(*[noisy_latents] * branches)
+      noisy = self.for_network(self.by_pass(*[noisy_latents] * branches))
       if threshold is None:
         output = _each_pass(network, noisy, given)
       else:
@@ -471,6 +511,10 @@ class _Drawing:
         output = _each_pass(lambda *arguments: call("leave", *arguments), x, embedded)
       output = output.reshape(branches * rows, *output.shape[2:])
       noise, logits = split_prediction(output, config)
+      # Each device gets what all branches say of its tokens.
+      noise = noise.reshape(branches, rows, *noise.shape[1:])
+      noise = self.placed(noise, None, ROWS, CONTEXT)
+      noise = noise.reshape(branches * rows, *noise.shape[2:])
       if branches == 1 and guidance is None:
         return Prediction(noise, logits), _Memory(caching, average)
       predictions = jnp.split(noise, branches)

@@ -434,6 +434,12 @@ class Settings:
     """Whether the network sees an unconditional half as well."""
     return self.guidance_scale > 1
 
+  @property
+  def branches(self) -> int:
+    """Branches of guidance that the network computes of an image without regions."""
+    weakened = (self.pag_scale > 0) + (self.skip_layer_guidance_scale > 0)
+    return 1 + self.guided + weakened
+
   def of_prompts(self, count: int) -> list[dict[str, Any]]:
     """Settings of each of `count` prompts; the seed is its first image's.
 

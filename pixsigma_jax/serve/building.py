@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 import time
 from typing import Any
 
-from pixsigma_jax import command, sharding
+from pixsigma_jax import command
 from pixsigma_jax.convert.model import Options as Source
 from pixsigma_jax.data import buckets
 from pixsigma_jax.sample.adapters import read_adapter
@@ -43,6 +44,7 @@ class Options:
   attention: str
   quantize: str
   batch_size: int
+  mesh: str
   smaller_batches: tuple[str, ...]
   text_batch_size: int | None
   warm_up: tuple[str, ...]
@@ -138,12 +140,14 @@ def running(options: Options) -> Service:
 
 
 def _pipeline(options: Options) -> Pipeline:
+  # Devices share the rows of every batch that the engine will draw.
+  rows = math.gcd(options.batch_size, *_numbers(options.smaller_batches))
   pipeline = Pipeline.from_checkpoint(
     options.checkpoint,
     frozen=options.frozen,
     compute=compute_here(options.dtype, options.attention),
-    batch_size=options.batch_size,
-    mesh=sharding.mesh_of_rows(options.batch_size),
+    batch_size=rows,
+    mesh=options.mesh,
     quantize=options.quantize,
     refiner=options.refiner,
     switch_at=options.switch_at,
@@ -152,6 +156,7 @@ def _pipeline(options: Options) -> Pipeline:
     autoguidance_lora=options.autoguidance_lora,
     **dataclasses.asdict(options.source),
   )
+  pipeline = pipeline.replace(batch_size=options.batch_size)
   pipeline = _without_paths(pipeline, options.model)
   return pipeline.with_adapters(
     {

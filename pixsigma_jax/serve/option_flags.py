@@ -11,6 +11,7 @@ from pixsigma_jax.convert.source_flags import (
   SourceFlags,
 )
 from pixsigma_jax.models import attention
+from pixsigma_jax.sample import devices
 from pixsigma_jax.sample.model_flags import ModelFlags
 from pixsigma_jax.sample.pipeline import QUANTIZATIONS
 
@@ -67,6 +68,7 @@ class OptionFlags:
         "Images drawn at once; fewer are filled up and cost as much.",
         **of,
       ),
+      flags.DEFINE_string("mesh", "auto", devices.MESH_HELP, **of),
       flags.DEFINE_list(
         "smaller_batches",
         [],

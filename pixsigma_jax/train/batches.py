@@ -1,6 +1,5 @@
 """A stage's batches on the mesh, from any example of its stream on."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,17 +11,7 @@ from pixsigma_jax.data import pipeline
 from pixsigma_jax.data.mixture import Mixture
 from pixsigma_jax.mesh_axes import CONTEXT
 from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.train.loss import check_aspect
-
-
-def split_length(longest: int, context: int, window: Grid) -> int:
-  """Tokens that sequences are padded to, so that `context` splits them evenly.
-
-  Each part has whole windows, and merges its keys and values by itself.
-  """
-  unit = context * math.prod(window) if context > 1 else 1
-  return -(-longest // unit) * unit
 
 
 class Batches:
@@ -57,7 +46,7 @@ class Batches:
       "window": model.window,
       "caption_length": model.caption_length,
       "long_caption_ratio": data["long_caption_ratio"],
-      "sequence_length": split_length(
+      "sequence_length": sharding.split_length(
         mixture.longest_sequence(model.patch_size), mesh.shape[CONTEXT], model.window
       ),
       "process_index": process_index,
