@@ -5,7 +5,7 @@ python -m pixsigma_jax.plan --config=FILE --topology=v5e:8x8 [--config.field=val
 Compiles the train step ahead of time, which takes minutes; exit code 1 if it does not
 fit. With --nocompile, and for GPUs where JAX's CUDA plugin is not installed, the
 analytic model alone: docs/plan.md. With --sample a picture drawn by the stage's model,
-in place of a step.
+in place of a step; on several devices by their number too: docs/several_devices.md.
 """
 
 import dataclasses
@@ -16,7 +16,16 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from pixsigma_jax.plan import gpus, kernels, report, sampling, search, topology
+from pixsigma_jax.mesh_axes import CONTEXT, GUIDANCE
+from pixsigma_jax.plan import (
+  drawing,
+  gpus,
+  kernels,
+  report,
+  sampling,
+  search,
+  topology,
+)
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.plan import as_dict, make_plan
 from pixsigma_jax.plan.stage import stage_on
@@ -42,7 +51,9 @@ _SEARCH = flags.DEFINE_integer(
 _PRICE = flags.DEFINE_float(
   "price", None, "Dollars an hour of a chip, in place of the list's.", lower_bound=0.0
 )
-_SAMPLE = flags.DEFINE_bool("sample", False, "Plan a picture on one device, no step.")
+_SAMPLE = flags.DEFINE_bool(
+  "sample", False, "Plan an image, on one device or on several together, no step."
+)
 _ANY_LIBTPU = flags.DEFINE_bool(
   "any_libtpu", False, "Take cycles of kernels from another libtpu than the one here."
 )
@@ -90,19 +101,47 @@ def _check_libtpu(config: dict[str, Any], machines: topology.Topology) -> None:
 
 
 def _plan_sampling(config: dict[str, Any], machines: topology.Topology) -> None:
-  if _SEARCH.value or not _COMPILE.value:
-    raise ValueError(
-      "--sample says what a compiler makes of the sampler: it goes neither with "
-      "--search nor with --nocompile."
-    )
+  if _SEARCH.value:
+    raise ValueError("--sample finds the best split by itself: leave out --search.")
   compatibility.check_config(config)
-  _check_libtpu(config, machines)
   model, dtype = model_config(config["model"]), config["compute"]["dtype"]
-  found = sampling.plan_sampling(model, machines, dtype=dtype)
+  if machines.count == 1:
+    if not _COMPILE.value:
+      raise ValueError(
+        "--sample on one device says what a compiler makes of the sampler: leave out "
+        "--nocompile, or name several devices, as v5e:2x4."
+      )
+    _check_libtpu(config, machines)
+    found = sampling.plan_sampling(model, machines, dtype=dtype)
+    if _JSON.value:
+      print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+      print(sampling.text(found, machines, config["stage"]))
+    return
+  by_size = {
+    name: drawing.by_count(model, grid, machines, dtype)
+    for name, grid in drawing.SIZES.items()
+  }
+  compiled = None
+  if _COMPILE.value and (machines.platform == "tpu" or gpus.can_compile()):
+    _check_libtpu(config, machines)
+    square = (model.base_size, model.base_size)
+    own = drawing.by_count(model, square, machines, dtype)[-1]
+    split = {GUIDANCE: own.guidance, CONTEXT: own.context}
+    compiled = sampling.plan_sampling(model, machines, dtype=dtype, **split)
   if _JSON.value:
-    print(json.dumps(dataclasses.asdict(found), indent=2))
-  else:
-    print(sampling.text(found, machines, config["stage"]))
+    about = {
+      "images": {
+        name: [dataclasses.asdict(one) for one in drawn]
+        for name, drawn in by_size.items()
+      },
+      "compiled": compiled and dataclasses.asdict(compiled),
+    }
+    print(json.dumps(about, indent=2))
+    return
+  print(sampling.drawn_text(by_size, machines))
+  if compiled is not None:
+    print(f"\n{sampling.text(compiled, machines, config['stage'])}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded, tile_rows
 from pixsigma_jax.plan import memory
 from pixsigma_jax.plan.stage import Stage, keys_of
 
-_FLOAT, _HALF = 4, 2  # bytes of float32 and of bfloat16
+FLOAT, HALF = 4, 2  # bytes of float32 and of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def ceiling(
   *,
   our_kernels: bool = False,
   training: bool = True,
-  itemsize: int = _HALF,
+  itemsize: int = HALF,
 ) -> float:
   """The share of the peak that padding matrices to the unit leaves.
 
@@ -132,11 +132,11 @@ def ceiling(
   """
   saved = 1.0
   if our_kernels:
-    forward, backward = _narrow(model, unit, itemsize)
+    forward, backward = narrow(model, unit, itemsize)
     saved = (2 + forward + 3 * backward) / 6 if training else (1 + forward) / 2
   parts = needed(model)
   multiplied = sum(
-    flops * _padding_of(name, model, unit) * (saved if name in _ATTENTIONS else 1)
+    flops * padding_of(name, model, unit) * (saved if name in _ATTENTIONS else 1)
     for name, flops in parts.items()
   )
   return sum(parts.values()) / multiplied
@@ -145,7 +145,7 @@ def ceiling(
 _ATTENTIONS = ("attention", "cross-attention")  # their own products
 
 
-def _narrow(model: PixArtConfig, unit: int, itemsize: int) -> tuple[float, float]:
+def narrow(model: PixArtConfig, unit: int, itemsize: int) -> tuple[float, float]:
   """Cost of a product with the head's width in rows over one padded to `unit`.
 
   Forward and backward, see `models/splash_kernels.py`.
@@ -165,7 +165,8 @@ def _by_our_kernels(stage: Stage) -> bool:
   )
 
 
-def _padding_of(name: str, model: PixArtConfig, unit: int) -> float:
+def padding_of(name: str, model: PixArtConfig, unit: int) -> float:
+  """Factor of extra products of a part of `needed`."""
   width, head = model.width, model.width // model.num_heads
   hidden = round(width * model.mlp_ratio)
   return {
@@ -213,12 +214,12 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
   forward = 1.0
   if _by_our_kernels(stage):  # of two and five products, one and three are narrow
-    narrow = _narrow(model, chip.matrix_unit, itemsize)
-    forward, backward = (1 + narrow[0]) / 2, (2 + 3 * narrow[1]) / 2
+    of_forward, of_backward = narrow(model, chip.matrix_unit, itemsize)
+    forward, backward = (1 + of_forward) / 2, (2 + 3 * of_backward) / 2
   again = remat and not (compute.remat in ("attention", "offload") and kind.kept)
 
   flops = {
-    name: rows * count * _padding_of(name, model, chip.matrix_unit)
+    name: rows * count * padding_of(name, model, chip.matrix_unit)
     for name, count in needed(model).items()
   }
   # Padding to the longest sequence is computed as well.
@@ -232,7 +233,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   for name, keys in scores.items():
     each = zip(kind.forward_scores, kind.backward_scores, strict=True)
     float32, rounded = ((1 + again) * there + back for there, back in each)
-    touched = _FLOAT * float32 + itemsize * rounded
+    touched = FLOAT * float32 + itemsize * rounded
     # Queries, keys, values and output; backward, their gradients too.
     operands = 4 * itemsize * tokens * model.width * model.depth * (1 + again + 2)
     stretch = longer**2 if name == "attention" else longer
@@ -240,26 +241,40 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
       flops.pop(name) * stretch * of_attention,
       tokens * keys * model.num_heads * touched + operands,
     )
-  # Of a block, for each token, in widths: what its eight matrix products read and
-  # write, in its dtype or, where the residual stream is next, in float32.
-  hidden = model.mlp_ratio
-  products = itemsize * (1 + 3 + 1 + 1 + 1 + 1 + 1 + 2 * hidden) + 3 * _FLOAT
-  weights = itemsize * (8 + 2 * hidden) * model.width**2 * accumulation
   parts["matrix products"] = (
     sum(flops.values()) * longer * passes,
-    passes * model.depth * (tokens * model.width * products + weights),
+    passes * products_bytes(model, tokens, itemsize, accumulation),
   )
-  # Norms read the stream and write what products take; sums read it, a branch, and
-  # write it.
-  stream = 3 * (_FLOAT + itemsize) + 3 * 3 * _FLOAT
-  parts["norms and residuals"] = (
-    0.0,
-    passes * model.depth * tokens * model.width * stream,
-  )
+  parts["norms and residuals"] = (0.0, passes * norms_bytes(model, tokens, itemsize))
   fixed = memory.fixed(stage)
   state = sum(fixed[name] for name in ("parameters", "optimizer", "averages"))
   parts["optimizer and averages"] = (0.0, 2.0 * (state + memory.gradients(stage)))
   return {name: _part(stage, chip, *costs) for name, costs in parts.items()}
+
+
+def products_bytes(
+  model: PixArtConfig, tokens: float, itemsize: int, turns: int = 1
+) -> float:
+  """Bytes that matrix products of all blocks touch in a forward pass on a device.
+
+  Args:
+    tokens: of all images, in all turns.
+    turns: how often the weights are read.
+  """
+  # Of a block, for each token, in widths: what its eight matrix products read and
+  # write, in its dtype or, where the residual stream is next, in float32.
+  hidden = model.mlp_ratio
+  each = itemsize * (1 + 3 + 1 + 1 + 1 + 1 + 1 + 2 * hidden) + 3 * FLOAT
+  weights = itemsize * (8 + 2 * hidden) * model.width**2 * turns
+  return model.depth * (tokens * model.width * each + weights)
+
+
+def norms_bytes(model: PixArtConfig, tokens: float, itemsize: int) -> float:
+  """Bytes that norms and residual sums of all blocks touch in a forward pass."""
+  # Norms read the stream and write what products take; sums read it, a branch, and
+  # write it.
+  stream = 3 * (FLOAT + itemsize) + 3 * 3 * FLOAT
+  return model.depth * tokens * model.width * stream
 
 
 def _part(stage: Stage, chip: Chip, flops: float, touched: float) -> Part:
@@ -291,7 +306,7 @@ def _transfers(stage: Stage, chip: Chip) -> dict[str, Transfer]:
       fsdp,
       True,
     ),
-    "scatter gradients": (FSDP, "link", accumulation * _FLOAT * trained, fsdp, True),
+    "scatter gradients": (FSDP, "link", accumulation * FLOAT * trained, fsdp, True),
     "gather keys and values": (CONTEXT, "link", gathered * token, context, False),
     "sum gradients": (DATA, "link", 2.0 * gradients, replicas, False),
     "sum gradients over slices": (DATA, "network", 2.0 * gradients, slices, False),

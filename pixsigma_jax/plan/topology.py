@@ -162,8 +162,9 @@ def here(found: Sequence[Any]) -> Topology:
   return machines
 
 
-# --sample has no analytic model.
-_WITHOUT = "Or give --nocompile, without --sample, for the analytic model."
+_WITHOUT = (
+  "Or give --nocompile for the analytic model, which --sample has of several devices."
+)
 
 
 def devices(topology: Topology) -> Sequence[Any]:

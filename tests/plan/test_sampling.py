@@ -8,9 +8,11 @@ import pytest
 
 from pixsigma_jax import tree
 from pixsigma_jax.models.flops import forward_flops
+from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import abstract_params
-from pixsigma_jax.plan import gpus, memory, roofline, sampling, topology
+from pixsigma_jax.plan import drawing, gpus, memory, roofline, sampling, topology
 from pixsigma_jax.plan.memory import DoesNotFitError
+from pixsigma_jax.sample import devices
 from pixsigma_jax.train.config import model_config
 from tests import commands
 from tests.plan.stages import config_of
@@ -88,9 +90,77 @@ def test_only_a_compiler_knows(plan, flag):
 
 def test_a_picture_on_a_gpu_needs_its_compiler(plan, monkeypatch):
   monkeypatch.setattr(gpus, "can_compile", lambda: False)
-  done = plan("--topology=h200:8")
+  done = plan("--topology=h200:1")
   assert done.code == 1
   assert 'pip install -e ".[gpu]"' in done.err
+
+
+def test_several_devices_have_a_row_for_each_number_and_size(plan, monkeypatch):
+  monkeypatch.setattr(gpus, "can_compile", lambda: False)
+  done = plan("--topology=h200:8")
+  assert done.code == 0, done.err
+  rows = [line.split() for line in done.out.splitlines()[3:19]]
+  assert [row[0] for row in rows[::4]] == ["1K", "2K", "UHD", "4096²"]
+  assert [int(row[1]) for row in rows] == [1, 2, 4, 8] * 4
+  told = json.loads(plan("--topology=h200:8", "--json").out)
+  assert told["compiled"] is None
+  assert [one["context"] for one in told["images"]["2K"]] == [1, 1, 2, 4]
+
+
+def full_size(name):
+  return model_config(config_of(name)["model"])
+
+
+@pytest.mark.parametrize("machines", ["v5e:2x4", "v6e:2x4", "h100:8", "h200:8"])
+@pytest.mark.parametrize(
+  ("stage", "image"),
+  [("stage_1k", "1K"), ("stage_2k", "2K"), ("stage_4k", "UHD"), ("stage_4k", "4096²")],
+)
+def test_auto_takes_the_best_split(machines, stage, image):
+  model, grid = full_size(stage), drawing.SIZES[image]
+  found = drawing.by_count(model, grid, topology.parse(machines), "bfloat16")
+  for one in found:
+    assert devices.best_sizes(
+      one.count, batch_size=1, tokens=grid[0] * grid[1], branches=2
+    ) == {"data": 1, "guidance": one.guidance, "context": one.context}
+  seconds = [one.seconds for one in found]
+  assert seconds == sorted(seconds, reverse=True)
+  # As many devices are as many times faster, but for what they exchange.
+  for one in found:
+    computing = one.seconds - one.exchange
+    assert 0.9 * seconds[0] < one.count * computing < 1.25 * seconds[0]
+
+
+def test_halves_of_guidance_exchange_their_predictions_alone():
+  model, machines = full_size("stage_2k"), topology.parse("v5e:2x4")
+  one = drawing.drawn(model, (128, 128), machines, "bfloat16", 2, 1)
+  # Both halves of four latents' channels in float32, of 128 x 128 patches of 2 x 2.
+  assert one.sent == 20 * 2 * 256 * 256 * 4 * 4
+  assert one.exchange == pytest.approx(one.sent / 2 / 45e9)
+
+
+def test_compression_gathers_a_quarter():
+  model, machines = full_size("stage_2k"), topology.parse("v5e:2x4")
+  n, each = 128 * 128, 2 * 1152  # bytes of a token's keys, or its values
+  one = drawing.drawn(model, (128, 128), machines, "bfloat16", 1, 2)
+  assert one.sent == 20 * 2 * 2 * each * (14 * n + 14 * n // 4)  # two passes
+  four = drawing.drawn(model, (128, 128), machines, "bfloat16", 1, 4)
+  traded = 4 * n // 4  # queries, keys, values, and what comes back
+  assert four.sent == 20 * 2 * each * (14 * traded + 14 * 2 * n // 4)
+
+
+# Gathers and joins; trades heads, gathers compressed keys and joins.
+@pytest.mark.parametrize(("guidance", "context"), [(2, 2), (2, 4)])
+def test_what_is_sent_is_what_a_compiler_sends(larger, libtpu, guidance, context):
+  compression = KVCompression(ratio=4, layers=(1,))
+  model = dataclasses.replace(larger, base_size=32, depth=2, kv_compression=compression)
+  machines = topology.parse("v5e:2x4")
+  split = {"guidance": guidance, "context": context}
+  with jax.default_matmul_precision(None):  # as it is outside the suite
+    found = sampling.plan_sampling(model, machines, dtype="bfloat16", **split)
+  by_model = drawing.drawn(model, (32, 32), machines, "bfloat16", **split)
+  assert found.mesh == {"data": 1, "fsdp": 1} | split
+  assert sum(found.sent.values()) == pytest.approx(by_model.sent, rel=0.05)
 
 
 def test_a_picture_is_planned_for_a_gpu(plan, cuda_plugin):

@@ -81,7 +81,7 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(
     ValueError,
-    match=r'pip install -e "\.\[plan\]"\. Or give --nocompile, without --sample',
+    match=r'pip install -e "\.\[plan\]"\. Or give --nocompile for the analytic',
   ):
     topology.devices(topology.parse("v5e:2x2"))
 
