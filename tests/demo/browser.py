@@ -5,6 +5,7 @@ zero byte; the browser reads them from file descriptor 3 and answers on 4.
 """
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -22,6 +23,12 @@ _FLAGS = (
   "--hide-scrollbars",
 )
 _PATIENCE = 60  # seconds for anything to happen, on a busy machine
+# What Chromium answers to a script whose page is left or loaded again meanwhile.
+_LEFT = ("Inspected target navigated or closed", "Execution context was destroyed")
+
+
+class PageLeft(RuntimeError):
+  """A script did not come to its end, since its page was left."""
 
 
 class Browser:
@@ -71,12 +78,19 @@ class Browser:
       if answer.get("id") != self._number:
         self.events.append(answer)
       elif "error" in answer:
-        raise RuntimeError(f"{method}: {answer['error']}")
+        left = any(words in answer["error"]["message"] for words in _LEFT)
+        kind = PageLeft if left else RuntimeError
+        raise kind(f"{method}: {answer['error']}")
       else:
         return answer["result"]
 
   def run(self, script):
-    """What an expression of JavaScript, or its promise, comes to."""
+    """What an expression of JavaScript, or its promise, comes to.
+
+    Raises:
+      PageLeft: the page is left meanwhile, as it is for a while after a reload.
+      RuntimeError: it cannot be evaluated.
+    """
     answer = self.do(
       "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
     )
@@ -85,12 +99,12 @@ class Browser:
     return answer["result"].get("value")
 
   def wait(self, script):
-    """The first value of an expression that is true."""
+    """The first value of an expression that is true, on whatever page comes."""
     until = time.monotonic() + _PATIENCE
     while time.monotonic() < until:
-      value = self.run(script)
-      if value:
-        return value
+      with contextlib.suppress(PageLeft):
+        if value := self.run(script):
+          return value
       time.sleep(0.1)
     raise TimeoutError(f"{script} did not come true. On the page: {self.text()}")
 
