@@ -13,18 +13,23 @@ from pixsigma_jax.models.inception import Conv, abstract_inception_params
 from tests.convert.test_clip import content, network, write_tokenizer
 
 
-@pytest.fixture
-def small_inception(monkeypatch):
+def shrink_inception(setattr):
   """Leaves a first convolution and the last block of Inception: 2048 features still."""
   stem = (
     ("Conv2d_1a_3x3", Conv(4, (3, 3), 2, valid=True)),
     *((f"maxpool{i}", None) for i in range(4)),
   )
-  monkeypatch.setattr(inception, "STEM", stem)
+  setattr(inception, "STEM", stem)
   last = {"Mixed_7c": inception.BLOCKS["Mixed_7c"]}
-  monkeypatch.setattr(inception, "BLOCKS", last)
-  monkeypatch.setattr(scorers, "_PER_DEVICE", 1)
+  setattr(inception, "BLOCKS", last)
+  setattr(scorers, "_PER_DEVICE", 1)
   scorers._network.cache_clear()
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+  """The scorers' Inception is a tiny one."""
+  shrink_inception(monkeypatch.setattr)
 
 
 def write_inception(path, variant="fid", seed=0):
