@@ -27,7 +27,10 @@ DOG = asks("single_object", clause("dog"))
 PAIR = asks("two_object", clause("dog"), clause("cat"))
 THREE = asks("counting", clause("dog", 3), exclude=[clause("dog", 4)])
 RED = asks("colors", clause("dog", color="red"))
-LEFT = asks("position", clause("cat"), clause("dog", position=["left of", 0]))
+LEFT, RIGHT, ABOVE, BELOW = (
+  asks("position", clause("cat"), clause("dog", position=[relation, 0]))
+  for relation in ("left of", "right of", "above", "below")
+)
 ATTRIBUTES = asks("color_attr", clause("dog", color="red"), clause("cat", color="blue"))
 RED_PAIR = asks("colors", clause("dog", 2, color="red"))
 CAT = found("cat", 100)
@@ -101,6 +104,12 @@ CASES = {
     [CAT, found("cat", 0, confidence=0.5), found("dog", 40)],
     True,
   ),
+  "right, as asked": (RIGHT, [CAT, found("dog", 160)], True),
+  "left in place of right": (RIGHT, [CAT, found("dog", 40)], False),
+  "above, as asked": (ABOVE, [CAT, found("dog", 100, 0)], True),
+  "below in place of above": (ABOVE, [CAT, found("dog", 100, 110)], False),
+  "below, as asked": (BELOW, [CAT, found("dog", 100, 110)], True),
+  "above in place of below": (BELOW, [CAT, found("dog", 100, 0)], False),
   # Two with colors.
   "each its color": (
     ATTRIBUTES,
