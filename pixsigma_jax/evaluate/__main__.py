@@ -6,7 +6,7 @@ does all four steps of a suite, which can be run, stopped and repeated alone:
 
   python -m pixsigma_jax.evaluate prompts SUITE --output=FOLDER
   python -m pixsigma_jax.evaluate sample SUITE --output=FOLDER --checkpoints=…
-  python -m pixsigma_jax.evaluate score SUITE --output=FOLDER [--images=NAME=DIR,…]
+  python -m pixsigma_jax.evaluate score SUITE --output=FOLDER [--images=[NAME=]DIR,…]
   python -m pixsigma_jax.evaluate report SUITE --output=FOLDER
 
 People and a multimodal model say which images they prefer:

@@ -27,22 +27,28 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 def find_pictures(words: Sequence[str]) -> dict[str, pathlib.Path]:
-  """Folders by model name, from NAME=DIR each.
+  """Folders by model name, from [NAME=]DIR each; a folder's own name by default.
 
   Raises:
     NotADirectoryError: there is no such folder.
-    ValueError: a name is missing or comes twice.
+    ValueError: a name is empty or comes twice.
   """
   found: dict[str, pathlib.Path] = {}
   for word in words:
-    name, equals, path = word.partition("=")
-    if not equals or not name or not path:
+    name, equals, given = word.partition("=")
+    # A folder may have an equals sign in its own name.
+    if not equals or pathlib.Path(word).exists():
+      name, given = pathlib.Path(word).absolute().name, word
+    path = pathlib.Path(given)
+    if not path.is_dir():
+      raise NotADirectoryError(f"--images={word}: {path} is no folder.")
+    if not name:
       raise ValueError(f"--images={word} does not name the model: give NAME=DIR.")
     if name in found:
-      raise ValueError(f"--images has two models called {name}.")
-    if not pathlib.Path(path).is_dir():
-      raise NotADirectoryError(f"--images={word}: {path} is no folder.")
-    found[name] = pathlib.Path(path)
+      raise ValueError(
+        f"--images has two models called {name}: tell them apart with NAME=DIR."
+      )
+    found[name] = path
   return found
 
 
@@ -61,12 +67,7 @@ def add_pictures(
     ValueError: there are not as many pictures as images to match, two are the same, or
       one is damaged or of another size.
   """
-  model = folder.model(name)
-  paths = pictures_below(directory)
-  matched, rule = _match(model, paths, directory)
-  _check_equal(matched)
-  if not any_size:
-    _check_sizes(model, matched)
+  matched, rule = match_pictures(folder.model(name), directory, any_size=any_size)
   listing = [
     [str(path.relative_to(directory)), path.stat().st_size] for path in matched
   ]
@@ -91,6 +92,21 @@ def add_pictures(
     copy = functools.partial(_copy, source)
     disk.write_whole(target, copy, of_many=True)
   return model
+
+
+def match_pictures(
+  model: ModelFolder, directory: pathlib.Path, *, any_size: bool
+) -> tuple[list[pathlib.Path], str]:
+  """The picture of each image that a model owes, and whether by `id` or by `order`.
+
+  Raises:
+    ValueError: see `add_pictures`.
+  """
+  matched, rule = _match(model, pictures_below(directory), directory)
+  _check_equal(matched)
+  if not any_size:
+    _check_sizes(model, matched)
+  return matched, rule
 
 
 def _copy(source: pathlib.Path, partial: pathlib.Path) -> None:

@@ -56,12 +56,8 @@ def score(
   metadata = _metadata(folder, model, scorer)
   parts = _parts(folder, model)
   whose = "references" if model is None else model.name
-  if model is not None and (missing := model.missing()):
-    total = len(folder.items) * folder.images_per_item
-    raise ValueError(
-      f"{model.name} has {total - len(missing)} of {total} images, and lacks "
-      f"{model.image_path(*missing[0])}: run `evaluate sample` to its end."
-    )
+  if model is not None:
+    check_whole(model)
   todo = []
   for part in range(jax.process_index(), len(parts), jax.process_count()):
     path = part_path(directory, part)
@@ -97,6 +93,20 @@ def score(
       f"{done} of {len(todo)} parts of {name} of {whose} are written to {directory}. "
       "The same command goes on behind them."
     ) from None
+
+
+def check_whole(model: ModelFolder) -> None:
+  """Refuses a model that lacks images.
+
+  Raises:
+    ValueError: it does.
+  """
+  if missing := model.missing():
+    total = len(model.items) * model.images_per_item
+    raise ValueError(
+      f"{model.name} has {total - len(missing)} of {total} images, and lacks "
+      f"{model.image_path(*missing[0])}: run `evaluate sample` to its end."
+    )
 
 
 def read_scores(

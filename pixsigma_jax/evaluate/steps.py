@@ -12,7 +12,12 @@ from pixsigma_jax.evaluate import foreign, options, report, sampling, scoring
 from pixsigma_jax.evaluate.commands import Command
 from pixsigma_jax.evaluate.folder import EvaluationFolder
 from pixsigma_jax.evaluate.options import Option, OptionFlags
-from pixsigma_jax.evaluate.scorers import scorer_type
+from pixsigma_jax.evaluate.scorers import (
+  MadeScores,
+  Scorer,
+  forget_shared,
+  scorer_type,
+)
 from pixsigma_jax.evaluate.suites import SUITES, Suite, suite
 from pixsigma_jax.sample import companions
 from pixsigma_jax.sample.model_flags import ModelFlags
@@ -58,7 +63,7 @@ _SAMPLE = (
 )
 _SCORE = (
   Option(
-    "images", None, "Folders of pictures to compare as NAME=DIR, by commas.", list
+    "images", None, "Folders of pictures to compare, [NAME=]DIR, by commas.", list
   ),
   Option("any_size", False, "Take pictures of other sizes than asked for.", bool),
 )
@@ -170,6 +175,8 @@ def _run(
       first = checkpoint.read_metadata(located.checkpoint)
       beside[name] = companions.locate(first, options=source or Source(), **further)
     folder = _prompts(of, path, values) if "prompts" in steps else _open(of, path)
+    if checkpoints and "score" in steps:
+      _check_scoring(of, folder, images, values)
     for step in steps:
       if step != "prompts":
         actions[step](folder)
@@ -241,6 +248,33 @@ def _sample(
     )
 
 
+def _check_scoring(
+  of: Suite,
+  folder: EvaluationFolder,
+  images: Mapping[str, pathlib.Path],
+  values: Mapping[str, Any],
+) -> None:
+  """Refuses what `_score` would, before hours of drawing."""
+  _load_scorers(of, _chosen(of, folder, values))
+  forget_shared()  # drawing needs the memory
+  for name, directory in images.items():
+    foreign.match_pictures(folder.model(name), directory, any_size=values["any_size"])
+
+
+def _chosen(
+  of: Suite, folder: EvaluationFolder, values: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Options of the suite and of its scorers."""
+  known = options.merge(*_score_options(of))
+  return {**folder.about["options"], **{o.name: values[o.name] for o in known}}
+
+
+def _load_scorers(
+  of: Suite, chosen: Mapping[str, Any]
+) -> dict[str, Scorer | MadeScores]:
+  return {name: scorer_type(name).load(chosen) for name in of.scorers(chosen)}
+
+
 def _score(
   of: Suite,
   folder: EvaluationFolder,
@@ -248,11 +282,9 @@ def _score(
   values: Mapping[str, Any],
 ) -> None:
   command.keep_compiled()
-  known = options.merge(*_score_options(of))
-  chosen = {**folder.about["options"], **{o.name: values[o.name] for o in known}}
-  names = of.scorers(chosen)
+  chosen = _chosen(of, folder, values)
   # Weights that are missing or foreign are told of before pictures are copied.
-  scorers = {name: scorer_type(name).load(chosen) for name in names}
+  scorers = _load_scorers(of, chosen)
   if distributed.is_first():
     for name, directory in images.items():
       foreign.add_pictures(folder, name, directory, any_size=values["any_size"])
@@ -263,6 +295,8 @@ def _score(
       f"{folder.path} has no images to score: run `evaluate sample`, or give "
       "--images=NAME=DIR."
     )
+  for model in models:
+    scoring.check_whole(model)
   for name, scorer in scorers.items():
     if name in of.reference_scorers(chosen):
       scoring.score(folder, None, name, scorer)

@@ -154,11 +154,16 @@ def test_what_cannot_be_matched_is_one_clear_error(make, message, evaluation, tm
 
 
 def test_names_of_models_are_checked(evaluation, tmp_path):
-  (tmp_path / "a").mkdir()
-  assert foreign.find_pictures([f"a={tmp_path / 'a'}"]) == {"a": tmp_path / "a"}
+  for name in ("a", "b=c"):
+    (tmp_path / name).mkdir()
+  assert foreign.find_pictures([f"x={tmp_path / 'a'}"]) == {"x": tmp_path / "a"}
+  # Without a name it is the folder's own.
+  given = [f"{tmp_path / 'a'}/", f"x={tmp_path / 'b=c'}"]
+  assert list(foreign.find_pictures(given)) == ["a", "x"]
+  assert list(foreign.find_pictures([str(tmp_path / "b=c")])) == ["b=c"]
   for words, message in [
-    ([str(tmp_path / "a")], "does not name the model: give NAME=DIR"),
-    ([f"a={tmp_path / 'a'}"] * 2, "two models called a"),
+    ([f"={tmp_path / 'a'}"], "does not name the model: give NAME=DIR"),
+    ([str(tmp_path / "a")] * 2, "two models called a: tell them apart with NAME=DIR"),
   ]:
     with pytest.raises(ValueError, match=message):
       foreign.find_pictures(words)

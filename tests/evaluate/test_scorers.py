@@ -1,5 +1,7 @@
 """Scorers: what they measure, and that an image's neighbours change nothing."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,25 @@ def test_identities_follow_weights_and_settings(clip_folder, tmp_path, small_inc
   assert {k for k in fid if fid[k] != again[k]} == {"sha256"}
   clean = load("fid-clean", inception=str(files[0])).identity()
   assert {k for k in fid if fid[k] != clean[k]} == {"resize"}
+
+
+def test_every_scorer_names_weights_hash_resize_and_version(
+  clip_folder, tmp_path, small_inception
+):
+  inception = str(networks.write_inception(tmp_path / "fid.safetensors"))
+  theirs = tmp_path / "torchvision.safetensors"
+  networks.write_inception(theirs, "torchvision")
+  clip = {f"clip{which}": str(clip_folder) for which in ("", "_cmmd", "_textatlas")}
+  options = {"inception": inception, "inception_torchvision": str(theirs), **clip}
+  for name in ("fid", "fid-clean", "fid-patch", "fid-textatlas", *CLIPS, "ocr"):
+    identity = scorer_type(name).load({"ocr_engine": "rapidocr"} | options).identity()
+    assert {"weights", "resize", "version"} <= set(identity), name
+    # A hash stands for itself, or behind the name of each file.
+    hashes = [identity.get("hash"), identity.get("sha256"), identity["weights"]]
+    assert re.search(r"\b[0-9a-f]{8,64}\b", " ".join(filter(None, hashes))), name
+
+
+CLIPS = ("clip", "clip-textatlas", "cmmd")
 
 
 def test_inception_features_are_an_images_own(tmp_path, small_inception):

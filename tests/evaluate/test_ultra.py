@@ -1,17 +1,28 @@
 """The suite `4k`, on images that are large beside their patches."""
 
+import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
-from pixsigma_jax.evaluate import items
+from pixsigma_jax.evaluate import items, scoring
+from pixsigma_jax.evaluate.items import Item
 from pixsigma_jax.evaluate.metrics import compression_ratio, glcm_score
 from pixsigma_jax.evaluate.options import resolve
+from pixsigma_jax.evaluate.scorers import scorer_type, texture
+from pixsigma_jax.evaluate.scorers.inception import PatchFeatures
+from pixsigma_jax.evaluate.scorers.texture import Texture
 from pixsigma_jax.evaluate.suites import suite
+from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.evaluate import networks
+from tests.evaluate.suites import whole
+from tests.sample import models
 
 SIDES = (300, 320)  # height, width
 small_inception = networks.small_inception
@@ -128,3 +139,120 @@ def test_duplicate_prompts_are_refused(tmp_path):
   found = of.items(resolve(of.options, {"prompts_file": str(path)}))
   with pytest.raises(ValueError, match="00000 and 00001 are the same prompt 'a'"):
     items.check(found)
+
+
+LARGE = 320  # pixels a side, of which a token of `large_tokens` has 16
+
+
+@pytest.fixture
+def run(tmp_path):
+  """An untrained model whose few tokens make a picture of 320 x 320."""
+  config = dataclasses.replace(
+    models.nano(caption_length=12), patch_size=16, base_size=LARGE // 16
+  )
+  models.save_snapshot(tmp_path / "run", config, 10, seed=1, resolution=LARGE)
+  return tmp_path / "run"
+
+
+@pytest.fixture
+def step(prompts, tmp_path, capsys, monkeypatch):
+  def step(code, *arguments):
+    output = f"--output={tmp_path / 'evaluation'}"
+    done = commands.run(capsys, monkeypatch, "evaluate", *arguments, output)
+    assert done.code == code, done.err
+    return done.err
+
+  return step
+
+
+def test_from_a_checkpoint_to_a_report_killed_and_resumed(
+  prompts, run, step, small_inception, tmp_path, monkeypatch
+):
+  inception = networks.write_inception(tmp_path / "inception.safetensors")
+  everything = [
+    *("4k", f"--prompts_file={prompts}", f"--height={LARGE}", f"--width={LARGE}"),
+    *(f"--checkpoints={run}", "--num_inference_steps=2", "--dtype=float32"),
+    *("--scorers=texture,fid-patch,fid", f"--inception={inception}"),
+    *("--seam_period=64", "--resamples=20", "--distance_resamples=2"),
+  ]
+  monkeypatch.setattr(scoring, "ITEMS_PER_PART", 1)
+  output = tmp_path / "evaluation"
+  whole.interrupt(monkeypatch, pictures, "save", after=1)
+  step(130, *everything)
+  begun = whole.images(output, "run")
+  assert len(begun) == 1
+  # One of texture; then the first of a model's patches, behind the references' two.
+  for owner, done in ((Texture, 1), (PatchFeatures, 2)):
+    whole.interrupt(monkeypatch, owner, "__call__", after=done)
+    step(130, *everything)
+  scored = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
+  assert len(scored) == 2 + 2
+  assert not (output / "report.json").exists()
+  step(0, *everything)
+  assert begun.items() < whole.images(output, "run").items()
+  after = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
+  assert scored.items() < after.items()
+  [model] = json.loads((output / "report.json").read_text())["models"]
+  values = {figure["name"]: figure["value"] for figure in model["figures"]}
+  assert list(values) == [
+    *("fid-patch", "fid", "glcm-score", "glcm-entropy", "compression-ratio"),
+    *("high-frequency-share", "seam-score"),
+  ]
+  assert values["fid-patch"] > 1e-3
+  assert {figure["basis"]["images"] for figure in model["figures"]} == {"2"}
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ([], "Give --inception=FILE"),
+    (["--inception={}/nowhere.pth"], "nowhere.pth: no such file"),
+    (["--inception={}/foreign.safetensors"], "These are not the weights of Inception"),
+    (["--inception={}/good.safetensors", "--images=theirs={}/real"], "another size"),
+    (["--inception={}/good.safetensors", "--images=theirs={}/one"], "lacks 00001"),
+    (["--inception={}/good.safetensors", "--scorers=fid,none"], "there is no 'none'"),
+  ],
+)
+def test_what_cannot_be_scored_is_told_before_anything_is_drawn(
+  flags, message, prompts, run, step, small_inception, tmp_path, monkeypatch
+):
+  networks.write_inception(tmp_path / "good.safetensors")
+  save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
+  write(tmp_path / "one", 12, seeds=range(1))
+  monkeypatch.setattr(Pipeline, "from_checkpoint", None)
+  said = step(
+    *(1, "4k", f"--prompts_file={prompts}", f"--height={LARGE}", f"--width={LARGE}"),
+    *("--scorers=fid", f"--checkpoints={run}"),
+    *(flag.format(tmp_path) for flag in flags),
+  )
+  assert said.count("\n") == 1
+  assert message in said
+
+
+def test_memory_does_not_grow_with_the_number_of_large_images(
+  small_inception, tmp_path, monkeypatch
+):
+  for name in ("glcm_score", "glcm_entropy"):  # a patch at a time, for seconds
+    monkeypatch.setattr(texture, name, lambda _: 0.0)
+  side = 2048
+  random = np.random.default_rng(0)
+  rows = []
+  for i in range(5):
+    pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png", compress_level=0)
+    item = Item(id=str(i), prompt="a", height=side, width=side)
+    rows.append((item, 0, tmp_path / f"{i}.png"))
+  path = networks.write_inception(tmp_path / "inception.safetensors")
+  options = {"inception": str(path), "seam_period": 512}
+  for name in ("texture", "fid-patch"):
+    scorer = scorer_type(name).load(options)
+    schema = scoring.schema_of(scorer, {})
+    scoring.score_rows(rows[:1], scorer, schema)  # compiled
+    most = []
+    for count in (3, 5):
+      tracemalloc.start()
+      scoring.score_rows(rows[:count], scorer, schema)
+      most.append(tracemalloc.get_traced_memory()[1])
+      tracemalloc.stop()
+    # One that is scored, one that is read meanwhile, and their change.
+    assert most[1] < most[0] + side * side

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -110,6 +110,23 @@ def scorer_type(name: str) -> ScorerType:
     raise ValueError(f"There is no scorer {name!r}: known are {', '.join(_MODULES)}.")
   module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
   return module.SCORERS[name]
+
+
+_T = TypeVar("_T")
+_SHARED: list[Any] = []
+
+
+def shared(load: Callable[..., _T]) -> "functools._lru_cache_wrapper[_T]":
+  """Has a function load a network once for all scorers that take it."""
+  kept = functools.lru_cache(maxsize=4)(load)
+  _SHARED.append(kept)
+  return kept
+
+
+def forget_shared() -> None:
+  """Lets go of the networks that `shared` keeps."""
+  for kept in _SHARED:
+    kept.cache_clear()
 
 
 def features(width: int) -> pa.DataType:

@@ -1,7 +1,6 @@
 """CLIP as a scorer: cosines of images and prompts, and the embeddings of CMMD."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from pixsigma_jax import sharding
 from pixsigma_jax.convert.clip import Tower, load_clip
 from pixsigma_jax.evaluate.items import Item
 from pixsigma_jax.evaluate.options import Option
-from pixsigma_jax.evaluate.scorers import ScorerType, features
+from pixsigma_jax.evaluate.scorers import ScorerType, features, shared
 from pixsigma_jax.models.clip import Clip, Truncation
 
 _SOURCE = Option(
@@ -50,7 +49,7 @@ def load(source: str, towers: Sequence[Tower]) -> Clip:
   )
 
 
-@functools.lru_cache(maxsize=4)
+@shared
 def _tower(source: str, which: Tower) -> Clip:
   devices = jax.local_devices()
   mesh = sharding.make_mesh(data=-1, fsdp=1, context=1, devices=devices)

@@ -107,7 +107,7 @@ class DetectionScorer:
     self._detector, self._colors = detector, colors
 
   def identity(self) -> dict[str, str]:
-    return self._detector.identity() | self._colors.identity()
+    return self._detector.identity() | self._colors.identity() | {"version": "1"}
 
   def schema(self) -> pa.Schema:
     return _SCHEMA

@@ -18,7 +18,7 @@ from pixsigma_jax.convert.inception import load_inception
 from pixsigma_jax.evaluate.items import Item
 from pixsigma_jax.evaluate.metrics import patch_positions, patches
 from pixsigma_jax.evaluate.options import Option
-from pixsigma_jax.evaluate.scorers import Scorer, ScorerType, features
+from pixsigma_jax.evaluate.scorers import Scorer, ScorerType, features, shared
 from pixsigma_jax.models.inception import (
   CLASSES,
   FEATURES,
@@ -94,7 +94,7 @@ def _features(
   return found, jax.nn.softmax(logits)
 
 
-@functools.lru_cache(maxsize=2)
+@shared
 def _network(path: str, variant: Variant) -> Network:
   """The network of a file, one for all scorers that take it."""
   params, digest = load_inception(path, variant)
@@ -153,7 +153,7 @@ class PatchFeatures:
 
   def identity(self) -> dict[str, str]:
     cut = f"{_PATCHES} of {SIZE} x {SIZE}, seed {_PATCH_SEED}"
-    return _identity(self.network) | {"patches": cut}
+    return _identity(self.network) | {"resize": "none", "patches": cut}
 
   def schema(self) -> pa.Schema:
     return pa.schema([("features", features(_PATCHES * FEATURES))])

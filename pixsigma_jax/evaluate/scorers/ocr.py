@@ -143,7 +143,8 @@ class OcrScorer:
     self._reader = reader
 
   def identity(self) -> dict[str, str]:
-    return self._reader.identity() | {"confidence": f">= {_LEAST_CONFIDENCE}"}
+    own = {"confidence": f">= {_LEAST_CONFIDENCE}", "resize": "none", "version": "1"}
+    return self._reader.identity() | own
 
   def schema(self) -> pa.Schema:
     return pa.schema([pa.field("text", pa.string(), nullable=False)])
