@@ -14,6 +14,11 @@ from pixsigma_jax.evaluate.metrics import glcm_score
 from pixsigma_jax.evaluate.scorers import scorer_type
 from pixsigma_jax.evaluate.scorers.clip import middle_square
 from pixsigma_jax.models.clip import preprocess
+from pixsigma_jax.models.inception import (
+  resize_clean,
+  resize_tensorflow,
+  resize_textatlas,
+)
 from tests.evaluate import networks
 
 small_inception = networks.small_inception
@@ -92,6 +97,37 @@ def test_cmmd_cuts_the_square_before_it_resizes():
   # An odd width tells the orders apart: CLIP's rounds the side that it crops.
   odd = Image.fromarray(data.astronaut()[:61, :117])
   assert (middle_square(odd, 32) != preprocess(odd, 32)).any()
+
+
+def test_cmmd_embeds_that_square(clip_folder):
+  scorer = load("cmmd", clip_cmmd=str(clip_folder))
+  odd = data.astronaut()[:61, :117]
+  ours = check_rows(scorer, [odd])["features"]
+  square = middle_square(Image.fromarray(odd), scorer.clip.config.image_size)
+  np.testing.assert_allclose(ours, scorer.clip.embed_pixels([square]), rtol=1e-6)
+  other = preprocess(Image.fromarray(odd), scorer.clip.config.image_size)
+  assert not np.allclose(ours, scorer.clip.embed_pixels([other]))
+
+
+RESIZES = {
+  "fid": resize_tensorflow,
+  "fid-clean": resize_clean,
+  "fid-textatlas": lambda image: resize_textatlas(Image.fromarray(image)),
+}
+
+
+@pytest.mark.parametrize("name", RESIZES)
+def test_each_fid_has_its_own_resize(name, tmp_path, small_inception):
+  variant = "torchvision" if name == "fid-textatlas" else "fid"
+  path = networks.write_inception(tmp_path / "inception.safetensors", variant)
+  option = "inception" if variant == "fid" else "inception_torchvision"
+  scorer = load(name, **{option: str(path)})
+  [image, *_] = photographs()
+  ours = scorer([image], items(1))["features"]
+  pixels = {of: resize(image)[None] for of, resize in RESIZES.items()}
+  found = {of: scorer.network(x.astype(np.float32))[0] for of, x in pixels.items()}
+  for of, features in found.items():
+    assert np.allclose(ours, features, rtol=1e-5, atol=1e-6) == (of == name)
 
 
 def test_identities_follow_weights_and_settings(clip_folder, tmp_path, small_inception):

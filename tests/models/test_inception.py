@@ -95,6 +95,26 @@ def test_clean_resize_is_pillows_on_each_channel_and_stays_within_range():
   assert np.mean(np.abs(ours - np.asarray(whole, np.float32)) <= 1) > 0.999
 
 
+def bicubic(inputs, outputs=299):
+  """Weights [outputs inputs] of Pillow's bicubic filter, a = -1/2, with smoothing."""
+  scale = inputs / outputs
+  stretch = max(scale, 1)
+  centres = (np.arange(outputs) + 0.5) * scale
+  x = np.abs(np.arange(inputs) + 0.5 - centres[:, None]) / stretch
+  near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+  weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+  return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_clean_resize_rounds_nothing():
+  for image in images():
+    height, width = image.shape[:2]
+    expected = np.einsum(
+      "yh,xw,hwc->yxc", bicubic(height), bicubic(width), image, optimize=True
+    )
+    np.testing.assert_allclose(resize_clean(image), expected.clip(0, 255), atol=1e-2)
+
+
 def test_an_image_of_the_networks_size_is_not_resized():
   image = np.random.default_rng(0).integers(0, 256, (299, 299, 3), dtype=np.uint8)
   assert (resize_tensorflow(image) == image).all()

@@ -119,6 +119,13 @@ def test_patches_lie_at_equal_places_in_images_of_one_size(random):
   assert (first == image[a[0, 0] : a[0, 0] + 64, a[0, 1] : a[0, 1] + 64]).all()
 
 
+def test_patches_are_the_published_ones_and_reach_every_place():
+  ours = patch_positions(500, 700)
+  assert (ours == patch_positions(500, 700, size=299, count=20, seed=42)).all()
+  corners = {tuple(place) for place in patch_positions(33, 33, size=32, count=99)}
+  assert corners == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
 def test_the_only_patch_of_an_image_of_its_size_is_the_image(random):
   image = noise(random, 32, 32)
   positions = patch_positions(32, 32, size=32, count=2)
