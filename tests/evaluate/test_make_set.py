@@ -14,6 +14,7 @@ from pixsigma_jax.data.records import id_hash
 from pixsigma_jax.evaluate import items, make_set
 from pixsigma_jax.evaluate.suites import suite
 from tests import commands
+from tests.data import test_mixture
 from tests.prepare import world
 
 TABLE = {0.5: Bucket(8, 16), 1.0: Bucket(8, 8)}
@@ -91,7 +92,11 @@ def test_a_set_holds_held_out_images_at_their_sizes(index, tmp_path):
 
 def test_a_larger_set_begins_with_the_smaller_one(index, tmp_path):
   small = made(index, tmp_path / "small", count=4)
-  assert sources(made(index, tmp_path / "large", count=8))[:4] == sources(small)
+  large = sources(made(index, tmp_path / "large", count=8))
+  assert large[:4] == sources(small)
+  # Nor does the order follow the hashes by which training shuffles and holds out.
+  assert large != sorted(large, key=id_hash)
+  assert large != sorted(large)  # nor that of the index
 
 
 def test_rules_choose_by_score_caption_and_size(index, tmp_path):
@@ -145,6 +150,19 @@ def test_an_index_that_training_has_seen_is_refused(index, tmp_path):
   make_set.make_set(
     index.directory, tmp_path / "set", rules, training=[index.directory]
   )
+
+
+def test_of_a_dataset_only_what_training_saw_is_refused(index, tmp_path):
+  ids = sources(made(index, tmp_path / "all", holdout=0.999999, count=COUNT))
+  training = [str(test_mixture.write(tmp_path / "dataset", ids))]
+
+  def make(holdout):
+    rules = make_set.Rules(**{**RULES, "holdout": holdout})
+    make_set.make_set(index.directory, tmp_path / "set", rules, training=training)
+
+  with pytest.raises(ValueError, match=r"overlaps the training data: 40 of 40 images"):
+    make(0.0)
+  make(0.5)
 
 
 def test_copies_under_other_names_are_found(index, tmp_path):

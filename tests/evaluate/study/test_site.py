@@ -243,7 +243,7 @@ def fill(site, opinion, nonce="nonce"):
         criterion: opinion(rater.name, task.subject.id, criterion)
         for criterion in design.CRITERIA
       }
-      note = f"{rater.name} | {number}" if number == 0 else ""
+      note = f"{rater.name} | <b>&" if number == 0 else ""
       given = Answer(rater.id, number, f"{nonce}-{number}", ranks, note, 4.0, {})
       site.database.save([given])
 
@@ -280,7 +280,7 @@ def test_the_report_holds_exactly_what_the_raters_said(world_of, database):
   assert [r["answered"] for r in content["raters"]] == [6, 6]
   text = "\n".join(lines)
   assert "| beta | gamma | 5 | 0 | 5 |" in text
-  assert r"| ann | ann \| 0 |" in text
+  assert r"| ann | ann \| &lt;b>&amp; |" in text
 
 
 def test_raters_who_judge_otherwise_the_second_time_are_seen(world_of, database):
