@@ -1,4 +1,4 @@
-r"""From images to pictures at every size of every table, by the commands of the docs.
+r"""From images to images at every size of every table, by the commands of the docs.
 
   python -m benchmarks.every_bucket --output=DIR [--resolutions=256,512,…]
 
@@ -6,7 +6,7 @@ For each size of each table an image a little larger is drawn, and the photograp
 scikit-image and scikit-learn come beside them. `curate` reads them, `prepare` makes
 records of each resolution with a VAE and a T5 of random weights in their published
 formats (few channels: it is about sizes, not about networks), and a transformer of two
-layers is trained for 20 steps and draws a picture. Above `--encode_up_to` images are
+layers is trained for 20 steps and draws an image. Above `--encode_up_to` images are
 read and cropped, and no more. What is there from an earlier run is gone on with.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 from pixsigma_jax import command
 from pixsigma_jax.data.buckets import BUCKETS
 from pixsigma_jax.data.records import open_dataset
-from pixsigma_jax.prepare.pictures import open_pictures
+from pixsigma_jax.prepare.cropped_images import open_images
 
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for all of it.", required=True)
 _RESOLUTIONS = flags.DEFINE_list(
@@ -31,7 +31,7 @@ _RESOLUTIONS = flags.DEFINE_list(
 )
 
 _ENCODE_UP_TO = flags.DEFINE_integer(
-  "encode_up_to", 4096, "The highest resolution whose pictures the networks see."
+  "encode_up_to", 4096, "The highest resolution whose images the networks see."
 )
 
 _CHANNELS, _GROUPS = (8, 8, 8, 8), 4  # of the VAE
@@ -61,7 +61,7 @@ def draw_images(folder: pathlib.Path, resolution: int) -> None:
     size = (round(high / ratio), round(high))
     image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
     image.save(folder / f"{number:02d}.jpg", quality=90)
-    (folder / f"{number:02d}.txt").write_text(f"a picture of {number}")
+    (folder / f"{number:02d}.txt").write_text(f"an image of {number}")
   photographs = {
     "astronaut": skimage.data.astronaut(),
     "cat": skimage.data.chelsea(),
@@ -109,11 +109,11 @@ def main(_: list[str]) -> None:
         "--batch_size=1",
       ),
     }
-    pictures = open_pictures(here / "data-pictures")
+    images = open_images(here / "data-pictures")
     own = {
       name: size
-      for shard in range(pictures.num_shards)
-      for name, size in zip(pictures.ids(shard), pictures.sizes(shard), strict=True)
+      for shard in range(images.num_shards)
+      for name, size in zip(images.ids(shard), images.sizes(shard), strict=True)
     }
     if encoded:
       dataset = open_dataset(here / "data")

@@ -1,4 +1,4 @@
-"""XL/2 of the published size beside diffusers, and one picture through the pipeline.
+"""XL/2 of the published size beside diffusers, and one image through the pipeline.
 
   python -m benchmarks.full_size --directory=DIR
 
@@ -26,7 +26,7 @@ from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to write.", required=True)
-_STEPS = flags.DEFINE_integer("num_inference_steps", 4, "Of the picture.")
+_STEPS = flags.DEFINE_integer("num_inference_steps", 4, "Of the image.")
 
 CONFIG = PixArtConfig.from_variant("XL/2", base_size=32, pe_interpolation=1.0)
 
@@ -56,12 +56,10 @@ def main(_: list[str]) -> None:
   )
   began = time.perf_counter()
   draw = {"height": 512, "width": 512, "num_inference_steps": _STEPS.value}
-  picture = pipeline("a red fox in the snow", **draw).images[0]
+  image = pipeline("a red fox in the snow", **draw).images[0]
   seconds = time.perf_counter() - began
-  picture.save(directory / "fox.png")
-  print(
-    f"{picture.size} in {seconds:.0f} s, {_STEPS.value} guided steps, compiling too"
-  )
+  image.save(directory / "fox.png")
+  print(f"{image.size} in {seconds:.0f} s, {_STEPS.value} guided steps, compiling too")
 
 
 def _write_folder(directory: pathlib.Path) -> None:

@@ -1,11 +1,11 @@
-r"""What each guidance does to a trained miniature's pictures, as numbers and a picture.
+r"""What each guidance does to a trained miniature's images, as numbers and an image.
 
-  python -m benchmarks.guidance --checkpoint=weights/miniature --picture=FILE.png
+  python -m benchmarks.guidance --checkpoint=weights/miniature --image=FILE.png
 
-Draws the digits' evaluation prompts with each. A row says how far the pictures are from
+Draws the digits' evaluation prompts with each. A row says how far the images are from
 those of the first row (root mean square over all pixels, relative to these pixels'
 deviation), their own deviation, and in percent how many show what their prompt says. A
-row of the picture has the first prompts, from the same noise.
+row of the image has the first prompts, from the same noise.
 """
 
 import pathlib
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.digit_pictures import draw, percent_apart, percent_right, prompts_of
+from benchmarks.digit_images import draw, percent_apart, percent_right, prompts_of
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import Pipeline, pictures
+from pixsigma_jax.sample import Pipeline, image_files
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Of digits.", required=True)
 _WEAKER = flags.DEFINE_string("autoguidance", None, "A weaker one; none draws without.")
-_PICTURE = flags.DEFINE_string("picture", None, "PNG to write; none by default.")
+_IMAGE = flags.DEFINE_string("image", None, "PNG to write; none by default.")
 _PER_TASK = flags.DEFINE_integer("per_task", 50, "As in `evaluate`.")
 _TASK = flags.DEFINE_string("task", "left_of", "Whose prompts, as in `evaluate`.")
 _STEPS = flags.DEFINE_integer("num_inference_steps", 20, "Calls of the network.")
@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
   prompts = prompts_of(_TASK.value, _PER_TASK.value)
   rows = _ROWS | (_OF_THE_WEAKER if _WEAKER.value else {})
   exact, shown, labels = np.zeros(0), [], []
-  print(f"{len(prompts)} pictures, {_STEPS.value} steps")
+  print(f"{len(prompts)} images, {_STEPS.value} steps")
   print(f"{'guidance':26}difference  deviation   right")
   for name, settings in rows.items():
     images = draw(
@@ -70,10 +70,10 @@ def main(_: list[str]) -> None:
       f"{percent_right(images, prompts):7.1f}%",
       flush=True,
     )
-    shown += map(pictures.to_picture, images[:_COLUMNS])
+    shown += map(image_files.to_image, images[:_COLUMNS])
     labels += [name, *[""] * (_COLUMNS - 1)]
-  if _PICTURE.value is not None:
-    pictures.grid(shown, _COLUMNS, labels).save(pathlib.Path(_PICTURE.value))
+  if _IMAGE.value is not None:
+    image_files.grid(shown, _COLUMNS, labels).save(pathlib.Path(_IMAGE.value))
 
 
 if __name__ == "__main__":

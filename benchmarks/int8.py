@@ -1,4 +1,4 @@
-r"""What 8-bit integers do to a network's output, and to a miniature's pictures.
+r"""What 8-bit integers do to a network's output, and to a miniature's images.
 
   python -m benchmarks.int8 --variant=XL/2
   python -m benchmarks.int8 --checkpoint=DIR
@@ -6,7 +6,7 @@ r"""What 8-bit integers do to a network's output, and to a miniature's pictures.
 The first takes random weights, a latent of 256 pixels and a caption of 120 tokens, and
 prints how far each block and the output are from float32, relative in root mean square.
 The second draws the digits' evaluation prompts with and without, and prints how far the
-pictures are apart, relative to their deviation, and how many show what they should.
+images are apart, relative to their deviation, and how many show what they should.
 """
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.digit_pictures import draw, percent_apart, percent_right, prompts_of
+from benchmarks.digit_images import draw, percent_apart, percent_right, prompts_of
 from pixsigma_jax.models import int8
 from pixsigma_jax.models.block import Block
 from pixsigma_jax.models.layers import Compute
@@ -39,7 +39,7 @@ def main(_: list[str]) -> None:
       PixArtConfig.from_variant(_VARIANT.value, base_size=16, pe_interpolation=0.5)
     )
   else:
-    _pictures(_CHECKPOINT.value)
+    _images(_CHECKPOINT.value)
 
 
 def _network(config: PixArtConfig) -> None:
@@ -77,9 +77,9 @@ def _network(config: PixArtConfig) -> None:
     print(f"{name:9}{100 * np.linalg.norm(a - b) / np.linalg.norm(b):6.2f}%")
 
 
-def _pictures(checkpoint: str) -> None:
+def _images(checkpoint: str) -> None:
   prompts = prompts_of("single", _PER_TASK.value)
-  print(f"{len(prompts)} pictures, 20 steps\nquantize  difference  right")
+  print(f"{len(prompts)} images, 20 steps\nquantize  difference  right")
   exact = np.zeros(0)
   for quantize in ("none", "int8"):
     pipeline = Pipeline.from_checkpoint(

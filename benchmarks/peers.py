@@ -14,7 +14,7 @@ the state of all leaves 24 GB no room. T5 has XXL's width and 2 of its 24 layers
 train step is what both libraries do alike: noise error, gradient, AdamW in float32. On
 a GPU both recompute the blocks; compressed layers 14 to 27 merge 2×2 (PixArt-Σ, Tables
 3c and 3d). A sample is 20 steps of DPM-Solver++ at guidance 4.5 from a caption's
-embedding to a picture, the autoencoder among them.
+embedding to an image, the autoencoder among them.
 """
 
 import dataclasses

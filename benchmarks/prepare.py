@@ -23,7 +23,7 @@ from pixsigma_jax.data.crops import CropRule, filter_at
 from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.models import t5, vae
 
-_RESOLUTIONS = flags.DEFINE_list("resolutions", ["256", "512", "1024"], "Of pictures.")
+_RESOLUTIONS = flags.DEFINE_list("resolutions", ["256", "512", "1024"], "Of images.")
 _T5_LAYERS = flags.DEFINE_integer("t5_layers", 2, "Of T5; XXL has 24.")
 _CAPTION_LENGTH = 300
 

@@ -1,4 +1,4 @@
-"""What drawing one picture takes of a TPU, without a TPU.
+"""What drawing one image takes of a TPU, without a TPU.
 
   python -m benchmarks.sample_plan --topologies=v5e:1x1,v6e:1x1
 

@@ -21,7 +21,7 @@ from pixsigma_jax.plan import topology
 from pixsigma_jax.plan.roofline import step_time
 from pixsigma_jax.plan.stage import Stage, stage_on
 
-_OUTPUT = flags.DEFINE_string("output", None, "Picture to write.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Image to write.", required=True)
 
 BY_CHIPS = ("1k", "4k")
 SLICES = (("2x2", 1), ("4x4", 1), ("8x8", 1), ("16x16", 1), ("16x16", 2), ("16x16", 4))

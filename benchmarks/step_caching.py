@@ -1,9 +1,9 @@
-r"""What step caching spares a trained miniature, and what it does to its pictures.
+r"""What step caching spares a trained miniature, and what it does to its images.
 
   python -m benchmarks.step_caching --checkpoint=DIR
 
 Draws the digits' evaluation prompts once without and once at each threshold. A row says
-which share of the blocks the pictures asked for, how far they are from those without
+which share of the blocks the images asked for, how far they are from those without
 (root mean square over all pixels, relative to these pixels' deviation), and in percent
 how many show what their prompt says.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.digit_pictures import draw, percent_apart, percent_right, prompts_of
+from benchmarks.digit_images import draw, percent_apart, percent_right, prompts_of
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.sample import Pipeline
 
@@ -33,7 +33,7 @@ def main(_: list[str]) -> None:
   )
   prompts = prompts_of(_TASK.value, _PER_TASK.value)
   depth, exact = pipeline.config.depth, np.zeros(0)
-  print(f"{len(prompts)} pictures, {_STEPS.value} steps of {_SAMPLER.value}")
+  print(f"{len(prompts)} images, {_STEPS.value} steps of {_SAMPLER.value}")
   print("threshold  steps  blocks  difference  right")
   for threshold in map(float, _THRESHOLDS.value):
     images, settings = draw(

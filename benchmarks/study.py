@@ -34,7 +34,7 @@ MODELS = ("one", "other", "third")
 
 
 def make(path: pathlib.Path) -> folder.EvaluationFolder:
-  """An evaluation with small pictures of three models."""
+  """An evaluation with small images of three models."""
   made = folder.create(
     path,
     suite="benchmark",
@@ -63,7 +63,7 @@ def rate(port: int, token: str, taken: list[tuple[str, float]]) -> None:
     body = {
       "nonce": nonce,
       "ranks": {"quality": ranks, "match": ranks[::-1]},
-      "note": "hands are better in the second picture",
+      "note": "hands are better in the second image",
       "seconds": 12.5,
       "screen": {"height": 900, "width": 1600, "device_pixels": 1, "zoomed": False},
     }

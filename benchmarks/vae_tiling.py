@@ -44,8 +44,8 @@ def random_autoencoder(dtype: str) -> KLAutoencoder:
   )
 
 
-def pictures(side: int) -> dict[str, np.ndarray]:
-  """Latents `[1 h h 4]` of unit variance: noise, and forms as wide as the picture."""
+def images(side: int) -> dict[str, np.ndarray]:
+  """Latents `[1 h h 4]` of unit variance: noise, and forms as wide as the image."""
   random = np.random.default_rng(1)
   noise = random.normal(size=(1, side, side, 4)).astype(np.float32)
   coarse = jnp.asarray(random.normal(size=(1, 4, 4, 4)), jnp.float32)
@@ -55,7 +55,7 @@ def pictures(side: int) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str]) -> None:
-  """Prints a row for each picture and size of tile."""
+  """Prints a row for each image and size of tile."""
   del argv
   if FLAGS.weights:
     whole = load_autoencoder(FLAGS.weights, dtype=FLAGS.dtype)
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     whole = random_autoencoder(FLAGS.dtype)
   whole = dataclasses.replace(whole, tile_size=FLAGS.side)
   print("latents  tile   rms difference  grey levels (mean, 99.9 %)")
-  for name, latents in pictures(FLAGS.side // whole.downsampling).items():
+  for name, latents in images(FLAGS.side // whole.downsampling).items():
     expected = whole.decode(latents)
     for tile in FLAGS.tiles:
       ours = dataclasses.replace(whole, tile_size=tile).decode(latents)

@@ -3,7 +3,7 @@
   python -m pixsigma_jax.train --config=configs/dreambooth.py --workdir=runs/dreambooth/512px
 
 Ruiz et al. 2023: a few images of a subject, captioned with a rare word and its class,
-"a photo of sks dog", and as many examples again of pictures that the model itself draws
+"a photo of sks dog", and as many examples again of images that the model itself draws
 of the class, "a photo of a dog", so that it does not forget what other dogs look like.
 The two are two datasets, of equal weight. Their common loss is half of equation 2 with
 λ = 1, and AdamW's steps do not depend on a factor; another λ is `data.weights` = (1, λ).

@@ -11,7 +11,7 @@ Hardware: 8 to 64 devices as in stage_256_vae (`:full`: 128); on more, two or mo
 the tokens of an image, as with 256: 8 x 8 x 4 of data, fsdp and context. Hours on 8 H100 at 30 % of their peak: 2.0, $39 at $2.50 an H100-hour (`:full`: 4.5,
 $89); computed, not measured (docs/stages.md).
 
-Expect, by the paper: good pictures after 100 steps; FID 5.64 and CLIP score 0.276, in
+Expect, by the paper: good images after 100 steps; FID 5.64 and CLIP score 0.276, in
 place of 5.69 and 0.277 without compression (table 3c, on images of its own). No loss is
 published.
 """

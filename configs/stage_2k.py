@@ -11,7 +11,7 @@ Hardware: 8 to 32 devices as in stage_256_vae; on more, several share the tokens
 image, as with 256: 4 x 8 x 8 of data, fsdp and context. Hours on 8 H100 at 30 % of their peak: 0.9, $18 at $2.50 an H100-hour (`:full`: 1.2,
 $24); computed, not measured (docs/stages.md). The paper: 7 A800-days (`:full`: 10).
 
-Expect, by the paper: good pictures after 100 steps. No loss is published. Samples are
+Expect, by the paper: good images after 100 steps. No loss is published. Samples are
 not drawn on the way: `python -m pixsigma_jax.sample` draws them from a snapshot.
 """
 

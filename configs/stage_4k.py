@@ -21,7 +21,7 @@ times that where attention has no kernel; by the roofline at least
 $40 (docs/stages.md). The paper: 12
 A800-days (`:full`: 16).
 
-Expect, by the paper: good pictures after 100 steps. No loss is published. Samples are
+Expect, by the paper: good images after 100 steps. No loss is published. Samples are
 not drawn on the way: `python -m pixsigma_jax.sample` draws them from a snapshot.
 """
 

@@ -3,13 +3,13 @@
   python -m pixsigma_jax.prepare --index=INDEX --resolution=512 --frozen=weights/frozen --output=runs/weak_to_strong/data/512px
   python -m pixsigma_jax.train --config=configs/stage_512.py --workdir=runs/weak_to_strong/stage_512
 
-The first of larger pictures in all aspect ratios, by PE interpolation, from images that
+The first of larger images in all aspect ratios, by PE interpolation, from images that
 were chosen for their looks.
 
 Hardware: as stage_256_vae. Hours: 4.6 on 8 H100 at 30 % of their peak, $93 at $2.50 an
 H100-hour; computed, not measured (docs/stages.md). The paper: 30 V100-days.
 
-Expect, by the paper: good pictures after 100 steps; FID 9.75 and CLIP score 0.272 after
+Expect, by the paper: good images after 100 steps; FID 9.75 and CLIP score 0.272 after
 1,000, 8.91 and 0.276 after 100,000 (table 2, on images of its own). No loss is published.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to pictures that follow their prompts: bash launch/quickstart.sh
+# From nothing to images that follow their prompts: bash launch/quickstart.sh
 #
-# Installs into .venv, writes real handwritten digits as captioned color pictures, trains
+# Installs into .venv, writes real handwritten digits as captioned color images, trains
 # PixArt-Σ in miniature through its weak-to-strong chain, and writes runs/quickstart/.
 # Interrupted at any moment, the same command goes on where it was.
 #

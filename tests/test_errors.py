@@ -186,7 +186,7 @@ def test_whatever_is_damaged_in_a_pickle_it_is_refused_in_words(tmp_path):
   assert refused > 200  # a byte of padding or of a tensor says nothing
 
 
-def test_a_picture_that_there_is_no_memory_for_is_not_damaged(monkeypatch):
+def test_an_image_that_there_is_no_memory_for_is_not_damaged(monkeypatch):
   file = io.BytesIO()
   Image.new("RGB", (8, 8)).save(file, "PNG")
   with monkeypatch.context() as patch:
@@ -196,7 +196,7 @@ def test_a_picture_that_there_is_no_memory_for_is_not_damaged(monkeypatch):
       image_bytes.open_image(file.getvalue())
 
 
-def test_a_picture_of_floating_point_is_whole_and_refused_for_what_it_is():
+def test_an_image_of_floating_point_is_whole_and_refused_for_what_it_is():
   file = io.BytesIO()
   Image.fromarray(np.zeros((8, 8), np.float32)).save(file, "TIFF")
   with pytest.raises(ValueError, match=r"^floating-point pixels"):

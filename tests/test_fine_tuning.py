@@ -1,4 +1,4 @@
-"""The way of docs/fine_tuning.md, from photographs to a LoRA and its pictures."""
+"""The way of docs/fine_tuning.md, from photographs to a LoRA and its images."""
 
 import json
 import re
@@ -74,8 +74,8 @@ def test_dreambooths_data_are_what_its_config_reads():
   assert f"--output={prior}" in of_class
   for scan, prepare in zip(scans, (of_class, of_subject), strict=True):
     assert f"--index={scan[2]}" in prepare
-  pictures = next(flag for flag in draw if flag.startswith("--output="))
-  assert pictures.replace("output", "images") in scans[0]
+  images = next(flag for flag in draw if flag.startswith("--output="))
+  assert images.replace("output", "images") in scans[0]
   assert config.data.weights == (1.0, 1.0)
   assert train[1:] == [
     "--config=configs/dreambooth.py",
@@ -136,8 +136,8 @@ def test_from_photographs_to_an_adapter(tmp_path, capsys, monkeypatch):
   assert np.isfinite([json.loads(line)["loss"] for line in lines]).all()
   with Image.open(run / "samples" / "00000004.png") as image:
     image.load()
-  [picture] = (tmp_path / "runs" / "lora" / "pictures").glob("*.png")
-  with Image.open(picture) as image:
+  [path] = (tmp_path / "runs" / "lora" / "pictures").glob("*.png")
+  with Image.open(path) as image:
     assert image.size == (64, 64)
 
   parent = checkpoint.read_snapshot("weights/sigma-512")

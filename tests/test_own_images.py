@@ -1,4 +1,4 @@
-"""The way of docs/own_images.md, from photographs to pictures, every command of it."""
+"""The way of docs/own_images.md, from photographs to images, every command of it."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ PHOTOGRAPHS = {
   "flower": lambda: sklearn.datasets.load_sample_image("flower.jpg"),
 }
 # The page's full size in small: a VAE of few channels, a T5 of two layers, a
-# transformer of two, pictures of 64 pixels.
+# transformer of two, images of 64 pixels.
 SMALLER = {
   "filter": ["--min_side=64"],
   "contact-sheet": ["--resolution=64", "--table={folder}/table.json"],
@@ -96,7 +96,7 @@ def folder(tmp_path):
   for name, (height, width) in {"tall": (256, 72), "wide": (70, 200)}.items():
     pixels = noise.integers(0, 255, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photos" / f"{name}.png")
-    (tmp_path / "photos" / f"{name}.txt").write_text(f"a {name} picture")
+    (tmp_path / "photos" / f"{name}.txt").write_text(f"a {name} image")
   Image.new("RGB", (20, 20)).save(tmp_path / "photos" / "small.png")
   whole = (tmp_path / "photos" / "astronaut.jpg").read_bytes()
   (tmp_path / "photos" / "broken.jpg").write_bytes(whole[:2000])
@@ -107,7 +107,7 @@ def folder(tmp_path):
   return tmp_path
 
 
-def test_from_photographs_to_pictures(folder, capsys, monkeypatch):
+def test_from_photographs_to_images(folder, capsys, monkeypatch):
   monkeypatch.chdir(folder)
 
   def run(*arguments):
@@ -144,8 +144,8 @@ def test_from_photographs_to_pictures(folder, capsys, monkeypatch):
   losses = [json.loads(line)["loss"] for line in lines]
   assert np.isfinite(losses).all()
   assert json.loads(lines[-1])["step"] == 20
-  [picture] = (folder / "runs/own/pictures").glob("*.png")
-  with Image.open(picture) as image:
+  [path] = (folder / "runs/own/pictures").glob("*.png")
+  with Image.open(path) as image:
     assert image.size == (64, 64)
   for sheet in ("sheet.png", "check.png", "512px/samples/00000020.png"):
     with Image.open(folder / "runs/own" / sheet) as image:

@@ -2,7 +2,7 @@
 
 What a state dict shows of its hyper-parameters is read off it. What it does not show is
 an argument, and an argument that contradicts the weights is an error: nothing is
-guessed, because a wrong position scale draws pictures that are merely bad.
+guessed, because a wrong position scale draws images that are merely bad.
 """
 
 import math

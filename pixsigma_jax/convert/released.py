@@ -10,7 +10,7 @@ class Release:
   """A checkpoint of PixArt-alpha's hub page, by the numbers it was trained with.
 
   Attributes:
-    resolution: side in pixels of its square pictures.
+    resolution: side in pixels of its square images.
     pe_interpolation: see `PixArtConfig`.
     caption_length: tokens of T5.
     scaling_factor: of its latents.

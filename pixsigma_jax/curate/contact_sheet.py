@@ -16,7 +16,7 @@ from pixsigma_jax.data.image_bytes import open_image
 from pixsigma_jax.data.index import Index, open_index
 from pixsigma_jax.data.sources import read_bytes
 
-_SIDE = 320  # pixels: each picture is fitted into a square of it
+_SIDE = 320  # pixels: each image is fitted into a square of it
 _GAP, _MARGIN = 12, 28
 _FONT_SIZE, _LINE_HEIGHT = 15, 20
 _MOST_LINES = 5  # of captions
@@ -126,9 +126,9 @@ def _row(content: Mapping[str, Any]) -> _Row:
 
 
 class _Cell(NamedTuple):
-  """One image: two pictures, and lines of text in their colors."""
+  """One image: two images, and lines of text in their colors."""
 
-  pictures: tuple[Image.Image, ...]
+  images: tuple[Image.Image, ...]
   lines: list[_Line]
 
 
@@ -139,8 +139,8 @@ def _cell(source: str, row: _Row, rule: CropRule) -> _Cell:
   except (OSError, ValueError) as error:
     return _Cell((), [*lines, *_wrapped(f"Cannot be shown: {error}", 3, _WARNING)])
   crop = rule.plan(image.height, image.width)
-  pictures = (_original(image, crop), _fitted(rule.apply(image)))
-  return _Cell(pictures, [*lines, *_facts(image, crop), *_caption_lines(row.captions)])
+  images = (_original(image, crop), _fitted(rule.apply(image)))
+  return _Cell(images, [*lines, *_facts(image, crop), *_caption_lines(row.captions)])
 
 
 def _original(image: Image.Image, crop: Crop) -> Image.Image:
@@ -243,7 +243,7 @@ def _sheet(title: str, cells: Sequence[_Cell]) -> Image.Image:
   columns = min(2, len(cells))
   width = 2 * _SIDE + _GAP
   rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-  heights = [max(_picture_height(cell) for cell in row) for row in rows]
+  heights = [max(_image_height(cell) for cell in row) for row in rows]
   texts = [_LINE_HEIGHT * max(len(cell.lines) for cell in row) for row in rows]
   sheet = Image.new(
     "RGB",
@@ -264,13 +264,13 @@ def _sheet(title: str, cells: Sequence[_Cell]) -> Image.Image:
       for i in range(2):
         x = left + i * (_SIDE + _GAP)
         draw.rectangle((x, top, x + _SIDE - 1, top + height - 1), fill=_EMPTY)
-        if cell.pictures:
-          picture = cell.pictures[i]
+        if cell.images:
+          image = cell.images[i]
           corner = (
-            x + (_SIDE - picture.width) // 2,
-            top + (height - picture.height) // 2,
+            x + (_SIDE - image.width) // 2,
+            top + (height - image.height) // 2,
           )
-          sheet.paste(picture, corner)
+          sheet.paste(image, corner)
       _draw_lines(draw, left, top + height + _GAP, cell.lines)
     top += height + _GAP + text + _MARGIN
   return sheet
@@ -286,8 +286,8 @@ def _draw_lines(
   return top
 
 
-def _picture_height(cell: _Cell) -> int:
-  return max((picture.height for picture in cell.pictures), default=_SIDE // 4)
+def _image_height(cell: _Cell) -> int:
+  return max((image.height for image in cell.images), default=_SIDE // 4)
 
 
 @functools.cache

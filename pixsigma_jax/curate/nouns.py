@@ -197,7 +197,7 @@ _ADJECTIVES = _words("""
   elderly royal urban rural local global foreign national international public private
   french english german italian spanish chinese japanese korean american european
   african asian indian russian dutch greek roman gothic victorian baroque british
-  pristine majestic picturesque sleek sturdy lone ready aware alive asleep awake
+  pristine majestic imagesque sleek sturdy lone ready aware alive asleep awake
   barefoot upright timeless immaculate complete separate opposite extreme ultra super
   ultimate expressive cinematic photorealistic hyperrealistic futuristic isometric
   realistic surreal minimalist abstract bold crisp subtle stark slight strong weak

@@ -27,7 +27,7 @@ from pixsigma_jax.data.sources import Entry
 
 HASH_BITS = 64
 _HASH_SIDE, _GRAY_SIDE = 8, 32
-# What rounding a picture to 256 levels leaves in a coefficient has a deviation of 0.3.
+# What rounding an image to 256 levels leaves in a coefficient has a deviation of 0.3.
 _NOISE = 1.0
 _FEWEST_COEFFICIENTS = 32  # of 63 that must be more than noise
 _PASSED_OVER = "scan/passed_over.json"  # in listing the source
@@ -62,7 +62,7 @@ def scan(
   if not 0 <= near_distance < HASH_BITS // 2:
     raise ValueError(
       f"--near_distance={near_distance} is not from 0 to {HASH_BITS // 2 - 1}: hashes "
-      f"of pictures that have nothing in common differ in {HASH_BITS // 2} bits."
+      f"of images that have nothing in common differ in {HASH_BITS // 2} bits."
     )
   before = None if previous is None else rescan.earlier(previous, directory)
   # Of an index that is there the units stay: the source is not listed again.
@@ -180,11 +180,11 @@ def scanned(source: str, entry: Entry) -> dict[str, Any]:
 
 
 def perceptual_hash(image: Image.Image) -> int | None:
-  """64 bits that stay when a picture is scaled or compressed (pHash).
+  """64 bits that stay when an image is scaled or compressed (pHash).
 
-  The 8 x 8 lowest frequencies (DCT-II) of the picture in 32 x 32 grays, each compared
+  The 8 x 8 lowest frequencies (DCT-II) of the image in 32 x 32 grays, each compared
   with their median. None where fewer than half of them are more than the noise of
-  rounding: flat pictures and plain gradients. Their bits would be noise, or all the
+  rounding: flat images and plain gradients. Their bits would be noise, or all the
   same, and they would pass for duplicates of one another.
   """
   gray = image.convert("L").resize(

@@ -183,9 +183,9 @@ def run(
     folder = pathlib.Path(output)
     report = {"only_kept": open_index(index).has("kept"), **as_dict(total)}
     files.write_json(folder / "statistics.json", report)
-    picture = draw_lengths(total)
+    image = draw_lengths(total)
     disk.write_whole(
-      folder / "caption_lengths.png", lambda partial: picture.save(partial, "png")
+      folder / "caption_lengths.png", lambda partial: image.save(partial, "png")
     )
     logging.info("Wrote statistics.json and caption_lengths.png to %s.", folder)
 
@@ -375,8 +375,8 @@ def draw_lengths(statistics: Statistics) -> Image.Image:
   def y(percent: int | float) -> float:
     return bottom - (bottom - top) * percent / top_y
 
-  picture = Image.new("RGBA", _SIZE, (*_PAPER_WHITE, 255))
-  draw = ImageDraw.Draw(picture)
+  image = Image.new("RGBA", _SIZE, (*_PAPER_WHITE, 255))
+  draw = ImageDraw.Draw(image)
   for i in range(round(top_y / step_y) + 1):
     height = y(i * step_y)
     draw.line((left, height, right, height), fill=_FAINT)
@@ -398,7 +398,7 @@ def draw_lengths(statistics: Statistics) -> Image.Image:
     if mean <= right:
       for dash in range(top, bottom, 14):
         pen.line((mean, dash, mean, min(dash + 8, bottom)), (*color, 255), 3)
-    picture.alpha_composite(sheet)
+    image.alpha_composite(sheet)
   draw.line((left, bottom, right, bottom), fill=_INK, width=2)
   draw.line((left, top, left, bottom), fill=_INK, width=2)
 
@@ -416,7 +416,7 @@ def draw_lengths(statistics: Statistics) -> Image.Image:
   draw.text(((left + right) / 2, bottom + 58), note, _INK, _font(20), anchor="mt")
   draw.text((left - 12, top - 34), "share", _INK, _font(20), anchor="rt")
   _draw_legend(draw, kinds)
-  return picture.convert("RGB")
+  return image.convert("RGB")
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, kinds: Sequence[tuple[str, Counts]]):

@@ -33,10 +33,10 @@ class Crop(NamedTuple):
   """Scaling and cropping of images of one size.
 
   Attributes:
-    bucket: size of the picture.
+    bucket: size of the image.
     scaled_height, scaled_width: of the whole image before it is cropped, in pixels; no
       side is shorter than the bucket's.
-    top, left: of the picture in the scaled image.
+    top, left: of the image in the scaled image.
     box: top, left, bottom, right of what is shown, in pixels of the original.
     enlarges: whether the original is smaller than this.
   """

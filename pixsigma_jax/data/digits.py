@@ -1,8 +1,8 @@
-"""Captioned pictures in several shapes, composed of real handwritten digits.
+"""Captioned images in several shapes, composed of real handwritten digits.
 
 The world of the miniature: 1797 digits written by hand (UCI, Alpaydin and Kaynak 1998,
 8x8 pixels with 17 grey levels, inside scikit-learn's wheel), in seven colors on black,
-alone or in pairs. What a prompt asks for is exact, so whether a picture follows it is a
+alone or in pairs. What a prompt asks for is exact, so whether an image follows it is a
 question with an answer (`evaluate/digits.py`); some colored digits never occur in
 training, so a network that draws them has taken its prompts apart.
 """
@@ -41,7 +41,7 @@ COLORS = {  # corners of the color cube: the nearest two are 35 degrees apart
   "white": (1.0, 1.0, 1.0),
 }
 TASKS: tuple[Task, ...] = ("single", "left_of", "above")
-# Rows and columns of cells in a picture of each task.
+# Rows and columns of cells in an image of each task.
 CELLS: dict[Task, tuple[int, int]] = {
   "single": (1, 1),
   "left_of": (1, 2),
@@ -240,7 +240,7 @@ def render(
   """Draws a scene with the handwriting `glyphs`, one index for each item.
 
   A cell of 8 pixels shows a glyph as it was scanned; a larger one shows it smoothly
-  enlarged, such that averaging the large picture gives the small one.
+  enlarged, such that averaging the large image gives the small one.
 
   Returns:
     An image in [-1, 1]: `cell` pixels a side for one item, twice as wide for a pair

@@ -118,7 +118,7 @@ def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
   """`open_image`, and how the color profile was handled."""
   image, orientation = _opened(data)
   with _decoding():
-    # HEIF would give a thumbnail, whatever the picture itself is like.
+    # HEIF would give a thumbnail, whatever the image itself is like.
     if at_least is not None and image.format != _HEIF:
       image.draft(None, (at_least, at_least))  # pyright: ignore[reportArgumentType]
     image.load()
@@ -129,7 +129,7 @@ def decode(data: bytes, *, at_least: int | None = None) -> Decoded:
   if orientation in _UPRIGHT:
     image = image.transpose(_UPRIGHT[orientation])
   if not is_whole:
-    raise ValueError("truncated: part of the picture is missing")
+    raise ValueError("truncated: part of the image is missing")
   image.info = {}  # the profile holds no longer, and would be saved with the image
   return Decoded(image, profile)
 
@@ -200,7 +200,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return 1
   try:
     found = image.getexif().get(_ORIENTATION, 1)
-  except _OF_DECODERS:  # a picture without readable EXIF is shown as it is
+  except _OF_DECODERS:  # an image without readable EXIF is shown as it is
     return 1
   return found if isinstance(found, int) else 1
 

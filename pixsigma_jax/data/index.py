@@ -38,7 +38,7 @@ SCHEMAS = {
       ("error", pa.string()),  # null if the image is fine
       ("bytes", pa.int64()),
       ("sha256", pa.string()),
-      ("phash", pa.uint64()),  # null of pictures with too little in them to tell
+      ("phash", pa.uint64()),  # null of images with too little in them to tell
       ("height", pa.int32()),  # as displayed, in pixels
       ("width", pa.int32()),
       ("format", pa.string()),

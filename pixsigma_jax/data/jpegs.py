@@ -1,4 +1,4 @@
-"""JPEGs that end early, of which libjpeg makes whole pictures, part of them made up.
+"""JPEGs that end early, of which libjpeg makes whole images, part of them made up.
 
 Where data is missing it goes on in the last color and says so in a warning, and Pillow
 passes on no warnings.
@@ -10,12 +10,12 @@ from PIL import Image
 _START, _SCAN, _END = 0xD8, 0xDA, b"\xff\xd9"
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _WITHOUT_LENGTH = (0x01, _START, *range(0xD0, 0xD8))
-_CORNER = 2  # pixels: what a block of 16 is in a picture that is decoded small
+_CORNER = 2  # pixels: what a block of 16 is in an image that is decoded small
 _WARNING = "premature end"
 
 
 def is_whole(data: bytes, image: Image.Image) -> bool:
-  """Whether a picture that was decoded without an error is all in its file.
+  """Whether an image that was decoded without an error is all in its file.
 
   One that could be cut, by the looks of its last corner, is decoded a second time by a
   library that passes on warnings; a progressive one always, as what it lacks may show

@@ -50,7 +50,7 @@ EXTENSIONS = (
 _PATH_FIELDS = ("path", "file_name")
 _URL_FIELDS = ("url", "image_url")  # of lists like LAION's
 _IMAGE_FIELD = "image"  # of the hub: the image itself, or its path
-# What devices and programs leave among pictures: thumbnails, what was deleted.
+# What devices and programs leave among images: thumbnails, what was deleted.
 _LITTER = frozenset(
   ("@eaDir", "@__thumb", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN")
 )

@@ -25,7 +25,7 @@ from PIL import Image
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.buckets import Bucket
 from pixsigma_jax.demo import fields
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.call_arguments import StopDrawing
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.settings import SETTINGS, Choice, Settings
@@ -188,9 +188,9 @@ def draw(
             caption = f"seed {first + number}, step {found.step} of {found.steps}"
             previews.append((str(path), caption))
         else:
-          _, picture, own = found
+          _, drawn, own = found
           path = pathlib.Path(folder, f"seed-{own['seed']}.png")
-          pictures.save(path, picture, own)
+          image_files.save(path, drawn, own)
           gallery.append((str(path), f"seed {own['seed']}"))
           settings = settings or own
           _tell(len(gallery), total)
@@ -282,7 +282,7 @@ def guidance_of(sampler: str) -> float:
 
 def settings_of(gallery: list[tuple[str, str]], event: gr.SelectData) -> dict[str, Any]:
   """Settings of the image that was clicked on."""
-  return pictures.settings_of(pathlib.Path(gallery[event.index][0]))
+  return image_files.settings_of(pathlib.Path(gallery[event.index][0]))
 
 
 def settings_to_fields(pipeline: Pipeline, settings: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 Two published ways to train on detail, as parts of the loss alone: the frequency
 weights of FAPT (Zhao et al., UltraHR-100K, arXiv 2510.20661), and the wavelet mask of
 LWD (Sigillo et al., Latent Wavelet Diffusion, ICLR 2026). Both see an image's tokens as
-the picture plane that they are patches of.
+the image plane that they are patches of.
 """
 
 import math

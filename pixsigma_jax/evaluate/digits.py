@@ -1,4 +1,4 @@
-"""Whether a picture follows its prompt: an exact reader of colored handwritten digits.
+"""Whether an image follows its prompt: an exact reader of colored handwritten digits.
 
 What it says of real renders, so how far its word goes on samples (`tests/evaluate/`
 repeats the measurement): all colors and 0.995 of the digits right on the handwriting

@@ -139,7 +139,7 @@ class EvaluationFolder:
     """A model's part with its model.json, new or of the same origin and settings.
 
     Args:
-      path: where the checkpoint or the pictures were found; it may change.
+      path: where the checkpoint or the images were found; it may change.
       origin: what the images are of.
       settings: how they were drawn.
       replace: deletes images of an earlier origin or other settings, and their scores,

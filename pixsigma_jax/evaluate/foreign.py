@@ -1,6 +1,6 @@
-"""Folders of pictures that anybody made for a suite's prompts, as one of its models.
+"""Folders of images that anybody made for a suite's prompts, as one of its models.
 
-Pictures are matched to prompts by id, if any file is named as `EvaluationFolder` names
+Images are matched to prompts by id, if any file is named as `EvaluationFolder` names
 images (ID.* or ID_J.*), in whatever subfolder. Otherwise by order: of their paths, with
 numbers in them compared as numbers, as many as there are images to match, those of one
 prompt next to each other.
@@ -26,7 +26,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _DIGITS = re.compile(r"(\d+)")
 
 
-def find_pictures(words: Sequence[str]) -> dict[str, pathlib.Path]:
+def find_images(words: Sequence[str]) -> dict[str, pathlib.Path]:
   """Folders by model name, from [NAME=]DIR each; a folder's own name by default.
 
   Raises:
@@ -52,22 +52,22 @@ def find_pictures(words: Sequence[str]) -> dict[str, pathlib.Path]:
   return found
 
 
-def add_pictures(
+def add_images(
   folder: EvaluationFolder, name: str, directory: pathlib.Path, *, any_size: bool
 ) -> ModelFolder:
-  """Copies pictures into a model of the evaluation; those that are there stay.
+  """Copies images into a model of the evaluation; those that are there stay.
 
   PNGs are copied as they are, others are written as PNGs.
 
   Args:
-    any_size: takes pictures of other sizes than the items ask for.
+    any_size: takes images of other sizes than the items ask for.
 
   Raises:
     FileExistsError: the name is taken by images of another origin.
-    ValueError: there are not as many pictures as images to match, two are the same, or
+    ValueError: there are not as many as there are to match, two are the same, or
       one is damaged or of another size.
   """
-  matched, rule = match_pictures(folder.model(name), directory, any_size=any_size)
+  matched, rule = match_images(folder.model(name), directory, any_size=any_size)
   listing = [
     [str(path.relative_to(directory)), path.stat().st_size] for path in matched
   ]
@@ -78,7 +78,7 @@ def add_pictures(
     origin={"kind": "pictures", "files": digest},
     settings={"matched": rule, "any_size": any_size},
   )
-  logging.info("Pictures of %s are matched to prompts by %s.", directory, rule)
+  logging.info("Images of %s are matched to prompts by %s.", directory, rule)
   images = model.path / "images"
   images.mkdir(parents=True, exist_ok=True)
   disk.remove_abandoned(images)
@@ -94,15 +94,15 @@ def add_pictures(
   return model
 
 
-def match_pictures(
+def match_images(
   model: ModelFolder, directory: pathlib.Path, *, any_size: bool
 ) -> tuple[list[pathlib.Path], str]:
-  """The picture of each image that a model owes, and whether by `id` or by `order`.
+  """The image of each image that a model owes, and whether by `id` or by `order`.
 
   Raises:
-    ValueError: see `add_pictures`.
+    ValueError: see `add_images`.
   """
-  matched, rule = _match(model, pictures_below(directory), directory)
+  matched, rule = _match(model, images_below(directory), directory)
   _check_equal(matched)
   if not any_size:
     _check_sizes(model, matched)
@@ -117,8 +117,8 @@ def _copy(source: pathlib.Path, partial: pathlib.Path) -> None:
       image.convert("RGB").save(partial, format="PNG", compress_level=1)
 
 
-def pictures_below(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Pictures below a folder, in the order of their paths.
+def images_below(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Images below a folder, in the order of their paths.
 
   Raises:
     ValueError: there is none.
@@ -131,7 +131,7 @@ def pictures_below(directory: pathlib.Path) -> list[pathlib.Path]:
   ]
   if not paths:
     raise ValueError(
-      f"{directory} has no pictures in it: known are {', '.join(_SUFFIXES)}."
+      f"{directory} has no images in it: known are {', '.join(_SUFFIXES)}."
     )
   return sorted(paths, key=lambda path: _natural(path.relative_to(directory)))
 
@@ -147,7 +147,7 @@ def _natural(path: pathlib.Path) -> list[list[tuple[int, int, str]]]:
 def _match(
   model: ModelFolder, paths: Sequence[pathlib.Path], directory: pathlib.Path
 ) -> tuple[list[pathlib.Path], str]:
-  """The picture of each image that the model owes, and by which rule."""
+  """The image of each image that the model owes, and by which rule."""
   owed = list(model.images())
   stems = [model.image_path(*each).stem for each in owed]
   by_stem: dict[str, pathlib.Path] = {}
@@ -161,18 +161,18 @@ def _match(
   if any(stem in by_stem for stem in stems):
     if missing := [stem for stem in stems if stem not in by_stem]:
       raise ValueError(
-        f"{directory} has {len(stems) - len(missing)} of {len(stems)} pictures and "
+        f"{directory} has {len(stems) - len(missing)} of {len(stems)} images and "
         f"lacks {listed(missing, 3)}: each prompt needs "
         f"{_each(model)}, named by the ids of prompts.jsonl."
       )
     if extra := len(by_stem) - len(stems):
       logging.warning(
-        "%d pictures in %s are named for no prompt, and left out.", extra, directory
+        "%d images in %s are named for no prompt, and left out.", extra, directory
       )
     return [by_stem[stem] for stem in stems], "id"
   if len(paths) != len(owed):
     raise ValueError(
-      f"{directory} has {len(paths)} pictures, none of them named by the ids of "
+      f"{directory} has {len(paths)} images, none of them named by the ids of "
       f"prompts.jsonl (such as {stems[0]}.png), and the suite needs {len(owed)}: "
       f"{_each(model)} for each of {len(model.items)} prompts, in their order."
     )
@@ -181,11 +181,11 @@ def _match(
 
 def _each(model: ModelFolder) -> str:
   copies = model.images_per_item
-  return "one picture" if copies == 1 else f"{copies} pictures"
+  return "one image" if copies == 1 else f"{copies} images"
 
 
 def _check_equal(paths: Sequence[pathlib.Path]) -> None:
-  """Refuses two files of the same bytes: one of two prompts got the other's picture."""
+  """Refuses two files of the same bytes: one of two prompts got the other's image."""
   by_size: dict[int, list[pathlib.Path]] = {}
   for path in paths:
     by_size.setdefault(path.stat().st_size, []).append(path)
@@ -195,7 +195,7 @@ def _check_equal(paths: Sequence[pathlib.Path]) -> None:
       digest = disk.file_hash(path)
       if digest in seen:
         raise ValueError(
-          f"{seen[digest]} and {path} are the same picture: each prompt needs its own."
+          f"{seen[digest]} and {path} are the same image: each prompt needs its own."
         )
       seen[digest] = path
 
@@ -207,12 +207,12 @@ def _check_sizes(model: ModelFolder, paths: Sequence[pathlib.Path]) -> None:
       with Image.open(path) as image:
         width, height = image.size
     except (OSError, SyntaxError) as error:
-      raise ValueError(f"{path} is no picture: {error}. Mend or replace it.") from error
+      raise ValueError(f"{path} is no image: {error}. Mend or replace it.") from error
     if not _fits(item, height, width):
       wrong.append(f"{path} is {height} x {width} and {_wanted(item)} is asked for")
   if wrong:
     raise ValueError(
-      f"{len(wrong)} of {len(paths)} pictures are of another size (height x width): "
+      f"{len(wrong)} of {len(paths)} images are of another size (height x width): "
       f"{wrong[0]}. Make them of that size, or give --any_size, and the report says so."
     )
 

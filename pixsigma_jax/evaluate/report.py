@@ -1,4 +1,4 @@
-"""Report of an evaluation: models side by side, in JSON, Markdown and pictures.
+"""Report of an evaluation: models side by side, in JSON, Markdown and images.
 
 report.json report.md report.png contact_sheet.jpg; without matplotlib no report.png.
 """
@@ -24,11 +24,11 @@ from pixsigma_jax.evaluate.suites import (
   ScoredModel,
   Suite,
 )
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.wording import install, shortened
 
 _SHEET_ROWS = 8  # prompts of the contact sheet
-_SHEET_SIDE = 256  # pixels of its pictures' longer side
+_SHEET_SIDE = 256  # pixels of its images' longer side
 _PANEL = (3.2, 2.4)  # inches of one figure's plot
 _COLUMNS = 4
 
@@ -300,9 +300,9 @@ def contact_sheet(
     for item in chosen:
       for model in models:
         with Image.open(model.image_path(item)) as image:
-          picture = image.convert("RGB")
-        picture.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
-        yield picture, f"{model.name}: {shortened(item.prompt, 60)}"
+          small = image.convert("RGB")
+        small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+        yield small, f"{model.name}: {shortened(item.prompt, 60)}"
 
   images, labels = zip(*cells(), strict=True)
-  return pictures.grid(images, columns=len(models), labels=labels)
+  return image_files.grid(images, columns=len(models), labels=labels)

@@ -1,9 +1,9 @@
 """Sets of samples that a trainer draws, and the scores of each.
 
 WORKDIR/sample_sets/STEP/
-  NUMBER.png      pictures
+  NUMBER.png      images
   captions.jsonl  written last: with it, the set is whole; a run that goes back from a
-                  step deletes it, and draws the pictures anew
+                  step deletes it, and draws the images anew
   scores.json     of `evaluate watch`
 """
 
@@ -30,8 +30,8 @@ class SampleSet:
 
   Attributes:
     path: its folder.
-    rows: its pictures in order, each with its caption.
-    fingerprint: of the pictures, see `fingerprint_of`.
+    rows: its images in order, each with its caption.
+    fingerprint: of the images, see `fingerprint_of`.
   """
 
   path: pathlib.Path
@@ -54,7 +54,7 @@ def read(path: pathlib.Path) -> SampleSet | None:
   """The set in a folder; None while it is not whole.
 
   Raises:
-    ValueError: captions.jsonl is damaged, or has pictures that are not there.
+    ValueError: captions.jsonl is damaged, or has images that are not there.
   """
   try:
     lines = items_.read_json_lines(path / _CAPTIONS, "captions")
@@ -68,9 +68,9 @@ def read(path: pathlib.Path) -> SampleSet | None:
         "caption, as the trainer writes them."
       )
     rows.append((Item(line["id"], line["caption"]), 0, path / line["file"]))
-  if missing := [picture.name for _, _, picture in rows if not picture.is_file()]:
+  if missing := [image.name for _, _, image in rows if not image.is_file()]:
     raise ValueError(
-      f"{path} lacks {len(missing)} of {len(rows)} pictures ({listed(missing, 3)}): "
+      f"{path} lacks {len(missing)} of {len(rows)} images ({listed(missing, 3)}): "
       "put them back, or delete the whole folder."
     )
   return SampleSet(path, tuple(rows), fingerprint_of(row[2] for row in rows))
@@ -79,7 +79,7 @@ def read(path: pathlib.Path) -> SampleSet | None:
 def state_of(path: pathlib.Path) -> tuple[tuple[int, ...], ...]:
   """What changes with a set's captions, with its scores, and with files of its folder.
 
-  Costs three looks at the disk, however many pictures there are. A picture that is
+  Costs three looks at the disk, however many images there are. An image that is
   changed in its place, without a new file, does not show.
   """
   found = []
@@ -93,18 +93,18 @@ def state_of(path: pathlib.Path) -> tuple[tuple[int, ...], ...]:
   return tuple(found)
 
 
-def fingerprint_of(pictures: Iterable[pathlib.Path]) -> str:
-  """Hash of pictures' names and numbers of bytes.
+def fingerprint_of(images: Iterable[pathlib.Path]) -> str:
+  """Hash of images' names and numbers of bytes.
 
   Pixels are not read, so that it may be taken often; times do not count, so that a
   copy has the same one.
   """
-  lines = (f"{path.name}\t{path.stat().st_size}\n" for path in pictures)
+  lines = (f"{path.name}\t{path.stat().st_size}\n" for path in images)
   return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_scores(of: SampleSet) -> dict[str, Any]:
-  """Entries of scores.json by scorer; those of other pictures are left out.
+  """Entries of scores.json by scorer; those of other images are left out.
 
   Raises:
     ValueError: it is damaged.

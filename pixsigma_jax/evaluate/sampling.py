@@ -12,7 +12,7 @@ from absl import logging
 from pixsigma_jax import checkpoint, command, disk, distributed, sharding
 from pixsigma_jax.convert.model import Options
 from pixsigma_jax.evaluate.folder import EvaluationFolder, ModelFolder
-from pixsigma_jax.sample import companions, pictures, weights
+from pixsigma_jax.sample import companions, image_files, weights
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 from pixsigma_jax.sample.settings import Settings
@@ -105,7 +105,7 @@ def sample(
   index, count = jax.process_index(), jax.process_count()
   mine = {item.id for item in folder.items[index::count]}
   of_all = model.missing()
-  missing = [(item, image) for item, image in of_all if item.id in mine]
+  missing = [(item, copy) for item, copy in of_all if item.id in mine]
   # Decided by all: to read a checkpoint they must all come, those with nothing to draw
   # too.
   if not distributed.of_first(bool(of_all)):
@@ -138,7 +138,7 @@ def _draw(
   drawn = pipeline.stream(
     [item.prompt for item, _ in missing],
     **_shared(settings),
-    seed=[item.seed + image for item, image in missing],
+    seed=[item.seed + copy for item, copy in missing],
     height=[height for height, _ in sizes],
     width=[width for _, width in sizes],
   )
@@ -148,9 +148,9 @@ def _draw(
   total = len(missing)
   done = 0
   try:
-    for number, picture, about in command.progress(drawn, total, f"{model.name}"):
-      item, image = missing[number]
-      pictures.save(model.image_path(item, image), picture, about, of_many=True)
+    for number, image, about in command.progress(drawn, total, f"{model.name}"):
+      item, copy = missing[number]
+      image_files.save(model.image_path(item, copy), image, about, of_many=True)
       done += 1
   except KeyboardInterrupt:
     raise command.Interrupted(

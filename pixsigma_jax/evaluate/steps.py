@@ -62,10 +62,8 @@ _SAMPLE = (
   ),
 )
 _SCORE = (
-  Option(
-    "images", None, "Folders of pictures to compare, [NAME=]DIR, by commas.", list
-  ),
-  Option("any_size", False, "Take pictures of other sizes than asked for.", bool),
+  Option("images", None, "Folders of images to compare, [NAME=]DIR, by commas.", list),
+  Option("any_size", False, "Take images of other sizes than asked for.", bool),
 )
 _REPORT = (
   Option("resamples", 1000, "Resamples of a bootstrap interval; 0 for none.", int),
@@ -154,7 +152,7 @@ def _run(
     raise ValueError("Give --output=FOLDER, where the evaluation is or is to be.")
   path = pathlib.Path(values["output"])
   checkpoints = sampling.find_checkpoints(values.get("checkpoints") or [], source)
-  images = foreign.find_pictures(values.get("images") or [])
+  images = foreign.find_images(values.get("images") or [])
   if both := sorted(set(checkpoints) & set(images)):
     raise ValueError(f"--checkpoints and --images both have a model {both[0]}.")
   if steps == ("sample",) and not checkpoints:
@@ -258,7 +256,7 @@ def _check_scoring(
   _load_scorers(of, _chosen(of, folder, values))
   forget_shared()  # drawing needs the memory
   for name, directory in images.items():
-    foreign.match_pictures(folder.model(name), directory, any_size=values["any_size"])
+    foreign.match_images(folder.model(name), directory, any_size=values["any_size"])
 
 
 def _chosen(
@@ -283,11 +281,11 @@ def _score(
 ) -> None:
   command.keep_compiled()
   chosen = _chosen(of, folder, values)
-  # Weights that are missing or foreign are told of before pictures are copied.
+  # Weights that are missing or foreign are told of before images are copied.
   scorers = _load_scorers(of, chosen)
   if distributed.is_first():
     for name, directory in images.items():
-      foreign.add_pictures(folder, name, directory, any_size=values["any_size"])
+      foreign.add_images(folder, name, directory, any_size=values["any_size"])
   distributed.wait_for_all()
   models = folder.models()
   if not models:

@@ -66,7 +66,7 @@ def _run(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
   if values["poll_seconds"] <= 0:
     raise ValueError(f"--poll_seconds={values['poll_seconds']} must be more than 0.")
   _check_run(workdir)
-  pictures = _references(values["references"], names)
+  images = _references(values["references"], names)
   disk.check_writable(workdir / sample_sets.FOLDER)
   command.keep_compiled()
   # Weights that are missing or foreign are told of before anything is waited for.
@@ -75,7 +75,7 @@ def _run(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
     scorer = scorer_type(name).load(values)
     assert not isinstance(scorer, MadeScores)
     scorers[name] = scorer
-  watch = Watch(workdir, scorers, pictures)
+  watch = Watch(workdir, scorers, images)
   try:
     watch.look()
     if values["once"]:
@@ -126,7 +126,7 @@ def _check_run(workdir: pathlib.Path) -> None:
 
 
 def _references(folder: str | None, names: Sequence[str]) -> list[pathlib.Path]:
-  """The pictures to compare with; none where no scorer does.
+  """The images to compare with; none where no scorer does.
 
   Raises:
     NotADirectoryError: there is no such folder.
@@ -147,10 +147,10 @@ def _references(folder: str | None, names: Sequence[str]) -> list[pathlib.Path]:
     )
   if not pathlib.Path(folder).is_dir():
     raise NotADirectoryError(f"--references={folder} is no folder.")
-  pictures = foreign.pictures_below(pathlib.Path(folder))
-  if len(pictures) < 2:
-    raise ValueError(f"--references={folder} has 1 picture: a distance needs two.")
-  return pictures
+  images = foreign.images_below(pathlib.Path(folder))
+  if len(images) < 2:
+    raise ValueError(f"--references={folder} has 1 image: a distance needs two.")
+  return images
 
 
 class Watch:
@@ -169,7 +169,7 @@ class Watch:
     """Takes what `look` needs.
 
     Args:
-      references: pictures that some of the scorers compare with.
+      references: images that some of the scorers compare with.
     """
     self._workdir, self._scorers = workdir, scorers
     self._references = [(Item(path.stem, ""), 0, path) for path in references]
@@ -184,7 +184,7 @@ class Watch:
     """Scores all sets that are whole and not scored yet.
 
     Raises:
-      ValueError: a set or one of its pictures is damaged.
+      ValueError: a set or one of its images is damaged.
     """
     begun = sample_sets.begun(self._workdir)
     found = {path: self._read(path) for path in begun}
@@ -305,7 +305,7 @@ def _table(
 
 
 def _sized(row: Row) -> Row:
-  """A row that says its picture's size, so that few of large ones are read together."""
+  """A row that says its image's size, so that few of large ones are read together."""
   item, number, path = row
   with Image.open(path) as image:
     width, height = image.size

@@ -4,7 +4,7 @@ python -m pixsigma_jax.plan --config=FILE --topology=v5e:8x8 [--config.field=val
 
 Compiles the train step ahead of time, which takes minutes; exit code 1 if it does not
 fit. With --nocompile, and for GPUs where JAX's CUDA plugin is not installed, the
-analytic model alone: docs/plan.md. With --sample a picture drawn by the stage's model,
+analytic model alone: docs/plan.md. With --sample an image drawn by the stage's model,
 in place of a step; on several devices by their number too: docs/several_devices.md.
 """
 

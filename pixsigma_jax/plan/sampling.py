@@ -33,7 +33,7 @@ class Sampling:
 
   Attributes:
     mesh: sizes of its axes, of devices that draw together.
-    tokens: of the picture, at the resolution that the model is trained at.
+    tokens: of the image, at the resolution that the model is trained at.
     passes: in which the halves of guidance are taken.
     parameters: bytes, as `Pipeline` holds them: matrices in the dtype of products.
     total: bytes in use at once at most on a device, parameters among them.
@@ -100,7 +100,7 @@ def plan_sampling(
       raise DoesNotFitError(f"{total / _GIB:.2f} GiB are in use at once")
   except DoesNotFitError as error:
     raise DoesNotFitError(
-      f"Does not fit: a device has {chip.usable / _GIB:.2f} GiB, and a picture of "
+      f"Does not fit: a device has {chip.usable / _GIB:.2f} GiB, and an image of "
       f"{model.base_size} x {model.base_size} tokens takes more, with guidance in "
       f"{passes} pass(es): {error}"
     ) from error
@@ -191,7 +191,7 @@ def text(sampling: Sampling, machines: Topology, name: str) -> str:
       f"{count} {machines.kind}, guidance {axes[GUIDANCE]} x context {axes[CONTEXT]}"
     )
   lines = [
-    f"A picture by {name} on {drawn_on}: {sampling.tokens:,} tokens, {STEPS} "
+    f"An image by {name} on {drawn_on}: {sampling.tokens:,} tokens, {STEPS} "
     f"steps of {SAMPLER}, guidance in {passes}",
     "",
     "Memory of a device, GiB (by the compiler, at most at once)",

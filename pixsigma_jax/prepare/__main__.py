@@ -25,7 +25,7 @@ from pixsigma_jax import command
 from pixsigma_jax.data import buckets
 from pixsigma_jax.data.crops import CropRule, filter_at
 from pixsigma_jax.data.records import MANIFEST, open_dataset
-from pixsigma_jax.prepare import check, features, official, pictures, write
+from pixsigma_jax.prepare import check, cropped_images, features, official, write
 from pixsigma_jax.prepare.digits import prepare_digits
 from pixsigma_jax.prepare.openmoji import Drawing, prepare_openmoji
 from pixsigma_jax.prepare.settings import Settings
@@ -67,7 +67,7 @@ _ALLOW_UPSCALING = flags.DEFINE_bool(
 _IMAGES_PER_SHARD = flags.DEFINE_integer(
   "images_per_shard", 1024, "Images of one file: the piece that one process works on."
 )
-_PICTURES = flags.DEFINE_string(
+_IMAGES = flags.DEFINE_string(
   "pictures", None, "Directory of the cropped images; OUTPUT-pictures by default."
 )
 _UPDATE = flags.DEFINE_bool(
@@ -162,7 +162,7 @@ def _from_index(index: str) -> None:
       f"--parts={','.join(parts)} must be one or more of {','.join(_PARTS)}."
     )
   output = pathlib.Path(_OUTPUT.value)
-  where = _PICTURES.value or output.with_name(f"{output.name}-pictures")
+  where = _IMAGES.value or output.with_name(f"{output.name}-pictures")
   frozen = ""
   if "features" in parts or _CHECK.value is not None:
     if _FROZEN.value is None:
@@ -171,7 +171,7 @@ def _from_index(index: str) -> None:
       )
     frozen = str(locate(_FROZEN.value))
   if "pictures" in parts:
-    cropped = pictures.prepare_pictures(
+    cropped = cropped_images.prepare_images(
       index,
       where,
       rule=_crop_rule(),
@@ -189,7 +189,7 @@ def _from_index(index: str) -> None:
     command.keep_compiled()
     process, count = _process()
     written = features.prepare_features(
-      pictures.open_pictures(where),
+      cropped_images.open_images(where),
       output,
       _settings(frozen),
       process_index=process,
@@ -198,7 +198,7 @@ def _from_index(index: str) -> None:
     )
     _say_what_is_there(written)
   if _CHECK.value is not None:
-    check.check(pictures.open_pictures(where), output, frozen, _CHECK.value)
+    check.check(cropped_images.open_images(where), output, frozen, _CHECK.value)
     print(_CHECK.value)
 
 

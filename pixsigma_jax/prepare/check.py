@@ -1,4 +1,4 @@
-"""Checks records by eye: decodes some beside the pictures that they were made of."""
+"""Checks records by eye: decodes some beside the images that they were made of."""
 
 import math
 import os
@@ -11,37 +11,37 @@ from PIL import Image
 from pixsigma_jax import disk
 from pixsigma_jax.convert import vae
 from pixsigma_jax.data.records import open_dataset
+from pixsigma_jax.prepare.cropped_images import CroppedImages
 from pixsigma_jax.prepare.load import weights_hash
-from pixsigma_jax.prepare.pictures import Pictures
-from pixsigma_jax.sample import pictures as drawing
+from pixsigma_jax.sample import image_files
 
 _CHECKED = 8  # records that `check` looks at
-_SHEET_SIDE = 512  # pixels of a picture on its sheet, at most
+_SHEET_SIDE = 512  # pixels of an image on its sheet, at most
 
 
 def check(
-  pictures: Pictures,
+  images: CroppedImages,
   directory: str | os.PathLike[str],
   frozen: str,
   sheet: str | os.PathLike[str],
 ) -> float:
-  """Decodes some records and shows them beside the pictures that they were made of.
+  """Decodes some records and shows them beside the images that they were made of.
 
   Prints each one's peak signal-to-noise ratio. With SDXL's autoencoder photographs are
   around 30 dB.
 
   Args:
-    pictures: those that the dataset was made of.
+    images: those that the dataset was made of.
     directory: of the finished dataset.
     frozen: folder with the vae/ that made it.
-    sheet: PNG file to write, left the picture and right the decoded record.
+    sheet: PNG file to write, left the image and right the decoded record.
 
   Returns:
     the ratio of all pixels together, in dB.
 
   Raises:
     FileNotFoundError: dataset or autoencoder is not there.
-    ValueError: the dataset was made with another autoencoder, or of other pictures.
+    ValueError: the dataset was made with another autoencoder, or of other images.
   """
   dataset = open_dataset(directory)
   vae_folder = pathlib.Path(frozen) / "vae"
@@ -56,26 +56,26 @@ def check(
   shown, labels, errors = [], [], []
   for number, record in zip(numbers, dataset.read(numbers), strict=True):
     shard, _ = dataset.place(number)
-    if shard >= pictures.num_shards or record.id not in pictures.ids(shard):
+    if shard >= images.num_shards or record.id not in images.ids(shard):
       raise ValueError(
-        f"{record.id} of {directory} is not among the pictures of "
-        f"{pictures.directory}: give --pictures as when it was prepared."
+        f"{record.id} of {directory} is not among the images of "
+        f"{images.directory}: give --pictures as when it was prepared."
       )
-    [picture] = pictures.read(shard, [pictures.ids(shard).index(record.id)])
+    [cropped] = images.read(shard, [images.ids(shard).index(record.id)])
     moments = record.latent_moments
     assert moments is not None  # the features say so
     mean = moments[None, ..., : dataset.manifest.channels].astype(np.float32)
     decoded = np.clip(autoencoder.decode(mean)[0], -1, 1)
-    original = drawing.from_picture(picture.image())
+    original = image_files.from_image(cropped.image())
     error = float(np.square(decoded - original).mean())
     errors.append((error, original.size))
     print(f"{_psnr(error):6.2f} dB  {record.id}")
-    shown += [_small(picture.image()), _small(drawing.to_picture(decoded))]
+    shown += [_small(cropped.image()), _small(image_files.to_image(decoded))]
     labels += [record.id, f"{_psnr(error):.2f} dB"]
   values, weights = zip(*errors, strict=True)
   ratio = _psnr(float(np.average(values, weights=weights)))
   print(f"{ratio:6.2f} dB  in all {count} records that were decoded")
-  grid = drawing.grid(shown, columns=2, labels=labels)
+  grid = image_files.grid(shown, columns=2, labels=labels)
   disk.write_whole(pathlib.Path(sheet), lambda partial: grid.save(partial, "png"))
   return ratio
 
@@ -85,7 +85,7 @@ def _psnr(error: float) -> float:
   return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
-def _small(picture: Image.Image) -> Image.Image:
-  picture = picture.copy()
-  picture.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
-  return picture
+def _small(image: Image.Image) -> Image.Image:
+  image = image.copy()
+  image.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+  return image

@@ -1,4 +1,4 @@
-"""The records of the miniature: captioned pictures of handwritten digits."""
+"""The records of the miniature: captioned images of handwritten digits."""
 
 import pathlib
 from collections.abc import Container, Iterator
@@ -25,7 +25,7 @@ def prepare_digits(
   seed: int,
   scaling_factor: float,
 ) -> bool:
-  """Writes `count` pictures with all their captions.
+  """Writes `count` images with all their captions.
 
   Args:
     directory: new, empty, or left behind by an interrupted run, which starts over.
@@ -76,7 +76,7 @@ def _records(
 def _record(
   name: str, scene: Scene, glyphs: tuple[int, ...], resolution: int
 ) -> Record:
-  """One picture and all the ways to ask for it."""
+  """One image and all the ways to ask for it."""
   image = digits.render(scene, glyphs, resolution)
   captions = [
     (caption, kind)

@@ -1,4 +1,4 @@
-"""Encodes pictures and captions: through VAE and T5 into records."""
+"""Encodes images and captions: through VAE and T5 into records."""
 
 import collections
 import concurrent.futures
@@ -11,10 +11,10 @@ from jaxtyping import Float16, Float32
 from pixsigma_jax.data.records import Record
 from pixsigma_jax.models.t5 import T5TextEncoder
 from pixsigma_jax.models.vae import KLAutoencoder
-from pixsigma_jax.prepare.pictures import Picture, Pictures, Refusal
+from pixsigma_jax.prepare.cropped_images import CroppedImage, CroppedImages, Refusal
 from pixsigma_jax.prepare.reuse import Previous
 from pixsigma_jax.prepare.settings import Settings
-from pixsigma_jax.sample import pictures as drawing
+from pixsigma_jax.sample import image_files
 
 # A caption that is on its way into a record: text, kind, tokens.
 Caption: TypeAlias = tuple[str, str, int]
@@ -22,25 +22,25 @@ Caption: TypeAlias = tuple[str, str, int]
 # What one device encodes at once unless told otherwise: the pixels of one 1024² image,
 # and no more than so many images.
 _PIXELS_AT_ONCE, _IMAGES_AT_ONCE = 1024**2, 16
-# Pictures whose captions are embedded together, at least: T5 takes 16 at a time.
-_PICTURES_AT_ONCE = 8
+# Images whose captions are embedded together, at least: T5 takes 16 at a time.
+_IMAGES_AT_ONCE = 8
 
 
 class Encode:
-  """The records of a shard of pictures, by its number."""
+  """The records of a shard of images, by its number."""
 
   def __init__(
     self,
-    pictures: Pictures,
+    images: CroppedImages,
     settings: Settings,
     autoencoder: KLAutoencoder,
     encoder: T5TextEncoder,
     num_devices: int,
     previous: Previous,
   ):
-    self._pictures, self._settings, self._previous = pictures, settings, previous
+    self._images, self._settings, self._previous = images, settings, previous
     self._autoencoder, self._encoder = autoencoder, encoder
-    fitting = _PIXELS_AT_ONCE // pictures.resolution**2
+    fitting = _PIXELS_AT_ONCE // images.resolution**2
     each = min(max(1, fitting), _IMAGES_AT_ONCE)
     self._batch = settings.batch_size or num_devices * each
 
@@ -48,46 +48,46 @@ class Encode:
     # By size, so that a program of one shape is run on full batches; within a size, in
     # the index's order.
     positions: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-    for position, size in enumerate(self._pictures.sizes(shard)):
+    for position, size in enumerate(self._images.sizes(shard)):
       positions[size].append(position)
-    at_once = self._batch * -(-_PICTURES_AT_ONCE // self._batch)
+    at_once = self._batch * -(-_IMAGES_AT_ONCE // self._batch)
     chunks = [
       positions[size][start : start + at_once]
       for size in positions
       for start in range(0, len(positions[size]), at_once)
     ]
-    for loaded in _ahead(self._pictures, shard, chunks):
+    for loaded in _ahead(self._images, shard, chunks):
       yield from self._encoded(loaded)
 
   def _encoded(
-    self, loaded: Sequence[tuple[Picture, Float32[np.ndarray, "H W 3"]]]
+    self, loaded: Sequence[tuple[CroppedImage, Float32[np.ndarray, "H W 3"]]]
   ) -> Iterator[Record | Refusal]:
     captions: list[list[Caption]] = []
     kept = []
-    for picture, image in loaded:
-      fitting, refusals = _fitting(picture, self._encoder, self._settings)
+    for cropped, image in loaded:
+      fitting, refusals = _fitting(cropped, self._encoder, self._settings)
       yield from refusals
       if fitting:
-        kept.append((picture, image))
+        kept.append((cropped, image))
         captions.append(fitting)
       else:
-        yield Refusal(id=picture.id, reason="has no caption that fits")
+        yield Refusal(id=cropped.id, reason="has no caption that fits")
     if not kept:
       return
-    before = [self._previous.record(picture.id) for picture, _ in kept]
+    before = [self._previous.record(cropped.id) for cropped, _ in kept]
     moments = self._moments([image for _, image in kept], before)
     embeddings = self._embeddings(captions, before)
-    for i, (picture, _) in enumerate(kept):
+    for i, (cropped, _) in enumerate(kept):
       texts, kinds, lengths = zip(*captions[i], strict=True)
       yield Record(
-        id=picture.id,
+        id=cropped.id,
         captions=texts,
         caption_kinds=kinds,
         caption_lengths=np.array(lengths, np.int32),
         caption_embeddings=embeddings[i],
-        original_size=picture.original_size,
-        crop=picture.crop,
-        aesthetic_score=picture.aesthetic_score,
+        original_size=cropped.original_size,
+        crop=cropped.crop,
+        aesthetic_score=cropped.aesthetic_score,
         latent_moments=moments[i],
       )
 
@@ -136,15 +136,15 @@ class Encode:
 
 
 def _fitting(
-  picture: Picture, encoder: T5TextEncoder, settings: Settings
+  cropped: CroppedImage, encoder: T5TextEncoder, settings: Settings
 ) -> tuple[list[Caption], list[Refusal]]:
-  """The captions of a picture that get into its record, and those that do not."""
+  """The captions of an image that get into its record, and those that do not."""
   limit, captions, refusals = settings.caption_length, [], []
 
   def refuse(reason: str, text: str, what: str = "caption") -> None:
-    refusals.append(Refusal(id=picture.id, reason=reason, detail=text[:200], what=what))
+    refusals.append(Refusal(id=cropped.id, reason=reason, detail=text[:200], what=what))
 
-  for text, kind in picture.captions:
+  for text, kind in cropped.captions:
     text = text.strip()  # all that the reference does to captions before it embeds them
     count = encoder.count(text)
     if count > limit and text and settings.truncate_captions:
@@ -161,18 +161,18 @@ def _fitting(
 
 
 def _ahead(
-  pictures: Pictures, shard: int, chunks: Sequence[Sequence[int]]
-) -> Iterator[list[tuple[Picture, Float32[np.ndarray, "H W 3"]]]]:
-  """Chunks of pictures with their pixels, the next decoded while one is in use."""
+  images: CroppedImages, shard: int, chunks: Sequence[Sequence[int]]
+) -> Iterator[list[tuple[CroppedImage, Float32[np.ndarray, "H W 3"]]]]:
+  """Chunks of images with their pixels, the next decoded while one is in use."""
 
-  def decode(picture: Picture) -> tuple[Picture, np.ndarray]:
-    return picture, drawing.from_picture(picture.image())
+  def decode(cropped: CroppedImage) -> tuple[CroppedImage, np.ndarray]:
+    return cropped, image_files.from_image(cropped.image())
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     waiting = collections.deque()
     for chunk in chunks:
-      read = pictures.read(shard, chunk)
-      waiting.append([pool.submit(decode, picture) for picture in read])
+      read = images.read(shard, chunk)
+      waiting.append([pool.submit(decode, cropped) for cropped in read])
       if len(waiting) > 1:
         yield [future.result() for future in waiting.popleft()]
     for futures in waiting:

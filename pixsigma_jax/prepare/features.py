@@ -1,7 +1,7 @@
-"""The accelerator side of preparing: pictures through VAE and T5 into feature records.
+"""The accelerator side of preparing: images through VAE and T5 into feature records.
 
 Any number of processes work on one dataset, each on shards of its own. A shard is
-written whole or not at all and depends on nothing but its pictures, so that killed
+written whole or not at all and depends on nothing but its images, so that killed
 processes, more of them or fewer, leave the same files behind.
 """
 
@@ -19,15 +19,15 @@ from pixsigma_jax.data.writing import begin_dataset
 from pixsigma_jax.prepare import contents, load
 from pixsigma_jax.prepare.compare import is_finished, make_room
 from pixsigma_jax.prepare.contents import Contents
+from pixsigma_jax.prepare.cropped_images import CroppedImages
 from pixsigma_jax.prepare.encode import Encode
-from pixsigma_jax.prepare.pictures import Pictures
 from pixsigma_jax.prepare.reuse import Previous
 from pixsigma_jax.prepare.settings import Settings
 from pixsigma_jax.prepare.write import check_process, finish_with_report, write_shards
 
 
 def prepare_features(
-  pictures: Pictures,
+  images: CroppedImages,
   directory: str | os.PathLike[str],
   settings: Settings,
   *,
@@ -42,7 +42,7 @@ def prepare_features(
   go beside the dataset, see `write.reports_of`.
 
   Args:
-    pictures: all of them there.
+    images: all of them there.
     directory: new, or begun by the same job.
     process_index, process_count: this process takes the shards whose number leaves the
       remainder process_index when divided by process_count.
@@ -59,16 +59,16 @@ def prepare_features(
     FileExistsError: the directory holds another dataset, or files of someone else: the
       message names what differs.
     FileNotFoundError: a network's files are missing.
-    ValueError: they are not those of a VAE or T5, pictures are missing, no record is
+    ValueError: they are not those of a VAE or T5, images are missing, no record is
       left, or an argument is out of its range.
     OSError: a file cannot be written.
   """
   directory = pathlib.Path(directory)
   check_process(process_index, process_count)
-  if missing := pictures.missing():
+  if missing := images.missing():
     raise ValueError(
-      f"{len(missing)} of {pictures.num_shards} shards of pictures are missing in "
-      f"{pictures.directory}, the first is {missing[0]}: finish --parts=pictures first."
+      f"{len(missing)} of {images.num_shards} shards of images are missing in "
+      f"{images.directory}, the first is {missing[0]}: finish --parts=pictures first."
     )
   folder = pathlib.Path(settings.frozen)
   devices = jax.local_devices() if devices is None else devices
@@ -79,16 +79,16 @@ def prepare_features(
     settings,
     autoencoder,
     t5_config,
-    resolution=pictures.resolution,
-    crop_rule=pictures.crop_rule,
+    resolution=images.resolution,
+    crop_rule=images.crop_rule,
   )
-  made_of = _made_of(pictures, settings)
+  made_of = _made_of(images, settings)
   if update:
-    make_room(directory, features, pictures.num_shards, made_of, process_index)
-  if is_finished(directory, features, pictures.num_shards, made_of):
+    make_room(directory, features, images.num_shards, made_of, process_index)
+  if is_finished(directory, features, images.num_shards, made_of):
     contents.drop_previous(directory)
     return False
-  shapes = {size for i in range(pictures.num_shards) for size in pictures.sizes(i)}
+  shapes = {size for i in range(images.num_shards) for size in images.sizes(i)}
   autoencoder = load.in_tiles(autoencoder, shapes, settings.tile_size)
   encoder = load.text_encoder(folder, settings, t5_config, devices)
   null_caption = None
@@ -96,26 +96,26 @@ def prepare_features(
     # Where padding is, too: as the reference's file of it.
     null_caption = encoder.encode([""], settings.caption_length)[0][0]
   try:
-    unfinished = begin_dataset(directory, features, null_caption, pictures.num_shards)
+    unfinished = begin_dataset(directory, features, null_caption, images.num_shards)
   except FileExistsError:
     # Loading T5 takes minutes, in which others may have written the last shards.
-    if is_finished(directory, features, pictures.num_shards, made_of):
+    if is_finished(directory, features, images.num_shards, made_of):
       return False
     raise
   if made_of is not None:
     made_of.write(directory)
   previous = Previous(directory, features, made_of)
-  encode = Encode(pictures, settings, autoencoder, encoder, len(devices), previous)
-  sizes = [len(pictures.ids(shard)) for shard in range(pictures.num_shards)]
+  encode = Encode(images, settings, autoencoder, encoder, len(devices), previous)
+  sizes = [len(images.ids(shard)) for shard in range(images.num_shards)]
   write_shards(unfinished, encode, process_index, process_count, sizes)
-  if finish_with_report(unfinished, pictures.refusals()):
+  if finish_with_report(unfinished, images.refusals()):
     contents.drop_previous(directory)
   return True
 
 
-def _made_of(pictures: Pictures, settings: Settings) -> Contents | None:
+def _made_of(images: CroppedImages, settings: Settings) -> Contents | None:
   """Contents of the records of cropped images, and how they are made."""
-  made_of = pictures.contents()
+  made_of = images.contents()
   if made_of is None:
     return None
   how = {

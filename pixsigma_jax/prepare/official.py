@@ -30,7 +30,7 @@ from pixsigma_jax.models.autoencoders import SDXL_SCALING_FACTOR, vae_identity
 from pixsigma_jax.models.vae import LOG_VARIANCE_RANGE
 from pixsigma_jax.prepare import compare, contents, write
 from pixsigma_jax.prepare.contents import Contents
-from pixsigma_jax.prepare.pictures import Refusal
+from pixsigma_jax.prepare.cropped_images import Refusal
 from pixsigma_jax.wording import listed
 
 # The reference leaves out what is higher; nothing hinders it to be as wide as it likes.

@@ -19,7 +19,7 @@ class Settings:
     caption_length: tokens that a caption may have.
     truncate_captions: whether longer ones are cut, instead of dropped.
     text_dtype: of T5: bfloat16 or float32.
-    batch_size: pictures that the VAE encodes at once; None for as many as have the
+    batch_size: images that the VAE encodes at once; None for as many as have the
       pixels of one 1024² image on each device, 16 at most.
     tile_size: side in pixels of the VAE's tiles, for a device without the memory for
       whole images; None for whole ones, which alone equal the reference.

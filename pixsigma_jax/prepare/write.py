@@ -14,7 +14,7 @@ from pixsigma_jax.convert import files
 from pixsigma_jax.data import records
 from pixsigma_jax.data.records import Record
 from pixsigma_jax.data.writing import Unfinished
-from pixsigma_jax.prepare.pictures import Refusal, count_reasons
+from pixsigma_jax.prepare.cropped_images import Refusal, count_reasons
 
 _REPORT, _REFUSED = "report.json", "refused.jsonl"
 

@@ -39,7 +39,7 @@ from pixsigma_jax.models.vae import (
   VAEConfig,
   abstract_params,
 )
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.wording import install
 
 # Of scikit-image's wheel; scikit-learn has one of each split beside them.
@@ -257,10 +257,10 @@ def held_out_images(side: int) -> dict[str, list[Image.Image]]:
   Args:
     side: in pixels, a multiple of 32.
   """
-  photos = [pictures.fit(photo, side, side) for photo in photographs("held_out")]
+  photos = [image_files.fit(photo, side, side) for photo in photographs("held_out")]
   rows = side // _CELL
   sheet = composed(digit_cells("reader", rows**2, seed=3), rows)
-  return {"photographs": photos, "digits": [pictures.to_picture(sheet)]}
+  return {"photographs": photos, "digits": [image_files.to_image(sheet)]}
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -271,12 +271,12 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 def through(autoencoder: KLAutoencoder, image: Image.Image) -> tuple[Image.Image, int]:
   """An image through its latents at eight bits each, and how many bytes these are."""
-  latents = autoencoder.encode(np.asarray(pictures.from_picture(image))[None])
+  latents = autoencoder.encode(np.asarray(image_files.from_image(image))[None])
   low, high = (f(latents, axis=(0, 1, 2), keepdims=True) for f in (np.min, np.max))
   step = np.maximum(high - low, 1e-12) / 255
   levels = np.round((latents - low) / step)
   found = autoencoder.decode((levels * step + low).astype(np.float32))
-  return pictures.to_picture(found[0]), latents.size
+  return image_files.to_image(found[0]), latents.size
 
 
 def jpeg(image: Image.Image, most: int) -> Image.Image:

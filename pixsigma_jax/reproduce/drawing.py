@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from PIL import Image
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.wording import install
 
 # Label of a curve → step → what each seed has.
@@ -57,7 +57,7 @@ def strips(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:
   for label, by_step in rows.items():
     images += [by_step.get(step, nothing) for step in steps]
     labels += [f"{label}, step {step}" if step in by_step else "" for step in steps]
-  return pictures.grid(images, len(steps), labels)
+  return image_files.grid(images, len(steps), labels)
 
 
 def stacked(images: Sequence[Image.Image]) -> Image.Image:

@@ -31,7 +31,7 @@ from pixsigma_jax.evaluate.digits import (
 )
 from pixsigma_jax.evaluate.metrics.distributions import fid
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.train.batches import Batches
 from pixsigma_jax.train.config import call
@@ -116,7 +116,7 @@ def accuracies(drawn: Drawn) -> dict[str, float]:
     Of each task, of `pairs` (both tasks of two digits) and of `seen` and `unseen`
     scenes.
   """
-  images = [pictures.from_picture(image) for image in drawn.images]
+  images = [image_files.from_image(image) for image in drawn.images]
   right = prompt_accuracy(images, [prompt.scene for prompt in drawn.prompts])
   tasks = np.array([prompt.task for prompt in drawn.prompts])
   novelties = np.array([prompt.novelty for prompt in drawn.prompts])
@@ -179,7 +179,7 @@ class Distances:
     cells = []
     for image, prompt in zip(drawn.images, drawn.prompts, strict=True):
       rows, columns = digits.CELLS[prompt.task]
-      array = np.asarray(pictures.from_picture(image))
+      array = np.asarray(image_files.from_image(image))
       for row, column in itertools.product(range(rows), range(columns)):
         top, left = row * self._pixels, column * self._pixels
         cells.append(array[top : top + self._pixels, left : left + self._pixels])

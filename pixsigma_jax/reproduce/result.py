@@ -49,7 +49,7 @@ class Result:
     tables: the paper's and ours.
     remarks: paragraphs to read them with.
     data: every number of ours unrounded, for JSON.
-    plot: a picture of it, or None.
+    plot: an image of it, or None.
   """
 
   title: str

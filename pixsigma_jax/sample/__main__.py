@@ -1,10 +1,10 @@
-"""Draws prompts with a trained model, as pictures that say how they were made.
+"""Draws prompts with a trained model, as images that say how they were made.
 
   python -m pixsigma_jax.sample --checkpoint=DIR --prompt=TEXT --output=DIR
 
 Files are numbered on from the highest number that is there, also where several such
 commands write to one folder. Each carries its prompt, seed and all settings: in text
-chunks of a PNG, in the EXIF comment of a WebP or JPEG. After Ctrl-C the pictures that
+chunks of a PNG, in the EXIF comment of a WebP or JPEG. After Ctrl-C the images that
 are written stay, and the last line is the command that draws the others.
 """
 
@@ -36,7 +36,7 @@ from pixsigma_jax.sample import (
   companions,
   devices,
   editing,
-  pictures,
+  image_files,
   weighting,
   weights,
 )
@@ -92,7 +92,7 @@ _CAPTIONS = flags.DEFINE_string(
   "captions", None, "Embeddings that --save_captions wrote: no text encoder is needed."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 1, "Pictures drawn at once; more are faster if they are small."
+  "batch_size", 1, "Images drawn at once; more are faster if they are small."
 )
 _MODELS = ModelFlags()
 _MESH = flags.DEFINE_string("mesh", "auto", devices.MESH_HELP)
@@ -115,12 +115,12 @@ _ATTENTION = flags.DEFINE_enum(
   "attention",
   "auto",
   list(attention.CHOICES),
-  "Its implementation; auto takes what suits the devices and the picture's size.",
+  "Its implementation; auto takes what suits the devices and the image's size.",
 )
 _FORMAT = flags.DEFINE_enum(
-  "format", "png", list(pictures.FORMATS), "Of the pictures' files."
+  "format", "png", list(image_files.FORMATS), "Of the images' files."
 )
-_GRID = flags.DEFINE_bool("grid", False, "Also write all pictures in one, grid.*.")
+_GRID = flags.DEFINE_bool("grid", False, "Also write all images in one, grid.*.")
 
 
 def main(_: list[str]) -> None:
@@ -140,7 +140,7 @@ def main(_: list[str]) -> None:
   )
   for i, (about, source) in enumerate(zip(own, sources, strict=True)):
     sides = (about["height"] or 0, about["width"] or 0)
-    pictures.check_sides(_FORMAT.value, *(source.size if source else sides))
+    image_files.check_sides(_FORMAT.value, *(source.size if source else sides))
     steps_of(settings.num_inference_steps, strength_of(i, about["strength"], source))
   companions.check_scale(_MODELS.values()["autoguidance"], settings.autoguidance_scale)
   devices.check(
@@ -183,7 +183,7 @@ def _draw(
   directory: pathlib.Path,
   written: dict[int, pathlib.Path],
 ) -> None:
-  """Draws and writes all pictures; `written` has, at any time, those that are there."""
+  """Draws and writes all images; `written` has, at any time, those that are there."""
   command.keep_compiled()
   compute = compute_here(_DTYPE.value, _ATTENTION.value)
   timing = Timing()
@@ -222,13 +222,13 @@ def _draw(
     previewed = PreviewFiles(pathlib.Path(_PREVIEWS.value), total)
     arguments = {**arguments, "callback_on_step_end": previewed}
   drawn = pipeline.stream(prompts, **asked, **arguments)
-  folder = pictures.PictureFolder(directory, _FORMAT.value)
+  folder = image_files.ImageFolder(directory, _FORMAT.value)
   for_grid: dict[int, tuple[Image.Image, dict[str, Any]]] = {}
-  for number, picture, about in command.progress(drawn, total, "Pictures"):
-    written[number] = path = folder.save(number, picture, about)
+  for number, image, about in command.progress(drawn, total, "Images"):
+    written[number] = path = folder.save(number, image, about)
     print(path, flush=True)
     if _GRID.value:
-      for_grid[number] = picture, about
+      for_grid[number] = image, about
   print(f"Spent: {timing}.", file=sys.stderr)
   if _GRID.value:
     images, abouts = zip(*(for_grid[i] for i in range(total)), strict=True)
@@ -239,11 +239,11 @@ def _save_grid(output: Output, prompts: list[str], first: pathlib.Path) -> pathl
   grid, about = output.grid(), {"prompts": prompts, "first": first.name}
   path = first.with_stem("grid")
   try:
-    pictures.save(path, grid, about)
+    image_files.save(path, grid, about)
   except FileExistsError:
     path = first.with_stem(f"grid-{first.stem}")
-    logging.info("The grid of earlier pictures stays; this one is %s.", path.name)
-    pictures.save(path, grid, about)
+    logging.info("The grid of earlier images stays; this one is %s.", path.name)
+    image_files.save(path, grid, about)
   return path
 
 
@@ -251,7 +251,7 @@ def _way_on(
   rest: Sequence[dict[str, Any]], written: Mapping[int, Any], directory: pathlib.Path
 ) -> str:
   """Message: how many images are written, and the command that draws the others."""
-  count = f"{len(written)} of {len(rest)} pictures are written to {directory}."
+  count = f"{len(written)} of {len(rest)} images are written to {directory}."
   if not written:
     return f"{count} The same command draws them."
   lines = [
@@ -262,7 +262,7 @@ def _way_on(
   if not lines:
     return count
   path = _save_rest("".join(f"{line}\n" for line in lines), directory)
-  # Captions are saved before the first picture, and would be written over by fewer.
+  # Captions are saved before the first image, and would be written over by fewer.
   replaced = {"prompt", "prompts_file", "num_images_per_prompt", "save_captions"}
   replaced |= {*_OWN_SETTINGS, *_OWN_ARGUMENTS}
   given = [

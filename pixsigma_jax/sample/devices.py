@@ -30,7 +30,7 @@ _AXES = (DATA, GUIDANCE, CONTEXT)
 _LENGTHS_PER_GRID = 16
 
 # Tokens of an image below which a device computes for less time than it waits for
-# others: a picture of 256 px.
+# others: an image of 256 px.
 _TOKENS_OF_A_DEVICE = 256
 
 # Arrays of a batch that have an image's tokens on this axis; others are whole rows.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pixsigma_jax.data import image_bytes
 from pixsigma_jax.data.buckets import Bucket
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 
 # How much of an image is drawn anew by default, without a mask and with one.
 IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
@@ -54,8 +54,8 @@ class Source:
 
   def at(self, drawn: Bucket) -> Float32[np.ndarray, "h w 3"]:
     """The image in [-1, 1], stretched to the size that is drawn."""
-    image = pictures.stretch(Image.fromarray(self.image), *drawn)
-    return np.asarray(pictures.from_picture(image), np.float32)
+    image = image_files.stretch(Image.fromarray(self.image), *drawn)
+    return np.asarray(image_files.from_image(image), np.float32)
 
   def mask_at(self, drawn: Bucket, downsampling: int) -> Bool[np.ndarray, "h w"] | None:
     """True for latents of which any pixel is drawn anew, at the size that is drawn."""

@@ -141,7 +141,7 @@ def locate(source: str | os.PathLike[str]) -> pathlib.Path:
 class RememberedCaptions:
   """A text encoder with stored embeddings of some captions, without a network.
 
-  With it T5 need not be in memory while pictures are drawn, nor on the machine at all.
+  With it T5 need not be in memory while images are drawn, nor on the machine at all.
   """
 
   def __init__(

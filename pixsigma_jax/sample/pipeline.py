@@ -1,10 +1,10 @@
-"""From a trained model and prompts to pictures.
+"""From a trained model and prompts to images.
 
 Names and defaults are those of diffusers' `PixArtSigmaPipeline`. These are all the
 differences:
 
 - The unconditional half of the default negative prompt sees the null caption under the
-  mask of the picture's own caption, as the published training and sampling code do
+  mask of the image's own caption, as the published training and sampling code do
   (`PixArt_blocks.py: CaptionEmbedder.token_drop`), not under a mask of one token:
   `unconditional_mask` chooses.
 - Prompts are taken as they are, as Σ was trained: `caption_cleaning` chooses, in place
@@ -13,12 +13,12 @@ differences:
   `guidance_scale` is refused, not taken for none.
 - `seed`, `sampler` and `use_karras_sigmas` stand in place of `generator`, `eta`,
   `sigmas` and an exchanged scheduler. JAX's noise is not torch's: equal seeds give
-  other pictures. `latents` are one array a picture, channels last.
+  other images. `latents` are one array an image, channels last.
 - `height`, `width`, `seed` and `negative_prompt` can be each prompt's own. Sides are
   multiples of a token's, where diffusers asks for multiples of 8; sizes far from the
   training's are remarked upon or refused.
 - `use_resolution_binning` has no effect where there is no table of sizes, which
-  diffusers refuses; 2880 and 4096 have tables too. A picture is resized in eight bits,
+  diffusers refuses; 2880 and 4096 have tables too. An image is resized in eight bits,
   by Lanczos' filter, not as floating-point numbers, bilinearly.
 - `guidance_rescale`, `guidance_interval`, `guidance_method` with `apg_eta`,
   `apg_threshold` and `apg_momentum`, `skip_layer_guidance_scale` with
@@ -36,10 +36,10 @@ differences:
   are. `outpaint`, `regions` and `prompt_weighting` are more than it has.
 - `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
   `negative_prompt_attention_mask` may be shorter than the model's captions, not longer.
-- `output_type` is "pil", "np" or "latent". Pictures are always a list, latents have
+- `output_type` is "pil", "np" or "latent". Images are always a list, latents have
   channels last, and there is no `return_dict`.
 - `callback_on_step_end` is that of diffusers' newer pipelines, in place of `callback`
-  and `callback_steps`: see `Pipeline.stream`. `stream` hands over whole pictures.
+  and `callback_steps`: see `Pipeline.stream`. `stream` hands over whole images.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ from pixsigma_jax.sample import (
   call_arguments,
   companions,
   devices,
-  pictures,
+  image_files,
   previews,
   program,
   weights,
@@ -125,9 +125,9 @@ class Output:
   settings: list[dict[str, Any]]
 
   def grid(self, columns: int | None = None) -> Image.Image:
-    """All pictures in one, each over its prompt: see `pictures.grid`."""
+    """All images in one, each over its prompt: see `images.grid`."""
     labels = [settings["prompt"] for settings in self.settings]
-    return pictures.grid(self.images, columns, labels)
+    return image_files.grid(self.images, columns, labels)
 
 
 class _Kind(NamedTuple):
@@ -181,7 +181,7 @@ class Planned(NamedTuple):
 class Pipeline(Adaptable):
   """A model ready to draw: `Pipeline.from_checkpoint(path)(prompt).images[0]`.
 
-  A picture depends on its prompt, seed, size and settings, and not on what else is
+  An image depends on its prompt, seed, size and settings, and not on what else is
   asked for in the call, to the bit on one machine: every program takes exactly
   `batch_size` rows, filled up if need be, and a row is never longer or shorter than its
   own size asks for. Another `batch_size`, mesh or processor rounds differently.
@@ -194,9 +194,9 @@ class Pipeline(Adaptable):
       for what the text encoder makes of "".
     autoencoder: see `models/autoencoders.py`.
     text_encoder: see `models/text_encoders.py`.
-    resolution: side in pixels of the square pictures that the model was trained on.
+    resolution: side in pixels of the square images that the model was trained on.
     compute: precision and implementation of the network.
-    batch_size: pictures that are drawn at once. One large picture fills an
+    batch_size: images that are drawn at once. One large image fills an
       accelerator; for small ones 16 or 64 are faster.
     mesh: devices that share each batch, as `devices.mesh_of` makes it: `batch_size`
       divided over `data` and `fsdp`, branches of guidance over `guidance`, tokens over
@@ -205,7 +205,7 @@ class Pipeline(Adaptable):
     guidance_passes: 1 sends the branches of guidance through the network as one batch,
       2 one after the other, in about half the memory; None decides by the tokens that
       a device has, see `program.passes_by_size`. Rounds differently, no more.
-    origin: further facts for every picture's settings, such as the checkpoint's path.
+    origin: further facts for every image's settings, such as the checkpoint's path.
     loras: what LoRAs are in `params`, see `load_lora_weights`. Other models of the
       pipeline have their own, as each pipeline of diffusers has.
     refiner: a second model of the same hyper-parameters, for the timesteps below its
@@ -415,9 +415,9 @@ class Pipeline(Adaptable):
   def stream(
     self, prompt: Any = None, **arguments: Any
   ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-    """Draws the prompts and hands over (number, picture, settings) as they are ready.
+    """Draws the prompts and hands over (number, image, settings) as they are ready.
 
-    Pictures of one size come in the order of their numbers.
+    Images of one size come in the order of their numbers.
 
     `callback_on_step_end(pipeline, step, timestep, known)` is called after each call of
     the network, one batch after the other, with a dict `known`:
@@ -440,8 +440,8 @@ class Pipeline(Adaptable):
     Raises:
       TypeError: there is no argument of a name.
       ValueError: an argument is out of its range, a size does not go with the model, or
-        a caption is too long. All before the first picture is begun.
-      ValueError: a picture is not made of finite numbers, or a callback returns
+        a caption is too long. All before the first image is begun.
+      ValueError: an image is not made of finite numbers, or a callback returns
         something else.
     """
     call = self._checked(prompt, arguments)
@@ -656,7 +656,7 @@ class Pipeline(Adaptable):
           )
         for row, number in enumerate(chosen):
           request = requests[number]
-          picture = self._decode(sequences[row], request, number, given.output_type)
+          image = self._decode(sequences[row], request, number, given.output_type)
           about = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -678,7 +678,7 @@ class Pipeline(Adaptable):
           if request.noise is not None:
             about["latents_digest"] = digest(request.noise)
           about |= request.about
-          yield number, picture, about | settings
+          yield number, image, about | settings
 
   def _solve(
     self,
@@ -802,7 +802,7 @@ class Pipeline(Adaptable):
     )
 
   def _length(self, grid: Grid) -> int:
-    """Tokens that a picture's sequence is padded to on the mesh."""
+    """Tokens that an image's sequence is padded to on the mesh."""
     sizes = {} if self.mesh is None else self.mesh.shape
     return devices.padded_length(self.config, grid, sizes)
 
@@ -938,7 +938,7 @@ class Pipeline(Adaptable):
     latents = tokens.from_tokens(
       sequence, request.grid, self.config.patch_size, self.config.window
     )
-    which = f"Picture {number}, of {shortened(request.prompt)} (seed {request.seed}),"
+    which = f"Image {number}, of {shortened(request.prompt)} (seed {request.seed}),"
     if not np.isfinite(latents).all():
       raise ValueError(
         f"{which} is not made of finite numbers: the parameters have diverged, or the "
@@ -947,23 +947,23 @@ class Pipeline(Adaptable):
       )
     if output_type == "latent":
       return latents
-    # One at a time: pictures may differ in size, and large ones fill the memory.
+    # One at a time: images may differ in size, and large ones fill the memory.
     with self.timing.part("autoencoder"):
       latents = latents[None] / self.autoencoder.scaling_factor
-      image = np.asarray(self.autoencoder.decode(latents)[0], np.float32)
-    if not np.isfinite(image).all():
+      pixels = np.asarray(self.autoencoder.decode(latents)[0], np.float32)
+    if not np.isfinite(pixels).all():
       raise ValueError(
         f"{which} is not made of finite numbers once it is decoded, though its latents "
         "are: the autoencoder's weights are damaged, or its dtype overflows. Try "
         "float32, or another copy of the autoencoder."
       )
     source, size = request.source, (request.height, request.width)
-    resize = pictures.fit if source is None else pictures.stretch
+    resize = image_files.fit if source is None else image_files.stretch
     if output_type == "np":
-      array = pictures.resized_array(resize, image, *size)
+      array = image_files.resized_array(resize, pixels, *size)
       return array if source is None else source.over_array(array)
-    picture = resize(pictures.to_picture(image), *size)
-    return picture if source is None else source.over(picture)
+    image = resize(image_files.to_image(pixels), *size)
+    return image if source is None else source.over(image)
 
 
 # What help() and notebooks show, in place of **settings.

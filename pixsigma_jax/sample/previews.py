@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Float32
 from PIL import Image
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 
 # Latents that the map is fitted to: a few small images, smooth and rough.
 _IMAGES, _SIDE = 4, 8
@@ -38,7 +38,7 @@ class Previewer:
 
   def __call__(self, latents: Float32[np.ndarray, "h w c"]) -> Image.Image:
     """The same as an image, a pixel for each latent; what has diverged is gray."""
-    return pictures.to_picture(np.nan_to_num(self.colors(latents)))
+    return image_files.to_image(np.nan_to_num(self.colors(latents)))
 
 
 def fit(autoencoder: Any, seed: int = 0) -> Previewer:

@@ -65,7 +65,7 @@ Batch: TypeAlias = dict[str, Any]
 
 SCHEDULE = linear_schedule()
 
-# Tokens of one half on a device, up to which both halves go as one batch. One picture
+# Tokens of one half on a device, up to which both halves go as one batch. One image
 # of 512 px has about 1024: below, a pass costs a small chip as much as the batch does,
 # since it waits for the parameters. One of 1024 px has 4096: there two passes take as
 # long (v5e, v5p) or less (v6e, whose fast memory holds one half), in half the memory.
@@ -134,7 +134,7 @@ def passes_by_size(rows: int, length: int, mesh: Mesh | AbstractMesh | None) -> 
   """Best number of passes for both halves of guidance: 1 or 2.
 
   Args:
-    rows: pictures of a batch.
+    rows: images of a batch.
     length: tokens of each.
     mesh: devices that share the rows and their tokens.
   """
@@ -172,7 +172,7 @@ def sample(
   """From noise to latents of any grids, as padded sequences.
 
   Args:
-    batch: a row a picture: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
+    batch: a row an image: noise `[b n c]`, seed `[b]`, coordinates `[b n 2]`, grid
       `[b 2]`, image_size `[b 2]`, aspect_ratio `[b]`, caption_embeddings `[b t e]`,
       caption_mask `[b t]`; negative_embeddings, negative_mask for guidance; and to
       keep parts of an image, original `[b n c]`, its scaled latents, original_noise

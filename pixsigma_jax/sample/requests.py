@@ -19,7 +19,7 @@ from pixsigma_jax.sample.settings import Settings
 # Areas, relative to the training resolution's, beyond which a size is remarked upon,
 # or refused because the positions of its tokens lie too far from any that were learned.
 _UNUSUAL_AREA, _IMPOSSIBLE_AREA = 2.0, 4.5
-# Share of a picture that is cropped away, beyond which it is remarked upon; between two
+# Share of an image that is cropped away, beyond which it is remarked upon; between two
 # sizes of a table it is 0.15 at most.
 _UNUSUAL_CROP = 0.2
 
@@ -162,7 +162,7 @@ class Planner:
   def _place(
     self, height: int, width: int, binned: bool, stretched: bool
   ) -> tuple[Bucket, Grid]:
-    """The size to draw at for a picture of this size, and its token grid."""
+    """The size to draw at for an image of this size, and its token grid."""
     drawn = Bucket(height, width)
     if binned and min(height, width) > 0:
       drawn = buckets.nearest(buckets.sampling_buckets(self.resolution), height, width)
@@ -172,7 +172,7 @@ class Planner:
     return drawn, grid
 
   def _grid(self, height: int, width: int) -> Grid:
-    """The token grid of pictures of this size, if the model can draw them."""
+    """The token grid of images of this size, if the model can draw them."""
     config = self.config
     unit = self.downsampling * config.patch_size
     if min(height, width) < 1 or height % unit or width % unit:
@@ -180,14 +180,14 @@ class Planner:
         str(max(1, round(side / unit)) * unit) for side in (height, width)
       )
       raise ValueError(
-        f"A picture of {height} x {width} pixels (height x width) cannot be cut into "
+        f"An image of {height} x {width} pixels (height x width) cannot be cut into "
         f"tokens: both sides must be multiples of {unit}, for example {near}."
       )
     grid = (height // unit, width // unit)
     count, learned = grid[0] * grid[1], config.base_size**2
     if not 1 / _IMPOSSIBLE_AREA <= count / learned <= _IMPOSSIBLE_AREA:
       raise ValueError(
-        f"A picture of {height} x {width} pixels (height x width) has {grid[0]} x "
+        f"An image of {height} x {width} pixels (height x width) has {grid[0]} x "
         f"{grid[1]} tokens, but the checkpoint's position embedding is laid out for "
         f"base_size={config.base_size}, {config.base_size} x {config.base_size}: it "
         f"would draw nothing sensible. Ask for --height and --width near "
@@ -198,7 +198,7 @@ class Planner:
     area = height * width / self.resolution**2
     if not 1 / _UNUSUAL_AREA <= area <= _UNUSUAL_AREA:
       logging.warning(
-        "A picture of %d x %d pixels has %.2g times the area of those that this "
+        "An image of %d x %d pixels has %.2g times the area of those that this "
         "checkpoint was trained on (%d x %d): expect it to be worse.",
         height,
         width,
@@ -246,7 +246,7 @@ def _heard(
 def _remark_upon_fitting(
   drawn: Bucket, height: int, width: int, stretched: bool
 ) -> None:
-  """Says what resizing and cropping do to a picture, unless it is hardly anything."""
+  """Says what resizing and cropping do to an image, unless it is hardly anything."""
   scale = max(height / drawn.height, width / drawn.width)
   cropped = 1 - height * width / (scale**2 * drawn.height * drawn.width)
   remarks = []
@@ -259,7 +259,7 @@ def _remark_upon_fitting(
     remarks.append(f"{how} by {100 * cropped:.0f} %")
   if remarks:
     logging.warning(
-      "A picture of %d x %d pixels is drawn at %d x %d, the nearest size of this "
+      "An image of %d x %d pixels is drawn at %d x %d, the nearest size of this "
       "checkpoint's training, and then %s. use_resolution_binning=False draws at the "
       "size itself, if the model can.",
       height,

@@ -2,8 +2,8 @@
 
 `Settings` is the one list. The arguments of `Pipeline.stream`, flags of commands, keys
 of JSON lines, fields of the demo page and the table in docs/sampling.md come from it,
-and values are checked nowhere else: numbers of NumPy and JAX become Python's, so that a
-picture's file can say them.
+and values are checked nowhere else: numbers of NumPy and JAX become Python's, so that
+files of images can say them.
 """
 
 import contextlib
@@ -357,13 +357,13 @@ class Settings:
   seed: int | tuple[int, ...] = _setting(
     0,
     Whole(),
-    "Of the first picture, the next has one more; or one for each prompt, whose "
-    "further pictures have the next ones.",
+    "Of the first image, the next has one more; or one for each prompt, whose "
+    "further images have the next ones.",
     of_a_prompt=True,
   )
   sampler: str = _setting("dpm++", Choice(tuple(SAMPLERS)), "Solver.")
   num_images_per_prompt: int = _setting(
-    1, Whole(1), "Pictures of each prompt, one after the other."
+    1, Whole(1), "Images of each prompt, one after the other."
   )
   use_resolution_binning: bool = _setting(
     True,
@@ -464,7 +464,7 @@ class Settings:
       for copy in (0, copies - 1):
         if not 0 <= first + copy < _SEEDS:
           raise ValueError(
-            f"Picture {i * copies + copy} has seed {first + copy}: seeds must lie in "
+            f"Image {i * copies + copy} has seed {first + copy}: seeds must lie in "
             f"0 … {_SEEDS - 1}."
           )
     return [

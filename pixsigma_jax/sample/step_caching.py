@@ -7,8 +7,8 @@ threshold, what all other blocks added then is added again. This is the "first b
 cache" of ParaAttention (2024), which judges a step as TeaCache does (Liu et al. 2024,
 arXiv:2411.19108, equation 3), but by the block's output and not by a fit of its input.
 
-Every picture has its own decision, so that it does not depend on its neighbours; a
-batch spares the work where all of its pictures agree. Both halves of guidance have
+Every image has its own decision, so that it does not depend on its neighbours; a
+batch spares the work where all of its images agree. Both halves of guidance have
 one: guidance multiplies their difference, and halves of different steps would differ by
 what has changed between the steps too.
 """

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixsigma_jax import static_pages
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.settings import Settings
 from pixsigma_jax.serve import forms
 from pixsigma_jax.serve.access import Access
@@ -347,7 +347,7 @@ class _Answer:
   async def _encoded(self, event: Drawn | Preview) -> str:
     about = event.settings if isinstance(event, Drawn) else {}
     content = await asyncio.to_thread(
-      pictures.to_bytes,
+      image_files.to_bytes,
       event.image,
       about,
       self.wanted.output_format,

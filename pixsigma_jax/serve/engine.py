@@ -25,7 +25,7 @@ from absl import logging
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.call_arguments import StopDrawing
 from pixsigma_jax.sample.pipeline import Pipeline, Planned
 from pixsigma_jax.sample.settings import SETTINGS, Settings
@@ -541,7 +541,7 @@ class Engine:
         image = batch[number]
         if step + 1 in image.previews:
           planned = image.request.planned
-          shown = pictures.fit(
+          shown = image_files.fit(
             self.pipeline.preview(latents), planned.height, planned.width
           )
           image.ticket.preview(Preview(image.number, shown))

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.settings import SETTINGS, Number, Setting, Switch, Text, Whole
 from pixsigma_jax.wording import listed, shortened
 
@@ -165,10 +165,10 @@ def read_fields(
     if value is not None and value not in choices:
       raise _invalid(name, f"{name} must be {' or '.join(choices)}: {way_out}.")
   form = left.pop("output_format", "png")
-  if form not in list(pictures.FORMATS):
+  if form not in list(image_files.FORMATS):
     raise _invalid(
       "output_format",
-      f"output_format must be one of {', '.join(pictures.FORMATS)}, not "
+      f"output_format must be one of {', '.join(image_files.FORMATS)}, not "
       f"{listed([repr(form)])}.",
     )
   compression = _take_whole(left, "output_compression", None, 0, 100)
@@ -300,7 +300,7 @@ def _check_amounts(
       f"and at most {limits.max_pixels:,} here.",
     )
   try:
-    pictures.check_sides(form, height, width)
+    image_files.check_sides(form, height, width)
   except ValueError as error:
     raise _invalid("size", str(error)) from error
 

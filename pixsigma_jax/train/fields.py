@@ -524,7 +524,7 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSet:
-  """The section `log.sample_set`: pictures of the data's own captions."""
+  """The section `log.sample_set`: images of the data's own captions."""
 
   every: int = _field(
     0,

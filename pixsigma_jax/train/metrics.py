@@ -95,8 +95,8 @@ class MetricWriter:
     if self._board is not None:
       self._board.add_image(name, image, step)
     if self._wandb is not None:
-      picture = importlib.import_module("wandb").Image(image)
-      self._wandb.log({"step": step, name: picture})
+      shown = importlib.import_module("wandb").Image(image)
+      self._wandb.log({"step": step, name: shown})
 
   def close(self) -> None:
     """Closes the files."""

@@ -36,7 +36,7 @@ def make_sampler(
     compute = dataclasses.replace(compute, mesh=None)
   return Pipeline(
     model,
-    None,  # a picture's own come with it, see `_with`
+    None,  # an image's own come with it, see `_with`
     np.asarray(jax.device_get(state.null_caption)),
     encoders.load_autoencoder(
       mixture.features, config["frozen"] or None, dtype=compute.dtype
@@ -96,7 +96,7 @@ def _with(sampler: Pipeline, params: Any) -> Pipeline:
 
 
 class SampleSet:
-  """Pictures of the first captions of the data at their images' sizes, as FID wants.
+  """Images of the first captions of the data at their images' sizes, as FID wants.
 
   Captions and sizes are those of a dataset, so that the set and the dataset's images
   are two samples of what should be one distribution.
@@ -144,10 +144,10 @@ class SampleSet:
       seed=0,
       use_resolution_binning=False,
     )
-    for number, picture, _ in drawn:
+    for number, image, _ in drawn:
       path = directory / f"{number:06d}.png"
       disk.write_whole(
-        path, lambda partial, p=picture: p.save(partial, format="PNG"), of_many=True
+        path, lambda partial, p=image: p.save(partial, format="PNG"), of_many=True
       )
     lines = (
       json.dumps({"file": f"{number:06d}.png", "id": name, "caption": caption})

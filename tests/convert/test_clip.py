@@ -115,7 +115,7 @@ def clip(folder):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
   random = np.random.default_rng(0)
   sizes = [(28, 28), (40, 61), (90, 33)]
   return [
@@ -132,10 +132,10 @@ def processor():
   )
 
 
-def test_images_are_embedded_as_transformers_embeds_them(clip, model, pictures):
-  pixels = processor()(pictures, return_tensors="pt")["pixel_values"]
+def test_images_are_embedded_as_transformers_embeds_them(clip, model, images):
+  pixels = processor()(images, return_tensors="pt")["pixel_values"]
   theirs = model.get_image_features(pixel_values=pixels).pooler_output
-  ours = clip.embed_images(pictures)
+  ours = clip.embed_images(images)
   np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_a_named_end_token_is_where_a_text_is_embedded():
   np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
-def test_gelu_is_exact_where_the_config_says_gelu(pictures):
+def test_gelu_is_exact_where_the_config_says_gelu(images):
   fields = content()
   fields["vision_config"]["hidden_act"] = "gelu"
   model = network(fields)
@@ -182,34 +182,34 @@ def test_gelu_is_exact_where_the_config_says_gelu(pictures):
   config = clip_config_from(fields)
   mesh = sharding.single_device_mesh()
   params = clip_from_weights(weights, config, "image", mesh=mesh)
-  pixels = np.stack([preprocess(picture, 28) for picture in pictures])
+  pixels = np.stack([preprocess(image, 28) for image in images])
   ours = _embed(
     params, pixels, which="image", config=config, dtype=jnp.dtype("float32")
   )
   theirs = model.get_image_features(
-    pixel_values=processor()(pictures, return_tensors="pt")["pixel_values"]
+    pixel_values=processor()(images, return_tensors="pt")["pixel_values"]
   ).pooler_output
   np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
-def test_pixels_are_transformers_to_a_grey_level(pictures):
-  theirs = processor()(pictures, do_normalize=False, return_tensors="np")
-  for picture, pixels in zip(pictures, theirs["pixel_values"], strict=True):
-    ours = preprocess(picture, 28)
+def test_pixels_are_transformers_to_a_grey_level(images):
+  theirs = processor()(images, do_normalize=False, return_tensors="np")
+  for image, pixels in zip(images, theirs["pixel_values"], strict=True):
+    ours = preprocess(image, 28)
     assert np.abs(ours - 255 * pixels.transpose(1, 2, 0)).max() <= 1
 
 
-def test_an_image_is_embedded_the_same_whatever_stands_beside_it(clip, pictures):
-  alone = clip.embed_images(pictures[2:])
-  np.testing.assert_array_equal(clip.embed_images(pictures)[2:], alone)
+def test_an_image_is_embedded_the_same_whatever_stands_beside_it(clip, images):
+  alone = clip.embed_images(images[2:])
+  np.testing.assert_array_equal(clip.embed_images(images)[2:], alone)
   assert clip.embed_images([]).shape == (0, 16)
 
 
-def test_devices_that_share_a_batch_change_nothing(folder, clip, pictures):
+def test_devices_that_share_a_batch_change_nothing(folder, clip, images):
   mesh = sharding.make_mesh(data=4, fsdp=2, context=1)
   shared = load_clip(folder, towers=["image"], mesh=mesh, batch_size=1)
   np.testing.assert_allclose(
-    shared.embed_images(pictures), clip.embed_images(pictures), atol=1e-6
+    shared.embed_images(images), clip.embed_images(images), atol=1e-6
   )
 
 
@@ -302,14 +302,14 @@ def test_a_tokenizer_of_another_model_is_refused(copied):
     load_clip(copied)
 
 
-def test_a_folder_without_a_tokenizer_serves_images_alone(copied, pictures):
+def test_a_folder_without_a_tokenizer_serves_images_alone(copied, images):
   (copied / "vocab.json").unlink()
   with pytest.raises(FileNotFoundError, match="no tokenizer"):
     load_clip(copied)
-  images = load_clip(copied, towers=["image"])
-  assert images.embed_images(pictures).shape == (3, 16)
+  clip = load_clip(copied, towers=["image"])
+  assert clip.embed_images(images).shape == (3, 16)
   with pytest.raises(ValueError, match="text tower was not loaded"):
-    images.embed_texts(["a"])
+    clip.embed_texts(["a"])
 
 
 def test_what_is_neither_a_folder_nor_on_the_hub_is_named(monkeypatch):

@@ -151,12 +151,12 @@ def test_scores_are_of_clips_own_embeddings(scorer, clip_folder):
 def test_pixels_are_those_of_openais_clip(clip_folder):
   """Shorter side to 224 in bicubic steps of Pillow, center crop, mean and deviation."""
   got = CLIPImageProcessorPil()(photographs(), return_tensors="np")["pixel_values"]
-  for picture, pixels in zip(photographs(), got, strict=True):
-    shorter = min(picture.size)
+  for image, pixels in zip(photographs(), got, strict=True):
+    shorter = min(image.size)
     size = [
-      224 if side == shorter else int(224 * side / shorter) for side in picture.size
+      224 if side == shorter else int(224 * side / shorter) for side in image.size
     ]
-    resized = picture.resize(size, Image.Resampling.BICUBIC)
+    resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = ((side - 224) // 2 for side in size)
     cropped = resized.crop((left, top, left + 224, top + 224))
     expected = (np.asarray(cropped) / 255 - MEAN) / STD
@@ -166,7 +166,7 @@ def test_pixels_are_those_of_openais_clip(clip_folder):
 
 def test_a_score_does_not_depend_on_what_is_scored_with_it(scorer):
   together = scorer.score(photographs())
-  alone = [scorer.score([picture])[0] for picture in photographs()]
+  alone = [scorer.score([image])[0] for image in photographs()]
   # torch may sum a batch of another size in another order.
   np.testing.assert_allclose(together, alone, atol=2e-6)
 
@@ -175,7 +175,7 @@ def test_no_images_have_no_scores(scorer):
   assert scorer.score([]).shape == (0,)
 
 
-def test_gray_and_transparent_pictures_are_scored_as_colored_ones(scorer):
+def test_gray_and_transparent_images_are_scored_as_colored_ones(scorer):
   gray = Image.fromarray(data.camera())
   np.testing.assert_array_equal(
     scorer.score([gray]), scorer.score([gray.convert("RGB")])

@@ -190,7 +190,7 @@ def test_a_captioner_is_asked_once_of_every_image(index, tmp_path, monkeypatch):
   ]
   assert captions_of(index) == {
     "a/1": [("old", "short"), ("a square of 8", "long")],
-    "a/2": [],  # no longer a picture
+    "a/2": [],  # no longer an image
     BEAR: [("a square of 9", "long")],
     "z": [],
   }

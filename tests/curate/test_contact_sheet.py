@@ -19,19 +19,19 @@ SIDE, MARGIN = contact_sheet._SIDE, contact_sheet._MARGIN
 
 def striped(width=900, height=300):
   """Red, green, blue, from left to right."""
-  picture = Image.new("RGB", (width, height), GREEN)
-  picture.paste(RED, (0, 0, width // 3, height))
-  picture.paste(BLUE, (2 * width // 3, 0, width, height))
-  return picture
+  original = Image.new("RGB", (width, height), GREEN)
+  original.paste(RED, (0, 0, width // 3, height))
+  original.paste(BLUE, (2 * width // 3, 0, width, height))
+  return original
 
 
-def write_index(folder, pictures, *, per_part=2, kept=None, captions=(), errors=()):
-  """An index of files in `folder`; `pictures`: name → picture, or None for no file."""
-  source, names = folder / "images", list(pictures)
+def write_index(folder, images, *, per_part=2, kept=None, captions=(), errors=()):
+  """An index of files in `folder`; `pictures`: name → image, or None for no file."""
+  source, names = folder / "images", list(images)
   source.mkdir(parents=True)
-  for name, picture in pictures.items():
-    if picture is not None:
-      picture.save(source / f"{name}.png")
+  for name, original in images.items():
+    if original is not None:
+      original.save(source / f"{name}.png")
   runs = [names[i : i + per_part] for i in range(0, len(names), per_part)]
   units = [Unit("folder", "", len(run), 0, run[0], run[-1]) for run in runs]
   index = create_index(str(folder / "index"), str(source), units)
@@ -74,13 +74,13 @@ def drawn(monkeypatch):
   return texts
 
 
-def share(picture, color, tolerance=12):
-  """How much of a picture has a color."""
-  difference = np.abs(np.asarray(picture).astype(int) - color).max(axis=-1)
+def share(original, color, tolerance=12):
+  """How much of an image has a color."""
+  difference = np.abs(np.asarray(original).astype(int) - color).max(axis=-1)
   return (difference < tolerance).mean()
 
 
-def test_the_right_picture_is_what_the_crop_rule_makes(tmp_path):
+def test_the_right_image_is_what_the_crop_rule_makes(tmp_path):
   image = striped(600, 500)
   sheet = run(write_index(tmp_path, {"a": image}), tmp_path / "sheet.png")
   rule = CropRule(BUCKETS[256], filter_at(256))
@@ -95,13 +95,13 @@ def test_the_right_picture_is_what_the_crop_rule_makes(tmp_path):
   assert any((band[y : y + seen.height] == wanted).all() for y in tops)
 
 
-def test_the_left_picture_is_dark_outside_of_the_crop(tmp_path):
+def test_the_left_image_is_dark_outside_of_the_crop(tmp_path):
   # 4 to 1 is the widest size: of 900 x 100 pixels 250 on each side are cut off.
   image, rule = striped(900, 100), CropRule(BUCKETS[256], filter_at(256))
   crop = rule.plan(image.height, image.width)
-  picture = contact_sheet._original(image, crop)
-  assert picture.size == (320, 36)
-  columns = np.asarray(picture)[picture.height // 2].astype(int)
+  original = contact_sheet._original(image, crop)
+  assert original.size == (320, 36)
+  columns = np.asarray(original)[original.height // 2].astype(int)
   edges = [round(x * 320 / 900) for x in (crop.box[1], crop.box[3])]
   dimmed = [round(contact_sheet._DIMMED * level) for level in RED]
   assert np.abs(columns[4 : edges[0] - 2] - dimmed).max() < 8
@@ -112,9 +112,9 @@ def test_the_left_picture_is_dark_outside_of_the_crop(tmp_path):
 
 def test_images_are_spread_evenly_over_the_kept(tmp_path, drawn):
   names = [f"n{i:02d}" for i in range(20)]
-  pictures = {name: Image.new("RGB", (64, 64), GREEN) for name in names}
+  images = {name: Image.new("RGB", (64, 64), GREEN) for name in names}
   kept = [name for name in names if name != "n03"]
-  index = write_index(tmp_path, pictures, per_part=3, kept=kept)
+  index = write_index(tmp_path, images, per_part=3, kept=kept)
   run(index, tmp_path / "sheet.png", count=4)
   shown = [text for text in drawn if text in names]
   # The middles of four quarters of the 19.
@@ -122,14 +122,14 @@ def test_images_are_spread_evenly_over_the_kept(tmp_path, drawn):
 
 
 def test_all_are_shown_where_there_are_no_more(tmp_path, drawn):
-  pictures = {name: striped(90, 60) for name in ("a", "b", "c", "d", "e")}
-  run(write_index(tmp_path, pictures, errors=["b"]), tmp_path / "sheet.png", count=9)
-  assert [text for text in drawn if text in pictures] == ["a", "c", "d", "e"]
+  images = {name: striped(90, 60) for name in ("a", "b", "c", "d", "e")}
+  run(write_index(tmp_path, images, errors=["b"]), tmp_path / "sheet.png", count=9)
+  assert [text for text in drawn if text in images] == ["a", "c", "d", "e"]
 
 
 def test_sizes_scale_and_loss_stand_below(tmp_path, drawn):
-  pictures = {"large": striped(2048, 512), "small": striped(100, 100)}
-  run(write_index(tmp_path, pictures), tmp_path / "sheet.png")
+  images = {"large": striped(2048, 512), "small": striped(100, 100)}
+  run(write_index(tmp_path, images), tmp_path / "sheet.png")
   assert "512 x 2048 to 128 x 512, scaled by 0.25, 0% cut off" in drawn
   small = next(text for text in drawn if text.startswith("100 x 100"))
   assert small.startswith(

@@ -28,7 +28,7 @@ SECRET = b"what no source may show"
 
 
 @functools.cache
-def picture(format):
+def encoded(format):
   pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
   exif = Image.Exif()
   exif[0x0112] = 6
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp("fuzz")
   (root / "secret.png").write_bytes(SECRET)
   (root / "source").mkdir()
-  (root / "source" / "fine.png").write_bytes(picture("PNG"))
+  (root / "source" / "fine.png").write_bytes(encoded("PNG"))
   return root / "source"
 
 
@@ -91,7 +91,7 @@ def mutated(data):
 
 
 def assert_is_a_row(row):
-  """It has a reason, or all that a picture has; and an index can hold it."""
+  """It has a reason, or all that an image has; and an index can hold it."""
   pa.Table.from_pylist([row], schema=SCHEMAS["scan"])
   assert row.get("sha256") != hashlib.sha256(SECRET).hexdigest()
   if row["error"] is None:
@@ -105,7 +105,7 @@ def assert_is_a_row(row):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
 def test_any_image_is_a_row(folder, format, data):
-  content = data.draw(mutated(picture(format)))
+  content = data.draw(mutated(encoded(format)))
   (folder / "fuzz.png").write_bytes(content)
   assert_is_a_row(scan.scanned(str(folder), sources.Entry("fuzz", "fuzz.png")))
 
@@ -221,7 +221,7 @@ def test_any_parquet_is_refused_or_rows(folder, data):
 def parquet_of_images():
   file = io.BytesIO()
   images = [
-    {"bytes": picture("PNG"), "path": "a.png"},
+    {"bytes": encoded("PNG"), "path": "a.png"},
     {"bytes": None, "path": "../secret.png"},
     {"bytes": None, "path": "fine.png"},
     None,
@@ -251,7 +251,7 @@ def test_any_parquet_of_images_is_refused_or_rows(folder, data):
 def test_any_table_leaves_its_folders_images(folder, name, content, data):
   tables = folder / name.replace(".", "-")
   tables.mkdir(exist_ok=True)
-  (tables / "fine.png").write_bytes(picture("PNG"))
+  (tables / "fine.png").write_bytes(encoded("PNG"))
   (tables / name).write_bytes(data.draw(mutated(content)))
   [row] = scan_all(tables)
   assert row["error"] is None
@@ -262,11 +262,11 @@ def tar(format):
   file = io.BytesIO()
   with tarfile.open(fileobj=file, mode="w", format=format) as archive:
     for name, content in {
-      "1.png": picture("PNG"),
+      "1.png": encoded("PNG"),
       "1.txt": b"one",
-      "n" * 150 + "/2.jpg": picture("JPEG"),
+      "n" * 150 + "/2.jpg": encoded("JPEG"),
       "ü/3.png": b"",
-      "../secret.png": picture("PNG"),
+      "../secret.png": encoded("PNG"),
       "1.json": b'{"caption": "again"}',
     }.items():
       info = tarfile.TarInfo(name)

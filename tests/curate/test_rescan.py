@@ -70,7 +70,7 @@ def test_a_second_scan_says_what_has_changed_and_takes_over_the_rest(folder, tmp
     "01": ["caption 1", "imported 1"],
     "03": ["caption 3", "imported 3"],
     "04": ["caption 4", "imported 4"],
-    "05": ["caption 5"],  # of another picture
+    "05": ["caption 5"],  # of another image
     "06": [],
   }
   assert new.read(1, "scores")["aesthetic"].to_pylist() == [3, 4]

@@ -187,11 +187,11 @@ def test_different_photographs_are_far_apart():
   ],
   ids=["black", "gray", "across", "down", "diagonal", "two halves", "noise"],
 )
-def test_a_picture_with_little_in_it_has_no_perceptual_hash(pixels):
+def test_an_image_with_little_in_it_has_no_perceptual_hash(pixels):
   assert perceptual_hash(Image.fromarray(pixels.astype(np.uint8))) is None
 
 
-def test_flat_pictures_are_not_duplicates_of_each_other(tmp_path):
+def test_flat_images_are_not_duplicates_of_each_other(tmp_path):
   colors = ["black", "white", "red", "teal"]
   files = {f"{c}.png": encoded(Image.new("RGB", (40, 40), c)) for c in colors}
   files["again.png"] = files["teal.png"]
@@ -289,7 +289,7 @@ def test_a_distance_is_one_of_hashes(tmp_path, distance):
     scanned(tmp_path, {}, distance=distance)
 
 
-def test_a_picture_listed_twice_is_its_own_duplicate(tmp_path):
+def test_an_image_listed_twice_is_its_own_duplicate(tmp_path):
   (tmp_path / "x.png").write_bytes(encoded(photo("chelsea", 64)))
   (tmp_path / "list.jsonl").write_text('{"path": "x.png"}\n' * 2)
   index = scan(

@@ -97,10 +97,10 @@ def test_the_table_stands_beside_the_papers_and_names_its_tagger():
 # ---- figure 6 ----
 
 
-def bars(picture, color):
+def bars(image, color):
   """Columns of the frame in which a bar of a kind stands on the axis."""
   left, _, right, bottom = statistics._FRAME
-  row = np.asarray(picture)[bottom - 4, left : right + 1].astype(int)
+  row = np.asarray(image)[bottom - 4, left : right + 1].astype(int)
   pale = 255 + (np.array(color) - 255) * 120 / 255  # its color on white
   return np.abs(row - pale).max(axis=-1) < 3
 
@@ -114,9 +114,9 @@ def lengths_only(**lengths):
 
 
 def test_a_bar_stands_where_its_length_is():
-  picture = statistics.draw_lengths(lengths_only(short={2: 1, 9: 3}, long={5: 1}))
-  orange = bars(picture, statistics._COLORS["short"])
-  blue = bars(picture, statistics._COLORS["long"])
+  image = statistics.draw_lengths(lengths_only(short={2: 1, 9: 3}, long={5: 1}))
+  orange = bars(image, statistics._COLORS["short"])
+  blue = bars(image, statistics._COLORS["long"])
   tenth = len(orange) / 10  # lengths 0 to 9
   centers = [round((length + 0.3) * tenth) for length in range(10)]
   assert [length for length in range(10) if orange[centers[length]]] == [2, 9]
@@ -134,15 +134,15 @@ def test_a_bar_stands_where_its_length_is():
 )
 @hypothesis.settings(max_examples=25)
 def test_any_lengths_can_be_drawn(lengths):
-  picture = statistics.draw_lengths(lengths_only(**lengths))
-  assert picture.size == statistics._SIZE
-  assert picture.getextrema() != ((255, 255),) * 3
+  image = statistics.draw_lengths(lengths_only(**lengths))
+  assert image.size == statistics._SIZE
+  assert image.getextrema() != ((255, 255),) * 3
 
 
 def test_one_caption_of_a_thousand_words_does_not_squeeze_the_others():
   lengths = {20: 500, 21: 500, 1000: 1}
-  picture = statistics.draw_lengths(lengths_only(short=lengths))
-  orange = bars(picture, statistics._COLORS["short"])
+  image = statistics.draw_lengths(lengths_only(short=lengths))
+  orange = bars(image, statistics._COLORS["short"])
   assert orange.sum() > len(orange) / 15  # two of 22 bars, but for their edges
 
 
@@ -217,10 +217,8 @@ def test_an_index_is_counted_in_parts_as_in_one_pass(tmp_path, capsys):
     "captions_by_length": {"1": 1, "2": 1, "4": 1, "5": 1},
   }
   assert capsys.readouterr().out == statistics.table(whole, "index") + "\n"
-  with Image.open(tmp_path / "out" / "caption_lengths.png") as picture:
-    assert np.array_equal(
-      np.asarray(picture), np.asarray(statistics.draw_lengths(whole))
-    )
+  with Image.open(tmp_path / "out" / "caption_lengths.png") as image:
+    assert np.array_equal(np.asarray(image), np.asarray(statistics.draw_lengths(whole)))
 
 
 def test_captions_of_images_that_filter_refused_are_left_out(tmp_path, capsys):

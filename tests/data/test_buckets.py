@@ -93,7 +93,7 @@ def test_a_generated_table_keeps_its_promises(count, step, largest_ratio):
     assert size.height % step == size.width % step == 0
     assert 0.9 <= size.height * size.width / resolution**2 <= 1
     assert max(size) <= largest_ratio * min(size)
-    # A picture of that size finds it.
+    # An image of that size finds it.
     assert nearest(table, *size) == size
     # High and wide alike.
     assert Bucket(size.width, size.height) in table.values()

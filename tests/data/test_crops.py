@@ -117,7 +117,7 @@ def test_every_bucket_keeps_an_image_of_its_own_size_whole(resolution):
     (512, 600, 400),  # enlarged
   ],
 )
-def test_pictures_are_those_of_the_reference(resolution, height, width):
+def test_images_are_those_of_the_reference(resolution, height, width):
   rule, image = rule_of(resolution), noise(height, width)
   size = rule.plan(height, width).bucket
   expected = reference_crop(image, size, Image.Resampling.BICUBIC)
@@ -143,15 +143,15 @@ def test_half_a_pixel_goes_to_the_even_side():
   assert rule.plan(11, 8).top == 2
 
 
-def test_what_the_box_says_is_what_the_picture_shows():
+def test_what_the_box_says_is_what_the_image_shows():
   # One bright spot: where the box puts it, there it is.
   pixels = np.zeros((200, 320, 3), np.uint8)
   pixels[60:70, 200:210] = 255
   rule = CropRule({1.0: Bucket(64, 64)}, "bicubic")
   crop = rule.plan(200, 320)
-  picture = np.asarray(rule.apply(Image.fromarray(pixels)), float)[..., 0]
-  rows, columns = np.indices(picture.shape) + 0.5
-  seen = [(picture * axis).sum() / picture.sum() for axis in (rows, columns)]
+  image = np.asarray(rule.apply(Image.fromarray(pixels)), float)[..., 0]
+  rows, columns = np.indices(image.shape) + 0.5
+  seen = [(image * axis).sum() / image.sum() for axis in (rows, columns)]
   top, left, bottom, right = crop.box
   expected = [64 * (65 - top) / (bottom - top), 64 * (205 - left) / (right - left)]
   np.testing.assert_allclose(seen, expected, rtol=0, atol=0.1)

@@ -1,4 +1,4 @@
-"""The miniature's world: pictures, prompts, and what is kept from training."""
+"""The miniature's world: images, prompts, and what is kept from training."""
 
 import itertools
 import zlib
@@ -157,7 +157,7 @@ def test_ink_has_the_color_of_the_item_on_black():
 
 
 @pytest.mark.parametrize("cell", [16, 24, 32])
-def test_averaging_a_large_picture_gives_the_small_one(cell):
+def test_averaging_a_large_image_gives_the_small_one(cell):
   for scene, glyphs in digits.training_scenes(0, 50, WEIGHTS):
     large, small = (digits.render(scene, glyphs, side) for side in (cell, 8))
     assert np.abs(large).max() <= 1
@@ -168,7 +168,7 @@ def test_averaging_a_large_picture_gives_the_small_one(cell):
     )
 
 
-def test_a_large_picture_is_smoother_than_blocks_of_pixels():
+def test_a_large_image_is_smoother_than_blocks_of_pixels():
   def roughness(image):
     return sum(np.square(np.diff(image, axis=axis)).sum() for axis in (0, 1))
 
@@ -214,6 +214,6 @@ def test_the_same_scenes_and_pixels_on_every_machine():
   )
 
 
-def test_a_drawn_picture_cannot_spoil_the_next():
+def test_a_drawn_image_cannot_spoil_the_next():
   draw(scene_of("red seven"))[:] = 0
   assert draw(scene_of("red seven")).min() == -1

@@ -1,4 +1,4 @@
-"""Pictures out of bytes: upright, RGB, or refused with a reason."""
+"""Images out of bytes: upright, RGB, or refused with a reason."""
 
 import io
 import struct
@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from pixsigma_jax.data import image_bytes
 from pixsigma_jax.data.image_bytes import open_image
-from tests.data.test_sources import picture
+from tests.data.test_sources import encoded
 
 
 def png(width, height, depth, color_type, *chunks):
@@ -46,8 +46,8 @@ def tiff(samples, *, bits=16, white_is_zero=False):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_stands_upright(format, orientation):
-  # Four quadrants, so that each of the eight ways to lie is another picture.
+def test_an_image_stands_upright(format, orientation):
+  # Four quadrants, so that each of the eight ways to lie is another image.
   levels = np.kron(
     np.array([[0, 80], [160, 240]], np.uint8), np.ones((16, 24), np.uint8)
   )
@@ -75,7 +75,7 @@ def test_a_picture_stands_upright(format, orientation):
 def test_a_png_may_say_behind_its_pixels_how_it_lies():
   exif = Image.Exif()
   exif[0x0112] = 6
-  data = picture(exif=exif)
+  data = encoded(exif=exif)
   start = data.index(b"eXIf") - 4
   end = start + 12 + int.from_bytes(data[start : start + 4])
   moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
@@ -85,7 +85,7 @@ def test_a_png_may_say_behind_its_pixels_how_it_lies():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF"])
 def test_the_size_is_known_without_decoding(format, monkeypatch):
-  data = picture(format=format)
+  data = encoded(format=format)
 
   def decode(_):
     raise AssertionError("decoded")
@@ -167,7 +167,7 @@ MODES = {"RGB": {}, "L": {}, "progressive": {"progressive": True}}
 
 
 def jpeg(kind):
-  image = Image.open(io.BytesIO(picture(size=(160, 160))))
+  image = Image.open(io.BytesIO(encoded(size=(160, 160))))
   image = image.convert("L") if kind == "L" else image
   file = io.BytesIO()
   image.save(file, "JPEG", **MODES[kind])
@@ -210,7 +210,7 @@ def test_a_flat_jpeg_is_whole(mode, progressive):
   assert open_image(file.getvalue()).size == (40, 24)
 
 
-def test_a_small_jpeg_is_the_picture_made_smaller():
+def test_a_small_jpeg_is_the_image_made_smaller():
   smooth = np.add.outer(np.arange(256), np.arange(512)) // 3
   file = io.BytesIO()
   Image.fromarray(np.stack([smooth.astype(np.uint8)] * 3, -1)).save(file, "JPEG")
@@ -226,8 +226,8 @@ def test_a_small_jpeg_is_the_picture_made_smaller():
   [
     (b"", "not an image"),
     (b"<html>", "not an image"),
-    (picture()[:-40], "truncated"),
-    (picture(format="JPEG", size=(64, 64))[:-300], "truncated"),
+    (encoded()[:-40], "truncated"),
+    (encoded(format="JPEG", size=(64, 64))[:-300], "truncated"),
     (png_header(2**30, 2**30), "too many pixels"),
     (png_header(12_000, 12_000), "too many pixels"),
     (png_header(0, 5), "not an image"),
@@ -238,7 +238,7 @@ def test_a_small_jpeg_is_the_picture_made_smaller():
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
   ],
 )
-def test_a_picture_that_cannot_be_shown_has_a_reason(data, reason):
+def test_an_image_that_cannot_be_shown_has_a_reason(data, reason):
   with pytest.raises(ValueError, match=reason):
     open_image(data)
 
@@ -252,7 +252,7 @@ def heic(size=(64, 48), **options):
   return file.getvalue()
 
 
-def test_a_phones_heic_is_a_picture_and_stands_upright():
+def test_a_phones_heic_is_an_image_and_stands_upright():
   exif = Image.Exif()
   exif[0x0112] = 6  # the camera's left is the bottom
   data = heic(exif=exif.tobytes())

@@ -12,9 +12,9 @@ from pixsigma_jax.data import image_tables, sources
 from pixsigma_jax.data.rows import Reading
 from tests.data.test_sources import (
   captions_by_id,
+  encoded,
   found,
   found_and_passed_over,
-  picture,
   write,
 )
 
@@ -42,7 +42,7 @@ def write_table(path, rows, format, encoding="utf-8"):
 @pytest.fixture
 def images(tmp_path):
   for number, name in enumerate(["1", "sub/2", "sub/3"]):
-    write(tmp_path / "images" / "train" / f"{name}.png", picture(number))
+    write(tmp_path / "images" / "train" / f"{name}.png", encoded(number))
   return tmp_path / "images"
 
 
@@ -81,8 +81,8 @@ def test_a_table_above_many_folders_is_read_once_for_all_of_them(images, monkeyp
 
   for number in range(8):
     folder = images / "train" / f"sub{number}" / "deep" / "deeper"
-    write(folder / "1.png", picture(number))
-    write(folder / "2.png", picture(number + 50))
+    write(folder / "1.png", encoded(number))
+    write(folder / "2.png", encoded(number + 50))
     for parent in (folder, folder.parent, folder.parent.parent):
       write_table(parent, [{"file_name": "1.png", "text": "x"}], "csv")
   write_table(images, [{"file_name": "train/1.png", "text": "top"}], "csv")
@@ -142,7 +142,7 @@ def test_its_fields_may_have_any_name(images):
 
 
 def test_a_name_may_be_composed_in_one_place_and_not_in_the_other(tmp_path):
-  write(tmp_path / "ba\u0308r.png", picture())
+  write(tmp_path / "ba\u0308r.png", encoded())
   write_table(tmp_path, [{"file_name": "b\u00e4r.png", "text": "a bear"}], "jsonl")
   assert captions_by_id(tmp_path) == {"ba\u0308r": ["a bear"]}
 
@@ -170,7 +170,7 @@ def test_two_names_of_one_hash_are_told_apart(images, monkeypatch):
 
 def test_a_table_may_lie_where_only_fsspec_reaches():
   fs = fsspec.filesystem("memory")
-  fs.pipe_file("/tables/1.png", picture())
+  fs.pipe_file("/tables/1.png", encoded())
   fs.pipe_file("/tables/metadata.csv", b"file_name,text\n1.png,one\n")
   try:
     assert captions_by_id("memory://tables") == {"1": ["one"]}

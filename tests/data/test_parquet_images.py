@@ -11,10 +11,10 @@ from pixsigma_jax.data import parquet_images
 from pixsigma_jax.data.rows import Reading
 from pixsigma_jax.data.sources import list_units, read_bytes
 from tests.data.test_sources import (
+  encoded,
   found,
   found_and_passed_over,
   in_a_tar,
-  picture,
   write,
 )
 
@@ -24,8 +24,8 @@ COUNT = 7
 def rows(start=0):
   return [
     {
-      "image": {"bytes": picture(n), "path": f"{n % 2}.png"},
-      "text": f"picture {n}",
+      "image": {"bytes": encoded(n), "path": f"{n % 2}.png"},
+      "text": f"image {n}",
       "label": n,
     }
     for n in range(start, start + COUNT)
@@ -44,8 +44,8 @@ def test_a_row_is_an_image_with_its_caption(per_unit, tmp_path):
   all_found = found(source, per_unit)
   assert [e.id for e in all_found] == [f"train/{n}" for n in range(COUNT)]
   for number, entry in enumerate(all_found):
-    assert entry.captions == ((f"picture {number}", "short"),)
-    assert read_bytes(str(source), entry.location) == picture(number)
+    assert entry.captions == ((f"image {number}", "short"),)
+    assert read_bytes(str(source), entry.location) == encoded(number)
 
 
 def test_a_folder_of_parquet_is_a_source(tmp_path):
@@ -58,7 +58,7 @@ def test_a_folder_of_parquet_is_a_source(tmp_path):
   assert len({e.id for e in all_found}) == 2 * COUNT
   assert all_found[-1].id == f"data/train-00001-of-00002/{COUNT - 1}"
   for number, entry in enumerate(all_found):
-    assert read_bytes(str(tmp_path / "repo"), entry.location) == picture(number)
+    assert read_bytes(str(tmp_path / "repo"), entry.location) == encoded(number)
 
 
 def test_parquet_may_lie_where_only_fsspec_reaches(tmp_path):
@@ -68,7 +68,7 @@ def test_parquet_may_lie_where_only_fsspec_reaches(tmp_path):
   try:
     all_found = found("memory://hub")
     assert [e.id for e in all_found] == [f"data/a/{n}" for n in range(COUNT)]
-    assert read_bytes("memory://hub", all_found[4].location) == picture(4)
+    assert read_bytes("memory://hub", all_found[4].location) == encoded(4)
   finally:
     fs.rm("/hub", recursive=True)
 
@@ -80,7 +80,7 @@ def test_rows_may_be_read_in_any_order(tmp_path):
   random.Random(0).shuffle(order)
   for file, row in order:
     location = f"{'ab'[file]}.parquet?row={row}&column=image"
-    assert read_bytes(str(source.parent), location) == picture(file * COUNT + row)
+    assert read_bytes(str(source.parent), location) == encoded(file * COUNT + row)
 
 
 def test_reading_in_order_opens_each_group_once(tmp_path, monkeypatch):
@@ -102,13 +102,13 @@ def test_reading_in_order_opens_each_group_once(tmp_path, monkeypatch):
 def test_a_file_written_anew_is_read_anew(tmp_path):
   source = write_parquet(tmp_path / "a.parquet", rows())
   location = "a.parquet?row=0&column=image"
-  assert read_bytes(str(source), location) == picture(0)
+  assert read_bytes(str(source), location) == encoded(0)
   write_parquet(source, [*rows(3), *rows(0)])
-  assert read_bytes(str(source), location) == picture(3)
+  assert read_bytes(str(source), location) == encoded(3)
 
 
 def test_bytes_without_a_path_are_images_too(tmp_path):
-  table = [{"id": f"n{n}", "jpg": picture(n), "caption": "c"} for n in range(3)]
+  table = [{"id": f"n{n}", "jpg": encoded(n), "caption": "c"} for n in range(3)]
   source = write_parquet(tmp_path / "a.parquet", table)
   with pytest.raises(
     ValueError, match=r"holds paths or images. Give --image_field=jpg"
@@ -116,23 +116,23 @@ def test_bytes_without_a_path_are_images_too(tmp_path):
     list_units(str(source), per_unit=2)
   all_found = found(source, reading=Reading(image_field="jpg"))
   assert [e.id for e in all_found] == ["n0", "n1", "n2"]
-  assert read_bytes(str(source), all_found[2].location) == picture(2)
+  assert read_bytes(str(source), all_found[2].location) == encoded(2)
 
 
 def test_bytes_may_be_dictionary_encoded(tmp_path):
-  pictures = pa.array([picture(n % 2) for n in range(5)], pa.binary())
-  table = pa.table({"image": pictures.dictionary_encode()})
+  images = pa.array([encoded(n % 2) for n in range(5)], pa.binary())
+  table = pa.table({"image": images.dictionary_encode()})
   pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
   all_found = found(tmp_path / "a.parquet")
   for number, entry in enumerate(all_found):
     data = read_bytes(str(tmp_path / "a.parquet"), entry.location)
-    assert data == picture(number % 2)
+    assert data == encoded(number % 2)
   assert len(all_found) == 5
 
 
 def test_the_hubs_path_is_followed_where_there_are_no_bytes(tmp_path):
-  write(tmp_path / "repo" / "data" / "0.png", picture(5))
-  write(tmp_path / "secret.png", picture(9))
+  write(tmp_path / "repo" / "data" / "0.png", encoded(5))
+  write(tmp_path / "secret.png", encoded(9))
   paths = ["0.png", "../../secret.png", None]
   table = [
     {"image": {"bytes": None, "path": path}, "text": str(path)} for path in paths
@@ -143,7 +143,7 @@ def test_the_hubs_path_is_followed_where_there_are_no_bytes(tmp_path):
   # Beside one loose image the table is passed over: it may list the same.
   _, passed_over = found_and_passed_over(source)
   assert passed_over == {".parquet": 1}
-  assert read_bytes(source, inside % 0) == picture(5)
+  assert read_bytes(source, inside % 0) == encoded(5)
   with pytest.raises(ValueError, match="outside"):
     read_bytes(source, inside % 1)
   with pytest.raises(ValueError, match="no image in the column image"):
@@ -152,14 +152,14 @@ def test_the_hubs_path_is_followed_where_there_are_no_bytes(tmp_path):
 
 def test_a_manifest_in_a_folder_below_names_images_beside_it(tmp_path):
   # The image's extension is in no list: it is the row that finds it.
-  write(tmp_path / "repo" / "data" / "0.pic", picture(5))
+  write(tmp_path / "repo" / "data" / "0.pic", encoded(5))
   write_parquet(tmp_path / "repo" / "data" / "a.parquet", [{"image": "0.pic"}])
   [entry] = found(tmp_path / "repo")
   assert (entry.id, entry.location) == ("data/0", "data/0.pic")
 
 
 def test_parquet_beside_tars_is_what_made_them(tmp_path):
-  write(tmp_path / "images" / "a.png", picture())
+  write(tmp_path / "images" / "a.png", encoded())
   (tmp_path / "shards").mkdir()
   in_a_tar(tmp_path / "images").rename(tmp_path / "shards" / "0.tar")
   write_parquet(tmp_path / "shards" / "0.parquet", [{"url": "x", "key": "a"}])

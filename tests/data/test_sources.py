@@ -20,8 +20,8 @@ from pixsigma_jax.data.sources import Unit, entries, list_units, read_bytes
 NAMES = ["a/1", "a/2", "b/1"]
 
 
-def picture(number=0, size=(12, 8), format="PNG", **options):
-  """A picture's bytes; `size` is width and height, as Pillow has it."""
+def encoded(number=0, size=(12, 8), format="PNG", **options):
+  """An image's bytes; `size` is width and height, as Pillow has it."""
   pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), np.uint8)
   file = io.BytesIO()
   Image.fromarray(pixels).save(file, format, **options)
@@ -73,8 +73,8 @@ def captions_by_id(source, **options):
 @pytest.fixture
 def folder(tmp_path):
   for number, name in enumerate(NAMES):
-    write(tmp_path / "images" / f"{name}.png", picture(number))
-    write(tmp_path / "images" / f"{name}.txt", f"picture {number}\n")
+    write(tmp_path / "images" / f"{name}.png", encoded(number))
+    write(tmp_path / "images" / f"{name}.txt", f"image {number}\n")
   return tmp_path / "images"
 
 
@@ -90,7 +90,7 @@ def in_a_tar(folder):
 
 def in_json_lines(folder):
   rows = [
-    {"path": f"images/{name}.png", "id": name, "caption": f"picture {number}"}
+    {"path": f"images/{name}.png", "id": name, "caption": f"image {number}"}
     for number, name in enumerate(NAMES)
   ]
   lines = "\n\n".join(map(json.dumps, rows))  # blank lines are no rows
@@ -98,7 +98,7 @@ def in_json_lines(folder):
 
 
 def in_parquet(folder):
-  captions = [[{"text": f"picture {number}", "kind": "short"}] for number in range(3)]
+  captions = [[{"text": f"image {number}", "kind": "short"}] for number in range(3)]
   table = pa.table(
     {
       "path": [f"images/{name}.png" for name in NAMES],
@@ -116,7 +116,7 @@ def in_the_official_layout(folder):
   (root / "InternImgs").parent.mkdir()
   folder.rename(root / "InternImgs")
   rows = [
-    {"path": f"{name}.png", "prompt": f"picture {number}", "sharegpt4v": "", "ratio": 1}
+    {"path": f"{name}.png", "prompt": f"image {number}", "sharegpt4v": "", "ratio": 1}
     for number, name in enumerate(NAMES)
   ]
   write(root / "InternData" / "data_info.json", json.dumps(rows))
@@ -135,20 +135,20 @@ def test_the_same_images_are_found(layout, per_unit, folder):
   assert [entry.id for entry in all_found] == ids
   for number, entry in enumerate(all_found):
     assert entry.error is None
-    assert entry.captions == ((f"picture {number}", "short"),)
-    assert read_bytes(str(source), entry.location) == picture(number)
+    assert entry.captions == ((f"image {number}", "short"),)
+    assert read_bytes(str(source), entry.location) == encoded(number)
 
 
 def test_a_source_may_lie_where_only_fsspec_reaches():
   fs = fsspec.filesystem("memory")
   for number, name in enumerate(NAMES):
-    fs.pipe_file(f"/sources/images/{name}.png", picture(number))
+    fs.pipe_file(f"/sources/images/{name}.png", encoded(number))
   fs.pipe_file("/sources/list.jsonl", b'{"path": "images/a/2.png", "caption": "two"}')
   try:
     assert [e.id for e in found("memory://sources/images")] == NAMES
-    assert read_bytes("memory://sources/images", "a/2.png") == picture(1)
+    assert read_bytes("memory://sources/images", "a/2.png") == encoded(1)
     [entry] = found("memory://sources/list.jsonl")
-    assert read_bytes("memory://sources/list.jsonl", entry.location) == picture(1)
+    assert read_bytes("memory://sources/list.jsonl", entry.location) == encoded(1)
     with pytest.raises(ValueError, match="outside"):
       read_bytes("memory://sources/images/a", "../b/1.png")
   finally:
@@ -161,7 +161,7 @@ def test_units_are_json_and_list_nothing_twice(folder):
     ("a/1.png", "a/2.png", 2),
     ("b/1.png", "b/1.png", 1),
   ]
-  write(folder / "a/1b.png", picture(7))  # after the units were made
+  write(folder / "a/1b.png", encoded(7))  # after the units were made
   again = [Unit(**json.loads(json.dumps(vars(unit)))) for unit in units]
   listed = [e.id for unit in again for e in entries(str(folder), unit)]
   assert listed == ["a/1", "a/1b", "a/2", "b/1"]
@@ -184,11 +184,11 @@ def test_a_shard_has_the_keys_of_webdataset(tmp_path):
   write_tar(
     tmp_path / "sub" / "x.tar",
     [
-      ("dir/001.v2.jpg", picture(2)),
-      ("dir/002.jpg", picture(0)),
+      ("dir/001.v2.jpg", encoded(2)),
+      ("dir/002.jpg", encoded(0)),
       ("dir/002.json", b'{"caption_long": "a", "caption_short": "b"}'),
       ("dir/._002.jpg", b"what macOS leaves"),
-      ("dir/003.JPG", picture(1)),
+      ("dir/003.JPG", encoded(1)),
     ],
   )
   assert [(e.id, e.captions) for e in found(tmp_path)] == [
@@ -201,10 +201,10 @@ def test_a_shard_has_the_keys_of_webdataset(tmp_path):
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_in_tars_are_read_whole(format, tmp_path):
   name = "a long name/" * 40 + "bär" * 30
-  source = write_tar(tmp_path / "x.tar", [(f"{name}.png", picture())], format=format)
+  source = write_tar(tmp_path / "x.tar", [(f"{name}.png", encoded())], format=format)
   [entry] = found(source)
   assert entry.id == f"x/{name}"
-  assert read_bytes(str(source), entry.location) == picture()
+  assert read_bytes(str(source), entry.location) == encoded()
 
 
 def test_a_tar_of_python_and_ours_have_the_same_members(tmp_path):
@@ -223,15 +223,15 @@ def test_what_is_wrong_in_a_tar_is_said(tmp_path):
   source = write_tar(
     tmp_path / "x.tar",
     [
-      ("../up.png", picture()),
-      ("/etc/top.png", picture()),
+      ("../up.png", encoded()),
+      ("/etc/top.png", encoded()),
       link("soft.png", "/etc/passwd"),
       link("hard.png", "/etc/passwd", tarfile.LNKTYPE),
-      ("twice.png", picture()),
-      ("twice.jpg", picture()),
-      ("other.png", picture()),
-      ("twice.webp", picture()),
-      ("mute.png", picture()),
+      ("twice.png", encoded()),
+      ("twice.jpg", encoded()),
+      ("other.png", encoded()),
+      ("twice.webp", encoded()),
+      ("mute.png", encoded()),
       ("mute.txt", b"\xff\xfe\xff"),
     ],
   )
@@ -251,11 +251,11 @@ def test_what_is_wrong_in_a_tar_is_said(tmp_path):
   }
 
 
-@pytest.mark.parametrize("cut", ["within a picture", "within a header", "no end mark"])
+@pytest.mark.parametrize("cut", ["within an image", "within a header", "no end mark"])
 def test_a_truncated_tar_gives_what_is_whole_and_says_so(cut, tmp_path):
   members = [(f"{i}.png", b"x" * 600) for i in range(3)]
   source = write_tar(tmp_path / "x.tar", members)
-  end = {"within a picture": 4000, "within a header": 3072 + 100, "no end mark": 4608}
+  end = {"within an image": 4000, "within a header": 3072 + 100, "no end mark": 4608}
   with open(source, "r+b") as file:
     file.truncate(end[cut])
   *whole, last = found(source)
@@ -284,7 +284,7 @@ def test_loose_images_beside_tars_are_refused(folder):
 
 
 def test_links_are_followed_inside_the_folder_and_not_out_of_it(folder, tmp_path):
-  write(tmp_path / "secret.png", picture(9))
+  write(tmp_path / "secret.png", encoded(9))
   write(tmp_path / "secret.txt", "a secret")
   os.symlink(tmp_path / "secret.png", folder / "c.png")
   os.symlink("a/1.png", folder / "d.png")
@@ -296,7 +296,7 @@ def test_links_are_followed_inside_the_folder_and_not_out_of_it(folder, tmp_path
   with pytest.raises(ValueError, match=outside):
     read_bytes(str(folder), by_id["c"].location)
   assert by_id["d"].error == f"its captions cannot be read: {outside}"
-  assert read_bytes(str(folder), by_id["e"].location) == picture(2)
+  assert read_bytes(str(folder), by_id["e"].location) == encoded(2)
   assert by_id["loop"].error == "a link to a folder, which is not followed"
 
 
@@ -305,7 +305,7 @@ def test_links_are_followed_inside_the_folder_and_not_out_of_it(folder, tmp_path
   ["../secret.png", "a/../../secret.png", "/etc/hostname", "..", ".", "", "a\0.png"],
 )
 def test_no_location_leads_out_of_the_source(location, folder, tmp_path):
-  write(tmp_path / "secret.png", picture(9))
+  write(tmp_path / "secret.png", encoded(9))
   with pytest.raises(ValueError, match=r"outside|zero byte"):
     read_bytes(str(folder), location)
   in_tar = f"{location}/x.tar?offset=0&size=1"
@@ -339,14 +339,14 @@ def test_a_part_of_a_tar_beyond_its_end_is_not_read(folder):
 
 
 def test_files_of_one_id_are_told_apart(folder):
-  write(folder / "a" / "1.jpg", picture(5, format="JPEG"))
+  write(folder / "a" / "1.jpg", encoded(5, format="JPEG"))
   by_location = {e.location: e.error for e in found(folder, 1)}
   assert by_location["a/1.jpg"] is None
   assert by_location["a/1.png"] == "has the id of another file: 1.jpg"
 
 
 def test_a_name_that_is_not_utf8_is_a_row(folder):
-  (folder / "b" / os.fsdecode(b"\xff.png")).write_bytes(picture())
+  (folder / "b" / os.fsdecode(b"\xff.png")).write_bytes(encoded())
   entry = found(folder)[-1]
   assert entry == sources.Entry(
     "b/\\udcff", "b/\\udcff.png", (), "its name is not UTF-8"
@@ -429,9 +429,9 @@ def test_what_is_no_source_says_what_would_be(name, message, tmp_path):
 
 def test_a_dotted_key_keeps_its_image(tmp_path):
   members = [
-    ("photo.v1.0.jpg", picture(0)),
+    ("photo.v1.0.jpg", encoded(0)),
     ("photo.v1.0.txt", b"the first"),
-    ("photo.v1.1.JPG", picture(1)),
+    ("photo.v1.1.JPG", encoded(1)),
     ("photo.v1.1.JPG.txt", b"the second"),
   ]
   source = write_tar(tmp_path / "x.tar", members)
@@ -441,18 +441,18 @@ def test_a_dotted_key_keeps_its_image(tmp_path):
   }
   assert [e.error for e in found(source)] == [None, None]
   second = found(source)[1]
-  assert read_bytes(str(source), second.location) == picture(1)
+  assert read_bytes(str(source), second.location) == encoded(1)
 
 
 def test_what_a_key_says_is_said_of_each_of_its_images(tmp_path):
   members = [
-    ("a/0.left.jpg", picture(0)),
-    ("a/0.right.jpg", picture(1)),
+    ("a/0.left.jpg", encoded(0)),
+    ("a/0.right.jpg", encoded(1)),
     ("a/0.txt", b"a pair"),
-    ("a/1.left.jpg", picture(2)),
+    ("a/1.left.jpg", encoded(2)),
     ("a/1.left.txt", b"its own goes before the key's"),
     ("a/1.txt", b"a pair"),
-    ("b/0.left.jpg", picture(3)),
+    ("b/0.left.jpg", encoded(3)),
   ]
   source = write_tar(tmp_path / "x.tar", members)
   assert captions_by_id(source) == {
@@ -471,7 +471,7 @@ def test_captions_join_their_images_wherever_they_are_in_a_tar(order, tmp_path):
     member
     for number in range(3)
     for member in [
-      (f"{number}.jpg", picture(number)),
+      (f"{number}.jpg", encoded(number)),
       (f"{number}.json", b'{"caption": "json %d"}' % number),
       (f"{number}.txt", b"text %d" % number),
     ]
@@ -489,12 +489,12 @@ def test_captions_join_their_images_wherever_they_are_in_a_tar(order, tmp_path):
     assert entry.error is None
     texts = {text for text, _ in entry.captions}
     assert texts == {f"json {number}", f"text {number}"}
-    assert read_bytes(str(source), entry.location) == picture(number)
+    assert read_bytes(str(source), entry.location) == encoded(number)
 
 
 def test_a_name_that_is_in_a_tar_twice_is_called_that(tmp_path):
   names = ["1.jpg", "2.jpg", "1.jpg"]  # as `tar -r` adds to a tar
-  source = write_tar(tmp_path / "x.tar", [(name, picture()) for name in names])
+  source = write_tar(tmp_path / "x.tar", [(name, encoded()) for name in names])
   assert [(e.id, e.error) for e in found(source)] == [
     ("x/1", None),
     ("x/2", None),
@@ -506,8 +506,8 @@ def test_of_captions_that_are_in_a_tar_twice_the_first_stay_with_the_first_image
   tmp_path,
 ):
   members = [
-    *(("1.jpg", picture(1)), ("1.txt", b"one")),
-    *(("1.jpg", picture(2)), ("1.txt", b"two")),
+    *(("1.jpg", encoded(1)), ("1.txt", b"one")),
+    *(("1.jpg", encoded(2)), ("1.txt", b"two")),
   ]
   source = write_tar(tmp_path / "x.tar", members)
   (first, second), passed_over = found_and_passed_over(source)
@@ -536,7 +536,7 @@ def test_the_case_of_a_tars_extension_is_nothing(name, folder):
   [entry, *_] = found(tar)
   assert (entry.id, read_bytes(str(tar), entry.location)) == (
     f"{name[0]}/a/1",
-    picture(0),
+    encoded(0),
   )
 
 
@@ -558,7 +558,7 @@ IMAGES = ["a.jpg", "b.JPEG", "d.jpe"]
 
 def beside_images(layout, tmp_path, files, images=IMAGES):
   """A folder or a tar with images and what lies beside them."""
-  everything = {**dict.fromkeys(images, picture()), **files}
+  everything = {**dict.fromkeys(images, encoded()), **files}
   if layout == "tar":
     members = [
       (name, data if isinstance(data, bytes) else data.encode())
@@ -629,13 +629,13 @@ def test_captions_that_cannot_be_read_refuse_an_image_only_without_others(
 def test_captions_may_be_in_any_encoding_that_says_so(encoding, tmp_path):
   marks = {"utf-16-be": b"\xfe\xff"}
   text = marks.get(encoding, b"") + "ein Bär\r\n".encode(encoding)
-  write(tmp_path / "a.jpg", picture())
+  write(tmp_path / "a.jpg", encoded())
   write(tmp_path / "a.txt", text)
   assert captions_by_id(tmp_path) == {"a": ["ein Bär"]}
 
 
 def test_utf_16_without_its_mark_is_not_taken_for_words_apart(tmp_path):
-  write(tmp_path / "a.jpg", picture())
+  write(tmp_path / "a.jpg", encoded())
   write(tmp_path / "a.txt", "red".encode("utf-16-le"))
   [entry] = found(tmp_path)
   assert entry.error == (
@@ -666,9 +666,9 @@ def test_what_is_no_image_is_counted_by_extension(folder):
   for name in ("1.jxl", "2.dng", "3.DNG", "4", "Thumbs.db", "README.md", "x.tar.gz"):
     write(folder / "c" / name, "x")
   write(folder / "a" / "._1.png", "what macOS leaves")
-  write(folder / "a" / "@eaDir" / "1.png" / "SYNOPHOTO_THUMB_M.jpg", picture(8))
+  write(folder / "a" / "@eaDir" / "1.png" / "SYNOPHOTO_THUMB_M.jpg", encoded(8))
   write(folder / "__MACOSX" / "a" / "._1.png", "x")
-  write(folder / "d.jpe", picture(7))
+  write(folder / "d.jpe", encoded(7))
   all_found, passed_over = found_and_passed_over(folder)
   assert [e.id for e in all_found] == [*NAMES, "d"]
   assert passed_over == {
@@ -681,11 +681,11 @@ def test_what_is_no_image_is_counted_by_extension(folder):
 
 def test_what_is_in_a_tar_and_no_image_is_counted(tmp_path):
   members = [
-    ("0.jpg", picture()),
+    ("0.jpg", encoded()),
     ("0.cls", b"7"),
     ("0.seg.npy", b"x"),
     ("._0.jpg", b"x"),
-    ("@eaDir/0.jpg", picture()),
+    ("@eaDir/0.jpg", encoded()),
     ("README", b"x"),
     ("1.txt", b"of no image"),
   ]
@@ -780,7 +780,7 @@ def test_fields_may_have_any_name(layout, folder):
   reading = Reading(("alt:long",), "img")
   for entry in found(source, reading=reading):
     assert entry.captions == ((f"alt {entry.id}", "long"),)
-    assert read_bytes(str(source), entry.location) == picture(NAMES.index(entry.id))
+    assert read_bytes(str(source), entry.location) == encoded(NAMES.index(entry.id))
   with pytest.raises(ValueError, match=r"none of the fields of --caption_field=al, on"):
     found(source, reading=Reading(("al",), "img"))
   with pytest.raises(ValueError, match=r"no field of --image_field=im, only id, img"):

@@ -119,7 +119,7 @@ def test_a_shard_without_records_is_no_gap(tmp_path):
   job = begin(tmp_path, num_shards=3)
   write_shard(job, 0)
   with job.shard(1):
-    pass  # every picture of it was refused
+    pass  # every image of it was refused
   write_shard(job, 2)
   job.finish()
   dataset = open_dataset(tmp_path)

@@ -30,8 +30,8 @@ with (
   browser.choose("#size", "32 × 16")
   browser.type("#count input[type=number]", "6")
   browser.click("#draw")
-  pictures = "Array.from(document.querySelectorAll('#pictures .thumbnail-lg img'))"
-  browser.wait(f"{pictures}.filter(p => p.complete).length == 6")
+  images = "Array.from(document.querySelectorAll('#pictures .thumbnail-lg img'))"
+  browser.wait(f"{images}.filter(p => p.complete).length == 6")
   browser.wait("document.querySelector('#settings').innerText.includes('three')")
   browser.rest("#settings")
   browser.screenshot(pathlib.Path(output))

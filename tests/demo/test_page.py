@@ -26,7 +26,7 @@ from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.data import buckets
 from pixsigma_jax.demo import fields, page
 from pixsigma_jax.diffusion.solvers import SAMPLERS
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.settings import SETTINGS
 from tests import commands
@@ -72,7 +72,7 @@ def as_png(output, folder):
   """The bytes of the file that the command `sample` would write."""
   path = folder / "expected.png"
   path.unlink(missing_ok=True)
-  pictures.save(path, output.images[0], output.settings[0])
+  image_files.save(path, output.images[0], output.settings[0])
   return path.read_bytes()
 
 
@@ -112,7 +112,7 @@ def test_the_gallery_holds_the_files_that_the_pipeline_draws(pipeline, tmp_path)
   assert (settings, seed) == (output.settings[0], 5)
 
 
-def test_pictures_are_shown_as_they_are_ready_each_with_its_seed(pipeline):
+def test_images_are_shown_as_they_are_ready_each_with_its_seed(pipeline):
   shown = drawn(pipeline, num_images_per_prompt=3)
   captions = [[caption for _, caption in files] for files, _, _ in shown]
   assert captions == [
@@ -122,7 +122,7 @@ def test_pictures_are_shown_as_they_are_ready_each_with_its_seed(pipeline):
   ]
   files = [content for content, _ in shown[-1][0]]
   assert len(set(files)) == 3
-  assert {settings["seed"] for _, settings, _ in shown} == {5}  # of the first picture
+  assert {settings["seed"] for _, settings, _ in shown} == {5}  # of the first image
 
 
 def test_a_random_seed_is_another_each_time_and_is_told(pipeline):
@@ -132,7 +132,7 @@ def test_a_random_seed_is_another_each_time_and_is_told(pipeline):
   assert again == first
 
 
-def test_a_random_seed_leaves_room_for_the_pictures_after_it(pipeline, monkeypatch):
+def test_a_random_seed_leaves_room_for_the_images_after_it(pipeline, monkeypatch):
   monkeypatch.setattr(page.secrets, "randbelow", lambda bound: bound - 1)
   *_, (files, _, _) = drawn(pipeline, random_seed=True, num_images_per_prompt=2)
   assert files[-1][1] == f"seed {2**32 - 1}"
@@ -167,11 +167,11 @@ def test_what_the_pipeline_refuses_is_told_in_its_own_words(pipeline, asked, mes
   assert error.value.duration is None  # it stays until it is read
 
 
-def test_a_picture_that_cannot_be_written_is_told_too(pipeline, monkeypatch):
+def test_an_image_that_cannot_be_written_is_told_too(pipeline, monkeypatch):
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(page.pictures, "save", full)
+  monkeypatch.setattr(page.images, "save", full)
   with pytest.raises(gr.Error, match="No space left on device"):
     drawn(pipeline)
 
@@ -185,7 +185,7 @@ def test_pixels_that_went_wrong_are_told_too(pipeline):
     drawn(pipeline.replace(autoencoder=Damaged()))
 
 
-def test_a_picture_that_went_wrong_is_told_too(pipeline):
+def test_an_image_that_went_wrong_is_told_too(pipeline):
   params = jax.tree.map(lambda leaf: leaf * jnp.nan, pipeline.params)
   with pytest.raises(gr.Error, match=r"seed 5\), is not made of finite numbers:"):
     drawn(pipeline.replace(params=params))
@@ -199,7 +199,7 @@ def test_no_file_is_left_once_the_page_has_shown_it(pipeline):
   assert not pathlib.Path(path).exists()
 
 
-def test_a_click_on_a_picture_shows_what_its_file_says(pipeline):
+def test_a_click_on_an_image_shows_what_its_file_says(pipeline):
   for gallery, *_ in draw(pipeline, num_images_per_prompt=2):
     if len(gallery) == 2:
       event = gr.SelectData(None, {"index": 1, "value": None})
@@ -505,7 +505,7 @@ def open_page(browser, address):
 SHOWN = "document.querySelector('#pictures .thumbnail-lg img')"
 
 
-def test_a_prompt_that_is_typed_becomes_its_picture(serve, browser, pipeline, tmp_path):
+def test_a_prompt_that_is_typed_becomes_its_image(serve, browser, pipeline, tmp_path):
   open_page(browser, serve())
   browser.type("#prompt textarea", "a red seven")
   browser.type("#seed input", "41")
@@ -514,21 +514,21 @@ def test_a_prompt_that_is_typed_becomes_its_picture(serve, browser, pipeline, tm
   browser.wait("document.querySelector('#settings').innerText.includes('a red seven')")
   browser.screenshot(tmp_path / "page.png")
 
-  # To the byte what the pipeline draws: the picture, and what is written in its file.
+  # To the byte what the pipeline draws: the image, and what is written in its file.
   output = step_by_step(pipeline, "a red seven", seed=41)
   expected = as_png(output, tmp_path)
   assert browser.fetch(browser.run(f"{SHOWN}.src")) == expected
   assert browser.run(f"{SHOWN}.naturalWidth") == 8
   assert "seed 41" in browser.run("document.querySelector('#pictures').innerText")
 
-  # And so is the file that the button above the enlarged picture saves.
+  # And so is the file that the button above the enlarged image saves.
   downloads = tmp_path / "downloads"
   browser.download_to(downloads)
   browser.click("#pictures .thumbnail-lg")
   browser.click("#pictures button[aria-label=Download]")
   saved = browser.downloaded(downloads / "seed-41.png")
   assert saved == expected
-  assert pictures.settings_of(downloads / "seed-41.png") == output.settings[0]
+  assert image_files.settings_of(downloads / "seed-41.png") == output.settings[0]
 
   hosts = {urllib.parse.urlsplit(url).hostname for url in browser.requests()}
   assert hosts - {None} == {"127.0.0.1"}

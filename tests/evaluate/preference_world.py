@@ -1,4 +1,4 @@
-"""A folder of an evaluation with pictures of several models, for studies and judges."""
+"""A folder of an evaluation with images of several models, for studies and judges."""
 
 import numpy as np
 from PIL import Image
@@ -12,12 +12,12 @@ PROMPTS = (HTML, "two dogs", "a red seven", "the sea\nat night", "an owl")
 
 
 def grey(model, number):
-  """The one value of a picture's pixels, by which a test knows whose it is."""
+  """The one value of an image's pixels, by which a test knows whose it is."""
   return 60 * MODELS.index(model) + number
 
 
 def make(path, models=MODELS, prompts=PROMPTS, size=(12, 16)):
-  """Pictures whose files say in their notes whose they are, as those of `sample` do."""
+  """Images whose files say in their notes whose they are, as those of `sample` do."""
   made = folder.create(
     path,
     suite="world",
@@ -28,12 +28,12 @@ def make(path, models=MODELS, prompts=PROMPTS, size=(12, 16)):
     ),
   )
   for model in models:
-    part = made.begin_model(model, path="", origin={"pictures of": model}, settings={})
+    part = made.begin_model(model, path="", origin={"images of": model}, settings={})
     for number, item in enumerate(made.items):
-      picture = Image.fromarray(np.full((*size, 3), grey(model, number), np.uint8))
+      image = Image.fromarray(np.full((*size, 3), grey(model, number), np.uint8))
       notes = PngInfo()
       notes.add_text("settings", f"checkpoint of {model}")
       file = part.image_path(item)
       file.parent.mkdir(parents=True, exist_ok=True)
-      picture.save(file, pnginfo=notes)
+      image.save(file, pnginfo=notes)
   return made

@@ -31,7 +31,7 @@ def rendered(pairs, cell=8):
 
 @pytest.fixture(scope="module")
 def world():
-  """Training pictures of all tasks, and their scenes."""
+  """Training images of all tasks, and their scenes."""
   pairs = list(digits.training_scenes(1, 1000, WEIGHTS))
   return rendered(pairs), [scene for scene, _ in pairs]
 
@@ -51,7 +51,7 @@ def test_knows_the_handwriting_it_was_taught_by_heart():
   assert prompt_accuracy(rendered(pairs), [scene for scene, _ in pairs]).all()
 
 
-def test_a_faint_picture_reads_like_a_bold_one(world):
+def test_a_faint_image_reads_like_a_bold_one(world):
   bold = np.stack([image for image in world[0] if image.shape == (8, 16, 3)])
   faint = bold / 2 - 0.5  # half the light
   assert read_batch(faint, (1, 2)) == read_batch(bold, (1, 2))
@@ -116,14 +116,14 @@ def test_one_image_reads_as_it_does_in_a_batch(world):
 
 
 @pytest.mark.parametrize("size", [(8, 12), (12, 24), (0, 0)])
-def test_a_picture_that_does_not_divide_into_cells_is_refused(size):
+def test_an_image_that_does_not_divide_into_cells_is_refused(size):
   with pytest.raises(
     ValueError, match=f"{size[0]}x{size[1]} image does not divide into"
   ):
     read(np.zeros((*size, 3), np.float32), (1, 2))
 
 
-def test_a_picture_of_the_wrong_shape_for_its_scene_is_refused(world):
+def test_an_image_of_the_wrong_shape_for_its_scene_is_refused(world):
   single = digits.scenes("single", seen=True)[0]
   with pytest.raises(ValueError, match="8x16 image does not divide into 1x1 cells"):
     prompt_accuracy([np.zeros((8, 16, 3), np.float32)], [single])

@@ -176,7 +176,7 @@ def test_what_a_killed_process_leaves_is_whole_and_the_job_again_draws_the_rest_
 
 @pytest.fixture
 def score(tmp_path, small_inception):
-  """The flags of an evaluation of others' pictures, from prompts to report."""
+  """The flags of an evaluation of others' images, from prompts to report."""
   random = np.random.default_rng(0)
   for name in ("real", "theirs"):
     (tmp_path / name).mkdir()

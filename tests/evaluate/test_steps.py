@@ -11,7 +11,7 @@ from PIL import Image
 from pixsigma_jax.convert.lora import write_lora
 from pixsigma_jax.data import digits
 from pixsigma_jax.evaluate import folder, report, suites
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.convert.test_lora import lora, random_adapter
@@ -45,13 +45,13 @@ def evaluate(capsys, monkeypatch):
 
 
 def renders(items, directory):
-  """Pictures that follow every prompt, named by id."""
+  """Images that follow every prompt, named by id."""
   directory.mkdir()
   for item in items:
     scene = digits.parse(item.prompt)
     glyphs = [digits.handwriting("reader", each.digit)[0] for each in scene.items]
-    picture = pictures.to_picture(digits.render(scene, glyphs, 8))
-    picture.save(directory / f"{item.id}.png")
+    image = image_files.to_image(digits.render(scene, glyphs, 8))
+    image.save(directory / f"{item.id}.png")
   return directory
 
 
@@ -249,9 +249,7 @@ def test_a_kill_amid_the_deletion_leaves_no_image_beside_anothers_name(
   assert json.loads(about.read_text())["origin"]["step"] == 22
 
 
-def test_pictures_that_nobody_can_draw_again_are_never_deleted(
-  evaluate, runs, tmp_path
-):
+def test_images_that_nobody_can_draw_again_are_never_deleted(evaluate, runs, tmp_path):
   output = tmp_path / "evaluation"
   done = evaluate("prompts", "digits", f"--output={output}", f"--per_task={PER_TASK}")
   drawn = renders(folder.open_folder(output).items, tmp_path / "drawn")
@@ -319,16 +317,16 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_draws_the_rest(
     f"--checkpoints={runs / 'low'}",
     *SAMPLE,
   )
-  save_picture, saved = pictures.save, []
+  save_image, saved = image_files.save, []
 
   def interrupt(*arguments, **more):
     if len(saved) == 3:
       raise KeyboardInterrupt
     saved.append(arguments)
-    save_picture(*arguments, **more)
+    save_image(*arguments, **more)
 
   with monkeypatch.context() as patch:
-    patch.setattr(pictures, "save", interrupt)
+    patch.setattr(images, "save", interrupt)
     done = evaluate(*command)
   assert done.code == 130
   assert f"3 of {6 * PER_TASK} images of low are written" in done.err

@@ -17,7 +17,7 @@ from pixsigma_jax.evaluate.scorers import scorer_type, texture
 from pixsigma_jax.evaluate.scorers.inception import PatchFeatures
 from pixsigma_jax.evaluate.scorers.texture import Texture
 from pixsigma_jax.evaluate.suites import suite
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.evaluate import networks
@@ -146,7 +146,7 @@ LARGE = 320  # pixels a side, of which a token of `large_tokens` has 16
 
 @pytest.fixture
 def run(tmp_path):
-  """An untrained model whose few tokens make a picture of 320 x 320."""
+  """An untrained model whose few tokens make an image of 320 x 320."""
   config = dataclasses.replace(
     models.nano(caption_length=12), patch_size=16, base_size=LARGE // 16
   )
@@ -177,7 +177,7 @@ def test_from_a_checkpoint_to_a_report_killed_and_resumed(
   ]
   monkeypatch.setattr(scoring, "ITEMS_PER_PART", 1)
   output = tmp_path / "evaluation"
-  whole.interrupt(monkeypatch, pictures, "save", after=1)
+  whole.interrupt(monkeypatch, image_files, "save", after=1)
   step(130, *everything)
   begun = whole.images(output, "run")
   assert len(begun) == 1

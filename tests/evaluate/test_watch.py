@@ -34,7 +34,7 @@ def evaluate(capsys, monkeypatch):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """A run with one whole set, of step 10, and the pictures of another, of step 20."""
+  """A run with one whole set, of step 10, and the images of another, of step 20."""
   draw(tmp_path / "run", 10)
   draw(tmp_path / "run", 20, whole=False)
   return tmp_path / "run"
@@ -51,8 +51,8 @@ def draw(workdir, step, *, seed=None, whole=True):
   random = np.random.default_rng(step if seed is None else seed)
   for i in range(COUNT):
     # Coarse, so that their bytes as PNG differ.
-    picture = random.integers(0, 256, (8, 8, 3), np.uint8)
-    image = Image.fromarray(picture).resize((72, 64), Image.Resampling.BICUBIC)
+    pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((72, 64), Image.Resampling.BICUBIC)
     image.save(folder / f"{i:06d}.png")
   if whole:
     finish(workdir, step)
@@ -267,7 +267,7 @@ def test_a_look_reads_only_what_changed_since_the_last_one(workdir, monkeypatch)
   asked.clear()
   watching.look()
   assert asked == []
-  # As a run that goes back: the same folder, other pictures.
+  # As a run that goes back: the same folder, other images.
   before = scores(workdir, 10)
   (set_of(workdir, 10) / "captions.jsonl").unlink()
   watching.look()
@@ -291,11 +291,11 @@ def test_a_set_that_changes_while_it_is_scored_keeps_no_scores(workdir, caplog):
   watching.close()
 
 
-def test_a_set_that_lacks_a_picture_is_refused(evaluate, workdir):
+def test_a_set_that_lacks_an_image_is_refused(evaluate, workdir):
   (set_of(workdir, 10) / "000001.png").unlink()
   done = evaluate(workdir, "--once", "--scorers=texture")
   assert done.code == 1
-  assert "lacks 1 of 3 pictures (000001.png)" in done.err
+  assert "lacks 1 of 3 images (000001.png)" in done.err
 
 
 def test_damaged_scores_are_refused(evaluate, workdir):

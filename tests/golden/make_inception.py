@@ -68,12 +68,12 @@ def main():
       transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ]
   )
-  pictures = [Image.fromarray(image) for image in images()]
-  batch = torch.stack([pipeline(picture) for picture in pictures])
+  opened = [Image.fromarray(image) for image in images()]
+  batch = torch.stack([pipeline(each) for each in opened])
   out["torchvision_features"] = network(batch).numpy()
   middle = transforms.Compose(pipeline.transforms[:2])
   out["torchvision_pixels"] = np.stack(
-    [np.asarray(middle(picture))[::23, ::23] for picture in pictures]
+    [np.asarray(middle(each))[::23, ::23] for each in opened]
   )
 
   class Seeded(fidelity.FeatureExtractorInceptionV3):

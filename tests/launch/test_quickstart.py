@@ -12,7 +12,7 @@ import pytest
 from configs.quickstart import compressed, high, low
 from pixsigma_jax.data import digits
 from pixsigma_jax.evaluate.digits import prompt_accuracy
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.pipeline import Pipeline
 from pixsigma_jax.sample.program import compute_here
 
@@ -88,7 +88,7 @@ def test_each_stage_finds_its_data_and_its_parent(script):
   assert not configs
 
 
-def test_a_picture_takes_no_training(script, tmp_path):
+def test_an_image_takes_no_training(script, tmp_path):
   [[command, *arguments]] = commands(tmp_path, "--picture")
   assert command == "sample"
   assert given(arguments, "checkpoint") == ["weights/miniature"]
@@ -115,7 +115,7 @@ def test_the_miniature_that_ships_draws_what_it_is_asked_for():
   )
   side = pipeline.resolution
   drawn = pipeline(lines[:3], height=side, width=side, seed=1).images
-  images = [pictures.from_picture(image) for image in drawn]
+  images = [image_files.from_image(image) for image in drawn]
   # 98 per cent of single digits are right, by benchmark; these three always.
   assert prompt_accuracy(images, scenes).all()
 

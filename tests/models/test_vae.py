@@ -53,7 +53,7 @@ def params(reference):
 
 @pytest.fixture(scope="module")
 def expected(reference):
-  """What diffusers makes of 2 pictures of 48 x 64 pixels, and of their latents."""
+  """What diffusers makes of 2 images of 48 x 64 pixels, and of their latents."""
   posterior = reference.encode(channels_first(draw(2, 48, 64, 3))).latent_dist
   decoded = reference.decode(channels_first(draw(2, 6, 8, 4))).sample
   parts = (posterior.mean, posterior.std, decoded)
@@ -253,15 +253,15 @@ def test_all_tiles_of_an_image_run_through_one_program(small):
 @pytest.mark.parametrize(
   ("unit_in", "unit_out"), [(1, 2), (2, 1)], ids=["decoding", "encoding"]
 )
-def test_tiles_of_a_picture_blend_into_the_picture_to_the_bit(unit_in, unit_out):
-  picture = draw(2, 17 * unit_in, 29 * unit_in, 3)
+def test_tiles_of_an_image_blend_into_the_image_to_the_bit(unit_in, unit_out):
+  image = draw(2, 17 * unit_in, 29 * unit_in, 3)
 
   def program(tile):  # knows no neighbours: every tile says the same of a place
     tile = tile[:, ::unit_in, ::unit_in]
     return tile.repeat(unit_out, axis=1).repeat(unit_out, axis=2)
 
-  joined = vae._in_tiles(program, picture, (17, 29), 8, (unit_in, unit_out))
-  np.testing.assert_array_equal(joined, program(picture))
+  joined = vae._in_tiles(program, image, (17, 29), 8, (unit_in, unit_out))
+  np.testing.assert_array_equal(joined, program(image))
 
 
 def test_a_seam_is_a_straight_line_from_one_tile_to_the_next():

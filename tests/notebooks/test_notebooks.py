@@ -27,7 +27,7 @@ from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.models.attention import CHOICES
 from pixsigma_jax.models.kv_compression import WINDOWS, KVCompression
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import Pipeline, pictures
+from pixsigma_jax.sample import Pipeline, image_files
 from pixsigma_jax.sample.encoders import RememberedCaptions
 from pixsigma_jax.sample.settings import SETTINGS, Choice
 from pixsigma_jax.transforms import add_kv_compression, interpolate_pe
@@ -107,14 +107,14 @@ def printed(notebook):
 
 
 def shown(notebook):
-  """All pictures that the cells have displayed, in order."""
+  """All images that the cells have displayed, in order."""
   bundles = [out.get("data", {}) for cell in code_of(notebook) for out in cell.outputs]
   files = [io.BytesIO(base64.b64decode(d["image/png"])) for d in bundles if len(d) > 1]
   return [Image.open(file) for file in files]
 
 
-def levels(picture):
-  return np.asarray(picture, int)
+def levels(image):
+  return np.asarray(image, int)
 
 
 # What every notebook is.
@@ -323,17 +323,15 @@ def test_sample_draws_what_the_package_draws(sampled, published, lora_folder):
   draw = {"height": 64, "width": 96, "num_inference_steps": 2, "seed": 5}
   draw |= {"pag_scale": 2.0, "pag_applied_layers": [1], "prompt_weighting": True}
   expected = pipeline(PROMPTS, negative_prompt="a car", **draw)
-  for path, picture, about in zip(
-    saved, expected.images, expected.settings, strict=True
-  ):
+  for path, image, about in zip(saved, expected.images, expected.settings, strict=True):
     # Another process with another number of devices may round at a level's edge.
-    assert np.abs(levels(Image.open(path)) - levels(picture)).max() <= 1
-    said = pictures.settings_of(path)
+    assert np.abs(levels(Image.open(path)) - levels(image)).max() <= 1
+    said = image_files.settings_of(path)
     assert {**said, "checkpoint": about["checkpoint"]} == about
   previews, *one_by_one, grid = shown(notebook)
   assert previews.width >= 96 // 8  # the last; one pixel for each latent at least
-  for path, picture in zip(saved, one_by_one, strict=True):
-    np.testing.assert_array_equal(levels(picture), levels(Image.open(path)))
+  for path, image in zip(saved, one_by_one, strict=True):
+    np.testing.assert_array_equal(levels(image), levels(Image.open(path)))
   np.testing.assert_array_equal(levels(grid), levels(Image.open(folder / "grid.png")))
 
 
@@ -364,7 +362,7 @@ def converted(request, published, tmp_path_factory):
     SOURCE=str(source),
     FLAGS=flags,
     FROZEN=str(published),
-    PICTURES=2,
+    IMAGES=2,
     STEPS=2,
   )
   return request.param, notebook, folder / "converted"
@@ -447,7 +445,7 @@ def test_transform_shows_what_each_transform_does(transformed):
   names = ["1 parent", "2 compressed", "3 extended", "4 interpolated", "5 both"]
   files = [folder / "transformed-128" / f"{name}.png" for name in names]
   drawn = [levels(Image.open(file)) for file in files]
-  assert [picture.shape[0] for picture in drawn] == [64, 64, 128, 128, 128]
+  assert [image.shape[0] for image in drawn] == [64, 64, 128, 128, 128]
   # With and without each transform, from the same noise.
   for without, after in ((0, 1), (2, 3), (3, 4)):
     assert np.abs(drawn[without] - drawn[after]).mean() > 0.1

@@ -56,7 +56,7 @@ def test_our_kernels_lift_the_ceiling():
   total = sum(roofline.needed(planned.model).values())
   saved = (attention + cross) * 4 / 6 * (1 - 80 / 128)
   assert lifted == pytest.approx(total / (total / bare - saved))
-  # Drawing a picture needs the two of the forward pass.
+  # Drawing an image needs the two of the forward pass.
   drawing = {"our_kernels": True, "training": False}
   saved = (attention + cross) * 1 / 2 * (1 - 80 / 128)
   assert roofline.ceiling(planned.model, 128, **drawing) == pytest.approx(

@@ -39,7 +39,7 @@ def larger():
   return dataclasses.replace(model, base_size=64)
 
 
-def test_a_picture_of_a_miniature_is_planned(plan, libtpu):
+def test_an_image_of_a_miniature_is_planned(plan, libtpu):
   done = plan(CHIP, "--json")
   assert done.code == 0, done.err
   have = json.loads(done.out)
@@ -88,7 +88,7 @@ def test_only_a_compiler_knows(plan, flag):
   assert flag.partition("=")[0] in done.err
 
 
-def test_a_picture_on_a_gpu_needs_its_compiler(plan, monkeypatch):
+def test_an_image_on_a_gpu_needs_its_compiler(plan, monkeypatch):
   monkeypatch.setattr(gpus, "can_compile", lambda: False)
   done = plan("--topology=h200:1")
   assert done.code == 1
@@ -163,7 +163,7 @@ def test_what_is_sent_is_what_a_compiler_sends(larger, libtpu, guidance, context
   assert sum(found.sent.values()) == pytest.approx(by_model.sent, rel=0.05)
 
 
-def test_a_picture_is_planned_for_a_gpu(plan, cuda_plugin):
+def test_an_image_is_planned_for_a_gpu(plan, cuda_plugin):
   done = plan("--topology=h200:1", "--json")
   assert done.code == 0, done.err
   have = json.loads(done.out)
@@ -171,7 +171,7 @@ def test_a_picture_is_planned_for_a_gpu(plan, cuda_plugin):
   assert have["seconds"] is None
 
 
-def test_a_picture_too_large_for_a_gpu_is_refused(larger, cuda_plugin, monkeypatch):
+def test_an_image_too_large_for_a_gpu_is_refused(larger, cuda_plugin, monkeypatch):
   monkeypatch.setattr(memory, "in_use", lambda compiled: 80 * 2**30)
   with pytest.raises(DoesNotFitError, match=r"72.00 GiB, .* 80.00 GiB are in use"):
     sampling.plan_sampling(larger, topology.parse("a100:1", 1), dtype="float32")

@@ -56,7 +56,7 @@ def test_every_record_is_a_drawn_scene_with_all_the_ways_to_ask_for_it(finished)
   assert shapes == {(8, 8, 3), (8, 16, 3), (16, 8, 3)}
 
 
-def test_pictures_are_the_renders_of_their_scenes(finished):
+def test_images_are_the_renders_of_their_scenes(finished):
   records = open_dataset(finished).read(range(COUNT))
   weights = {"single": 0.2, "left_of": 0.4, "above": 0.4}
   scenes = digits.training_scenes(3, COUNT, weights)

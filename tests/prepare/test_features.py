@@ -1,4 +1,4 @@
-"""Pictures through VAE and T5: equal to torch, whoever writes them, however often."""
+"""Images through VAE and T5: equal to torch, whoever writes them, however often."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from pixsigma_jax.data import writing
 from pixsigma_jax.data.records import open_dataset
 from pixsigma_jax.models.t5 import T5TextEncoder
 from pixsigma_jax.models.vae import KLAutoencoder
-from pixsigma_jax.prepare import check, features, load, pictures, write
+from pixsigma_jax.prepare import check, cropped_images, features, load, write
 from pixsigma_jax.prepare.settings import Settings
 from tests.prepare import world
 
@@ -47,7 +47,7 @@ def theirs(root):
 def cropped(root):
   folder = world.make_folder(root / "images")
   index = world.make_index(root / "index", folder, captions=captions)
-  return pictures.prepare_pictures(
+  return cropped_images.prepare_images(
     index.directory,
     root / "pictures",
     rule=world.RULE,
@@ -348,13 +348,11 @@ def test_what_overflows_float16_is_left_out_and_named(
   assert "caption_embeddings holds values that are not finite" in lines
 
 
-def test_pictures_must_be_finished_first(root, cropped, settings):
+def test_images_must_be_finished_first(root, cropped, settings):
   shutil.copytree(cropped.directory, root / "half")
   (root / "half" / "pictures-00002.json").unlink()
-  half = pictures.open_pictures(root / "half")
-  with pytest.raises(
-    ValueError, match=r"1 of 4 shards of pictures are missing in .* 2"
-  ):
+  half = cropped_images.open_images(root / "half")
+  with pytest.raises(ValueError, match=r"1 of 4 shards of images are missing in .* 2"):
     prepare(half, root / "none", settings)
 
 
@@ -395,7 +393,7 @@ def test_weights_are_known_by_their_files_alone(root, theirs, tmp_path):
     load.weights_hash(tmp_path / "none")
 
 
-def test_the_round_trip_is_shown_beside_the_pictures(
+def test_the_round_trip_is_shown_beside_the_images(
   root, cropped, finished, settings, capsys, theirs
 ):
   sheet = root / "sheet.png"

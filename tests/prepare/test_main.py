@@ -15,7 +15,7 @@ from PIL import Image
 
 from pixsigma_jax.data.buckets import BUCKETS, Bucket, table_text
 from pixsigma_jax.data.records import open_dataset
-from pixsigma_jax.prepare import pictures
+from pixsigma_jax.prepare import cropped_images
 from tests import commands
 from tests.prepare import world
 
@@ -83,7 +83,7 @@ def test_the_parts_may_be_done_apart_and_by_several(prepare, root, tmp_path):
   output, cropped = tmp_path / "records", tmp_path / "cropped"
   text = {"captions": "text", "pictures": cropped}
   done = prepare(output, parts="features", **text)
-  assert (done.code, f"{cropped} holds no pictures" in done.err) == (1, True)
+  assert (done.code, f"{cropped} holds no images" in done.err) == (1, True)
   # The image side needs none of the networks.
   done = prepare(output, parts="pictures", frozen=None, **text)
   assert done.code == 0, done.err
@@ -161,7 +161,7 @@ def test_without_a_table_the_published_one_is_taken(prepare, tmp_path):
     allow_upscaling=True,
   )
   assert done.code == 0, done.err
-  rule = pictures.open_pictures(cropped).crop_rule
+  rule = cropped_images.open_images(cropped).crop_rule
   assert rule["buckets"] == [[k, *size] for k, size in BUCKETS[256].items()]
 
 
@@ -190,7 +190,7 @@ def test_killed_outright_the_same_command_finishes_to_the_same_bytes(root, tmp_p
   whole = run(root, tmp_path / "whole")
   assert whole.wait() == 0, whole.stderr.read()
   output = tmp_path / "killed"
-  for number in range(2):  # with the first shards of pictures, then of records
+  for number in range(2):  # with the first shards of images, then of records
     kind = ("killed-pictures/pictures-00000.json", "killed/*-00000.array_record")[
       number
     ]

@@ -18,7 +18,7 @@ from pixsigma_jax.data.index import open_index
 from pixsigma_jax.data.records import open_dataset
 from pixsigma_jax.models.t5 import T5TextEncoder
 from pixsigma_jax.models.vae import KLAutoencoder
-from pixsigma_jax.prepare import compare, contents, features, pictures, write
+from pixsigma_jax.prepare import compare, contents, cropped_images, features, write
 from pixsigma_jax.prepare.encode import Encode
 from pixsigma_jax.prepare.settings import Settings
 from tests.data import icc
@@ -57,7 +57,7 @@ def crop(folder, update=False, **changes):
     "beam_options": [],
     "update": update,
   }
-  return pictures.prepare_pictures(
+  return cropped_images.prepare_images(
     index.directory, root / "pictures", **arguments | changes
   )
 
@@ -185,10 +185,10 @@ def test_changes_are_refused_by_name_or_made_and_nothing_else_is(
 def test_an_interrupted_first_attempt_does_not_mix_old_and_new(
   folder, frozen, monkeypatch, tmp_path
 ):
-  monkeypatch.setattr(pictures, "write_shard", world.write_shard_or_die)
+  monkeypatch.setattr(cropped_images, "write_shard", world.write_shard_or_die)
   with pytest.raises(OSError, match="killed"):
     crop(folder)
-  monkeypatch.setattr(pictures, "write_shard", world.write_shard)
+  monkeypatch.setattr(cropped_images, "write_shard", world.write_shard)
   new_caption(folder)
   with pytest.raises(FileExistsError, match=r"other captions \(01\)"):
     crop(folder)
@@ -271,8 +271,8 @@ def test_scores_that_go_into_records_are_part_of_them(folder, tmp_path, frozen):
   }
   directory = tmp_path / "pictures"
   with pytest.raises(FileExistsError, match=r"5 images with another score \(00, 01"):
-    pictures.prepare_pictures(index.directory, directory, **again)
-  made = pictures.prepare_pictures(index.directory, directory, **again, update=True)
+    cropped_images.prepare_images(index.directory, directory, **again)
+  made = cropped_images.prepare_images(index.directory, directory, **again, update=True)
   assert [p.aesthetic_score for p in made.read(2, [0])] == [7.0]
 
 
@@ -309,7 +309,7 @@ def test_an_image_painted_over_at_its_size_is_not_taken_for_the_scanned_one(fold
   shutil.rmtree(cropped.directory)
   index = str(folder.parent / "index")
   repainted(folder)
-  made = pictures.prepare_pictures(
+  made = cropped_images.prepare_images(
     index,
     cropped.directory,
     rule=world.RULE,
@@ -328,7 +328,7 @@ def test_a_step_that_is_half_done_is_not_left_out_in_silence(folder, tmp_path):
   index = open_index(str(tmp_path / "index"))
   index.write("scores", 0, pa.table({"aesthetic": pa.array([1.0, 2.0], pa.float32())}))
   with pytest.raises(ValueError, match=r"`curate score` is unfinished: 2 of 3 parts"):
-    pictures._steps(index)
+    cropped_images._steps(index)
 
 
 def test_a_filter_whose_parts_a_scan_took_away_is_not_left_out_in_silence(
@@ -338,7 +338,7 @@ def test_a_filter_whose_parts_a_scan_took_away_is_not_left_out_in_silence(
   index = open_index(str(tmp_path / "index"))
   index.note("kept", {"rules": {}})
   with pytest.raises(ValueError, match=r"`curate filter` is unfinished: 3 of 3 parts"):
-    pictures._steps(index)
+    cropped_images._steps(index)
 
 
 def test_processes_of_an_update_wait_for_the_first(
@@ -361,18 +361,18 @@ def test_processes_of_an_update_wait_for_the_first(
   assert world.files_of(output) == before
 
 
-def test_pictures_of_a_wide_gamut_are_srgb_and_say_so(folder):
+def test_images_of_a_wide_gamut_are_srgb_and_say_so(folder):
   Image.open(folder / "00.png").save(
     folder / "00.png", icc_profile=icc.rgb_profile(icc.DISPLAY_P3)
   )
   cropped = crop(folder)
-  [picture] = cropped.read(0, [0])
+  [cropped] = cropped.read(0, [0])
   stored = np.asarray(Image.open(folder / "00.png"), float)
   expected = icc.as_srgb(icc.DISPLAY_P3, stored).round().astype(np.uint8)
   shown = np.asarray(world.RULE.apply(Image.fromarray(expected)), int)
-  assert np.abs(np.asarray(picture.image(), int) - shown).max() <= 3
-  assert "icc_profile" not in picture.image().info
-  assert np.abs(np.asarray(picture.image(), int) - stored[:32, :32]).mean() > 2
+  assert np.abs(np.asarray(cropped.image(), int) - shown).max() <= 3
+  assert "icc_profile" not in cropped.image().info
+  assert np.abs(np.asarray(cropped.image(), int) - stored[:32, :32]).mean() > 2
 
 
 def test_settings_are_compared_only_where_they_count(folder, frozen, tmp_path):

@@ -11,7 +11,7 @@ from pixsigma_jax.data import sources
 from pixsigma_jax.data.buckets import Bucket
 from pixsigma_jax.data.crops import CropRule
 from pixsigma_jax.data.index import SCHEMAS, create_index
-from pixsigma_jax.prepare import pictures
+from pixsigma_jax.prepare import cropped_images
 
 TABLE = {0.5: Bucket(32, 64), 1.0: Bucket(32, 32)}
 RULE = CropRule(TABLE, "bicubic")
@@ -82,7 +82,7 @@ def write_frozen(root):
   return their_vae, their_t5
 
 
-write_shard = pictures.write_shard
+write_shard = cropped_images.write_shard
 
 
 def write_shard_or_die(*arguments):

@@ -32,7 +32,7 @@ from pixsigma_jax.reproduce import (
 from pixsigma_jax.reproduce.experiment import Experiment, Point
 from pixsigma_jax.reproduce.miniature import BUDGETS, Compression, Miniature, Variant
 from pixsigma_jax.reproduce.study import Claim, compared, judged
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.train import compatibility
 from pixsigma_jax.train.config import complete, model_config
 from pixsigma_jax.transforms import TRANSFORMS
@@ -73,7 +73,7 @@ def real_images(snapshot, *, pixels, per_task, sampling_steps, frozen=None):
       for item in prompt.scene.items
     ]
     image = digits.render(prompt.scene, glyphs, pixels)
-    images.append(pictures.to_picture(image))
+    images.append(image_files.to_image(image))
   return measures.Drawn(images, prompts)
 
 
@@ -287,7 +287,7 @@ def test_real_digits_follow_their_prompts_and_are_as_near_to_real_ones_as_the_fl
   assert distance.accuracy > 60  # of 70 classes
   noise = np.random.default_rng(0)
   noisy = [
-    pictures.to_picture(noise.uniform(-1, 1, (i.height, i.width, 3)))
+    image_files.to_image(noise.uniform(-1, 1, (i.height, i.width, 3)))
     for i in drawn.images
   ]
   assert distance(drawn) < 2 * distance.floor < distance(measures.Drawn(noisy, prompts))

@@ -1,4 +1,4 @@
-"""Models to sample from: a tiny real one, and stand-ins whose pictures are known."""
+"""Models to sample from: a tiny real one, and stand-ins whose images are known."""
 
 import jax
 import jax.numpy as jnp

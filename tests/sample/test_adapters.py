@@ -17,7 +17,7 @@ from pixsigma_jax.metadata import History
 from pixsigma_jax.models import int8
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import inference_params
-from pixsigma_jax.sample import Pipeline, pictures, program
+from pixsigma_jax.sample import Pipeline, image_files, program
 from pixsigma_jax.sample.adapters import read_adapter, read_flags
 from pixsigma_jax.transforms import merge_lora
 from tests import commands
@@ -277,7 +277,7 @@ def test_an_image_says_which_loras_drew_it_at_which_scale(
 
   done = draw("both", f"--lora={files / 'style'}:0.5", f"--lora={files / 'dora'}")
   assert done.code == 0, done.err
-  about = pictures.settings_of(tmp_path / "both" / "00000.png")
+  about = image_files.settings_of(tmp_path / "both" / "00000.png")
   assert [(x["path"], x["scale"]) for x in about["loras"]] == [
     (str(files / "style"), 0.5),
     (str(files / "dora"), 1.0),
@@ -286,7 +286,7 @@ def test_an_image_says_which_loras_drew_it_at_which_scale(
   assert len(found) == 2
   done = draw("none", f"--lora={files / 'style'}:0")
   assert done.code == 0, done.err
-  assert "loras" not in pictures.settings_of(tmp_path / "none" / "00000.png")
+  assert "loras" not in image_files.settings_of(tmp_path / "none" / "00000.png")
   # The command that draws the rest after Ctrl-C has each of them.
   with monkeypatch.context() as patch:
 

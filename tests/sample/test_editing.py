@@ -12,7 +12,7 @@ from PIL import Image
 from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import SAMPLERS, later_start, solve, solver_table
-from pixsigma_jax.sample import editing, pictures
+from pixsigma_jax.sample import editing, image_files
 from tests.diffusion.denoisers import exact
 from tests.sample import models
 
@@ -61,7 +61,7 @@ def test_strength_0_is_the_autoencoders_round_trip_to_the_bit(subject):
 def test_the_less_strength_the_nearer_is_the_image(subject):
   subject = subject.replace(params=jax.tree.map(lambda x: 0.1 * x, subject.params))
   image, ten = photograph(), {"num_inference_steps": 10, "guidance_scale": 1}
-  scaled = np.asarray(pictures.from_picture(Image.fromarray(image))) * 2
+  scaled = np.asarray(image_files.from_image(Image.fromarray(image))) * 2
   distances = [
     np.abs(latents_of(subject, image=image, strength=s, **ten)[0] - scaled).mean()
     for s in (0.1, 0.8)
@@ -122,7 +122,7 @@ def test_an_empty_mask_is_the_original_to_the_bit(subject):
   output = subject("a one", image=image, mask_image=nothing, **SAMPLE)
   np.testing.assert_array_equal(output.images[0], image)
   latents = latents_of(subject, image=image, mask_image=nothing)
-  scaled = pictures.from_picture(Image.fromarray(image)) * 2
+  scaled = image_files.from_image(Image.fromarray(image)) * 2
   np.testing.assert_array_equal(latents[0], scaled)
 
 
@@ -168,7 +168,7 @@ def test_a_callback_sees_what_stays_under_the_next_steps_noise(subject):
     subject, **arguments, callback_on_step_end=lambda *known: seen.append(known)
   )
   np.testing.assert_array_equal(watched, plain)
-  scaled = pictures.from_picture(Image.fromarray(image)) * 2
+  scaled = image_files.from_image(Image.fromarray(image)) * 2
   table = solver_table("dpm++", linear_schedule(), STEPS)
   noise = np.asarray(jax.random.normal(jax.random.key(4), (8, 8, 3)))
   expected = table.signal_scale[1] * scaled + table.noise_scale[1] * noise
@@ -283,7 +283,7 @@ def test_an_image_with_regions_is_the_same_alone_and_beside_others(subject):
 # ----------------------------------------------------------------- how images are read
 
 
-def test_images_come_as_files_bytes_pictures_and_arrays(subject, tmp_path):
+def test_images_come_as_files_bytes_images_and_arrays(subject, tmp_path):
   image = Image.fromarray(photograph())
   image.save(tmp_path / "a.png")
   data = (tmp_path / "a.png").read_bytes()

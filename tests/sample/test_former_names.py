@@ -4,11 +4,17 @@ import importlib
 
 import pytest
 
-from pixsigma_jax.sample import encoders
+from pixsigma_jax.sample import encoders, image_files
+
+CHANGED = {"PictureFolder": "ImageFolder", "from_picture": "from_image"}
+CHANGED |= {"to_picture": "to_image"}
 
 
-def test_the_former_name_of_encoders_leads_to_them_and_warns():
-  with pytest.warns(DeprecationWarning, match="is called pixsigma_jax.sample.encoders"):
-    frozen = importlib.import_module("pixsigma_jax.sample.frozen")
-  for name in frozen.__all__:
-    assert getattr(frozen, name) is getattr(encoders, name)
+@pytest.mark.parametrize(
+  ("former", "module"), [("frozen", encoders), ("pictures", image_files)]
+)
+def test_a_former_name_leads_to_the_same_and_warns(former, module):
+  with pytest.warns(DeprecationWarning, match=rf"is called {module.__name__} now"):
+    old = importlib.import_module(f"pixsigma_jax.sample.{former}")
+  for name in old.__all__:
+    assert getattr(old, name) is getattr(module, CHANGED.get(name, name))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests import commands
 from tests.sample import models
@@ -97,7 +97,7 @@ def test_what_a_png_says_is_enough_to_draw_it_again(sample, workdir, tmp_path):
     np.testing.assert_array_equal(image, again)
 
 
-def test_pictures_are_numbered_on_and_never_overwritten(sample, tmp_path):
+def test_images_are_numbered_on_and_never_overwritten(sample, tmp_path):
   arguments = (f"--output={tmp_path}", "--prompt=a one", "--grid")
   assert sample(*arguments).code == 0
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -108,7 +108,7 @@ def test_pictures_are_numbered_on_and_never_overwritten(sample, tmp_path):
   assert names(tmp_path) == ["00000.png", "00001.png", "grid-00001.png", "grid.png"]
   for name, content in before.items():
     assert (tmp_path / name).read_bytes() == content
-  # The same seed, the same picture.
+  # The same seed, the same image.
   with (
     Image.open(tmp_path / "00000.png") as first,
     Image.open(tmp_path / "00001.png") as second,
@@ -135,9 +135,9 @@ def test_a_grid_has_the_order_of_the_prompts_whatever_is_ready_first(
   sample, monkeypatch, tmp_path
 ):
   gridded = []
-  grid = pictures.grid
+  grid = image_files.grid
   monkeypatch.setattr(
-    pictures, "grid", lambda images, *more: gridded.extend(images) or grid(images)
+    images, "grid", lambda images, *more: gridded.extend(images) or grid(images)
   )
   sides = [f"--height={side}" for side in (8, 16, 8)]
   prompts = [f"--prompt={prompt}" for prompt in "abc"]
@@ -285,7 +285,7 @@ def test_a_lines_own_settings_stand_in_for_the_flags(sample, tmp_path):
     ({}, ("--guidance_scale=-1",), "guidance_scale=-1.0 must be 0 or more"),
     ({}, ("--timesteps=999,x",), "--timesteps=999,x must be whole numbers, such as"),
     ({}, ("--guidance_interval=0,x",), "--guidance_interval=0,x must be two numbers"),
-    ({}, ("--format=webp", "--height=20000"), "A webp holds no picture of 20000 x 0"),
+    ({}, ("--format=webp", "--height=20000"), "A webp holds no image of 20000 x 0"),
   ],
 )
 def test_a_wrong_setting_is_named_before_weights_are_looked_for(
@@ -305,10 +305,10 @@ def test_a_wrong_setting_is_named_before_weights_are_looked_for(
 # ------------------------------------------------------- what is written, stays written
 
 
-def test_a_number_that_another_process_took_meanwhile_costs_no_picture(
+def test_a_number_that_another_process_took_meanwhile_costs_no_image(
   sample, tmp_path, monkeypatch
 ):
-  write = pictures._write
+  write = image_files._write
 
   def beaten(*arguments):
     write(*arguments)
@@ -316,7 +316,7 @@ def test_a_number_that_another_process_took_meanwhile_costs_no_picture(
       if not (tmp_path / name).exists():
         (tmp_path / name).write_text("another's")
 
-  monkeypatch.setattr(pictures, "_write", beaten)
+  monkeypatch.setattr(image_files, "_write", beaten)
   done = sample("--prompt=a", "--prompt=b", "--grid", f"--output={tmp_path}")
   assert done.code == 0, done.err
   wanted = ["00001.png", "00002.png", "grid-00001.png"]
@@ -361,7 +361,7 @@ def test_captions_that_are_not_encoded_are_not_promised_to_be_saved(sample, tmp_
   assert "leave out --captions or --save_captions" in done.err
 
 
-def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
+def test_after_ctrl_c_images_stay_and_the_line_draws_the_others(
   sample, capsys, monkeypatch, tmp_path
 ):
   arguments = (
@@ -372,7 +372,7 @@ def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
   assert sample(*arguments, f"--output={tmp_path / 'whole'}").code == 0
   whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
 
-  save, out = pictures.PictureFolder.save, tmp_path / "a folder"
+  save, out = image_files.ImageFolder.save, tmp_path / "a folder"
 
   def interrupt(folder, number, *more):
     if number == 3:
@@ -380,7 +380,7 @@ def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
     return save(folder, number, *more)
 
   with monkeypatch.context() as patch:
-    patch.setattr(pictures.PictureFolder, "save", interrupt)
+    patch.setattr(image_files.ImageFolder, "save", interrupt)
     done = sample(*arguments, f"--output={out}")
   assert done.code == 130
   assert names(out) == ["00000.png", "00001.png", "00002.png", "rest-00000.jsonl"]
@@ -388,7 +388,7 @@ def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
   assert done.err.endswith(f"{line}\n")
   assert "Traceback" not in done.err
   said, _, way_on = line.partition(" This draws the others: ")
-  assert said == f"Interrupted: 3 of 4 pictures are written to {out}."
+  assert said == f"Interrupted: 3 of 4 images are written to {out}."
 
   python, dash_m, module, *words = shlex.split(way_on)
   assert (python, dash_m, module) == ("python", "-m", "pixsigma_jax.sample")
@@ -397,7 +397,7 @@ def test_after_ctrl_c_pictures_stay_and_the_line_draws_the_others(
   assert {p.name: p.read_bytes() for p in out.glob("*.png")} == whole
 
 
-def test_after_ctrl_c_before_the_first_picture_the_same_command_draws_them(
+def test_after_ctrl_c_before_the_first_image_the_same_command_draws_them(
   sample, monkeypatch, tmp_path
 ):
   def interrupt(*_, **__):
@@ -407,7 +407,7 @@ def test_after_ctrl_c_before_the_first_picture_the_same_command_draws_them(
   done = sample("--prompt=a", f"--output={tmp_path / 'out'}")
   assert (done.code, done.out) == (130, "")
   assert done.err.endswith(
-    f"Interrupted: 0 of 1 pictures are written to {tmp_path / 'out'}. The same command "
+    f"Interrupted: 0 of 1 images are written to {tmp_path / 'out'}. The same command "
     "draws them.\n"
   )
   assert not (tmp_path / "out").exists()

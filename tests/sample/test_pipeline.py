@@ -1,4 +1,4 @@
-"""The pipeline: what its pictures depend on, and what they are where that is known."""
+"""The pipeline: what its images depend on, and what they are where that is known."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from pixsigma_jax.diffusion.solvers import dpm_solver_pp
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.models.pixart import PixArt, abstract_params
 from pixsigma_jax.models.pixels import PixelAutoencoder
-from pixsigma_jax.sample import pictures, program
+from pixsigma_jax.sample import image_files, program
 from pixsigma_jax.sample.pipeline import Pipeline
 from tests.sample import models
 from tests.sample.models import ENCODER, SCALING_FACTOR
@@ -55,10 +55,10 @@ def latents_of(subject, *arguments, **more):
   return [x * SCALING_FACTOR for x in subject.autoencoder.decoded], output
 
 
-# ------------------------------------------------------------ what a picture depends on
+# ------------------------------------------------------------ what an image depends on
 
 
-def test_a_picture_is_the_same_alone_in_a_batch_and_in_any_place(real):
+def test_an_image_is_the_same_alone_in_a_batch_and_in_any_place(real):
   prompts = ["a red seven", "a blue two", "nothing", "a blue two", "one more"]
   together, output = latents_of(real, prompts, seed=5)
   assert [about["seed"] for about in output.settings] == [5, 6, 7, 8, 9]
@@ -69,7 +69,7 @@ def test_a_picture_is_the_same_alone_in_a_batch_and_in_any_place(real):
   assert not np.array_equal(together[1], together[3])  # same prompt, other seed
 
 
-def test_a_picture_is_the_same_among_pictures_of_other_sizes(real):
+def test_an_image_is_the_same_among_images_of_other_sizes(real):
   sizes = {"height": [8, 16, 8], "width": [16, 8, 8]}
   mixed, output = latents_of(real, ["a one"] * 3, seed=3, **sizes)
   assert [image.size for image in output.images] == [(16, 8), (8, 16), (8, 8)]
@@ -80,7 +80,7 @@ def test_a_picture_is_the_same_among_pictures_of_other_sizes(real):
 
 
 def by_hand(config, params, prompt, negative, scale, seed, size):
-  """The same picture by a plain loop over the network, one image, no sequences."""
+  """The same image by a plain loop over the network, one image, no sequences."""
   embeddings, mask = ENCODER.encode([prompt], config.caption_length)
   model = PixArt(config, models.FLOAT32)
 
@@ -153,7 +153,7 @@ def test_tokens_discarded_at_random_are_the_same_in_every_drawing():
 
 
 def landscape(height, width):
-  """A picture without symmetry, as a formula of row, column and channel."""
+  """An image without symmetry, as a formula of row, column and channel."""
   y, x, c = np.meshgrid(
     np.arange(height), np.arange(width), np.arange(3), indexing="ij"
   )
@@ -170,7 +170,7 @@ def landscape_tokens(inputs):
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (6, 10), (12, 10)])
 @pytest.mark.parametrize("base_size", [4, 8])
-def test_a_model_that_knows_the_picture_draws_it_at_any_size(drawn_by, base_size, size):
+def test_a_model_that_knows_the_image_draws_it_at_any_size(drawn_by, base_size, size):
   # At base size 8, sequences are padded to multiples of 4: 15 tokens to 16, 30 to 32.
   decoded, output = drawn_by(
     landscape_tokens,
@@ -185,7 +185,7 @@ def test_a_model_that_knows_the_picture_draws_it_at_any_size(drawn_by, base_size
   assert np.abs(levels - (truth + 1) * 127.5).max() < 0.5 + 127.5 * EXACT
 
 
-def test_pictures_of_several_sizes_come_back_in_the_order_of_their_prompts(drawn_by):
+def test_images_of_several_sizes_come_back_in_the_order_of_their_prompts(drawn_by):
   heights, widths = [8, 16, 8, 8], [8, 8, 16, 8]
   _, output = drawn_by(
     landscape_tokens,
@@ -196,7 +196,7 @@ def test_pictures_of_several_sizes_come_back_in_the_order_of_their_prompts(drawn
   )
   assert [about["prompt"] for about in output.settings] == ["a", "b", "c", "d"]
   for image, height, width in zip(output.images, heights, widths, strict=True):
-    expected = pictures.to_picture(landscape(height, width) / SCALING_FACTOR)
+    expected = image_files.to_image(landscape(height, width) / SCALING_FACTOR)
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
 
 
@@ -232,17 +232,17 @@ def test_guidance_leads_from_the_negative_caption_to_the_prompt_and_beyond(
   np.testing.assert_allclose(decoded[0], truth, rtol=0, atol=10 * EXACT)
 
 
-def test_each_picture_of_a_batch_has_its_own_captions_mask(drawn_by):
+def test_each_image_of_a_batch_has_its_own_captions_mask(drawn_by):
   config, prompts = models.nano(), ["one", "one two three four five"]
   decoded, _ = drawn_by(
     caption_mean, prompts, guidance_scale=2.0, fields={"batch_size": 2}
   )
   null = models.null_caption(config)[None]
-  for picture, prompt in zip(decoded, prompts, strict=True):
+  for image, prompt in zip(decoded, prompts, strict=True):
     embeddings, mask = ENCODER.encode([prompt], config.caption_length)
     positive, negative = mean_under(embeddings, mask), mean_under(null, mask)
     truth = (2 * positive - negative) / SCALING_FACTOR
-    np.testing.assert_allclose(picture, truth, rtol=0, atol=10 * EXACT)
+    np.testing.assert_allclose(image, truth, rtol=0, atol=10 * EXACT)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_the_default_size_is_that_of_the_training(drawn_by):
   assert output.images[0].size == (8, 8)
 
 
-def test_each_prompt_can_have_several_pictures_and_settings_tell_them_apart(drawn_by):
+def test_each_prompt_can_have_several_images_and_settings_tell_them_apart(drawn_by):
   _, output = drawn_by(
     landscape_tokens,
     ["a", "b"],
@@ -426,18 +426,18 @@ def test_the_reference_sampler_leaves_a_hundredth_of_noise(drawn_by):
   to_the_end, _ = drawn_by(clean, "a", seed=3)
   reference, _ = drawn_by(clean, "a", seed=3, sampler="dpm++-reference")
   assert np.abs(to_the_end[0]).max() < EXACT
-  # Fractions of a timestep fall between this model's: it takes some noise for picture.
+  # Fractions of a timestep fall between this model's: it takes some noise for image.
   left = reference[0].std() * SCALING_FACTOR
   assert 0.002 < left < 0.05
 
 
-def test_a_picture_that_is_not_finite_is_refused(drawn_by):
-  with pytest.raises(ValueError, match=r"Picture 0, of 'a' \(seed 5\), is not made of"):
+def test_an_image_that_is_not_finite_is_refused(drawn_by):
+  with pytest.raises(ValueError, match=r"Image 0, of 'a' \(seed 5\), is not made of"):
     drawn_by(lambda inputs: jnp.full((1, 1, 1), jnp.nan), "a", seed=5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_picture_whose_pixels_are_not_finite_is_refused(value):
+def test_an_image_whose_pixels_are_not_finite_is_refused(value):
   decoded = itertools.count()
 
   class DamagedByTheSecond(PixelAutoencoder):
@@ -452,7 +452,7 @@ def test_a_picture_whose_pixels_are_not_finite_is_refused(value):
   assert next(drawn)[0] == 0
   with pytest.raises(
     ValueError,
-    match=r"Picture 1, of 'b' \(seed 6\), is not made of finite numbers once it is "
+    match=r"Image 1, of 'b' \(seed 6\), is not made of finite numbers once it is "
     "decoded.* Try float32",
   ):
     next(drawn)
@@ -490,7 +490,7 @@ def test_resizing_that_hardly_shows_is_not_remarked_upon(binned, caplog):
   assert caplog.text == ""
 
 
-def test_settings_say_at_what_size_a_picture_was_drawn(drawn_by):
+def test_settings_say_at_what_size_an_image_was_drawn(drawn_by):
   _, output = drawn_by(
     landscape_tokens,
     "a",
@@ -539,7 +539,7 @@ def test_guidance_of_a_model_that_has_learned_it_is_remarked_upon(
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
     ({"step_caching": -0.1}, "step_caching=-0.1 must be 0 or more"),
     ({"step_caching": float("nan")}, "step_caching must be a finite number, not nan"),
-    ({"seed": -1}, "Picture 0 has seed -1: seeds must lie in 0"),
+    ({"seed": -1}, "Image 0 has seed -1: seeds must lie in 0"),
     ({"seed": 2**32}, "seeds must lie in 0 … 4294967295"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
     ({"prompt": []}, "no prompt to draw"),

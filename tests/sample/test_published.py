@@ -26,7 +26,7 @@ from pixsigma_jax.convert import files
 from pixsigma_jax.diffusion import guidance
 from pixsigma_jax.diffusion.solvers import SAMPLERS
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import Pipeline, pictures, program
+from pixsigma_jax.sample import Pipeline, image_files, program
 from pixsigma_jax.sample.encoders import RememberedCaptions
 from pixsigma_jax.sample.weighting import WeightedEncoder
 from tests import commands
@@ -122,7 +122,7 @@ def noise(seed, height, width):
   ],
   ids=["square", "wide, with a negative prompt"],
 )
-def test_latents_and_pictures_are_those_of_diffusers(
+def test_latents_and_images_are_those_of_diffusers(
   ours, theirs, height, width, negative, cleaning
 ):
   spy = Spy(ours.autoencoder)
@@ -344,7 +344,9 @@ def test_the_command_draws_from_folders(
     *(f"--save_captions={saved}", f"--output={tmp_path / 'first'}"),
   )
   assert done.code == 0, done.err
-  about = [pictures.settings_of(tmp_path / "first" / f"0000{i}.webp") for i in range(2)]
+  about = [
+    image_files.settings_of(tmp_path / "first" / f"0000{i}.webp") for i in range(2)
+  ]
   assert [(a["seed"], a["width"], a["negative_prompt"]) for a in about] == [
     (7, 96, ""),
     (1, 64, "a dog"),
@@ -399,7 +401,7 @@ def test_the_snapshot_knows_whose_latents_and_captions_it_was_trained_on(convert
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name[:5] != "dpm++"])
-def test_every_sampler_gives_each_seed_its_picture_whatever_the_batch(ours, sampler):
+def test_every_sampler_gives_each_seed_its_image_whatever_the_batch(ours, sampler):
   steps = 1 if sampler == "dmd" else 3
   draw = {"num_inference_steps": steps, "sampler": sampler, "height": 64, "width": 64}
   together = ours(PROMPTS, seed=5, **draw).images
@@ -433,8 +435,8 @@ def test_sizes_of_the_training_are_drawn_and_fitted_to_what_was_asked(ours):
   wide = ours.replace(resolution=256, autoencoder=spy, batch_size=1)
   config = wide.config.__class__(**{**vars(wide.config), "base_size": 16})
   wide = wide.replace(config=config)
-  picture = wide("a fox", height=200, width=390, num_inference_steps=1).images[0]
-  assert picture.size == (390, 200)
+  image = wide("a fox", height=200, width=390, num_inference_steps=1).images[0]
+  assert image.size == (390, 200)
   assert spy.latents[0].shape == (1, 22, 42, 4)  # 176 x 336, nearest to 0.513
   with pytest.raises(ValueError, match=r"390 pixels .* cannot be cut into tokens"):
     wide("a fox", height=200, width=390, use_resolution_binning=False)
@@ -503,7 +505,7 @@ def test_a_vaes_round_trip_is_strength_0_and_what_a_mask_keeps_is_the_images(our
   draw = np.random.default_rng(0)
   image = draw.integers(0, 256, (64, 96, 3)).astype(np.uint8)
   there = ours.autoencoder.encode(image[None].astype(np.float32) / 127.5 - 1)
-  truth = pictures.to_picture(np.asarray(ours.autoencoder.decode(there)[0]))
+  truth = image_files.to_image(np.asarray(ours.autoencoder.decode(there)[0]))
   unchanged, vaes = (ours(PROMPTS[0], image=image, strength=0).images[0], truth)
   levels = np.abs(np.asarray(unchanged, int) - np.asarray(vaes, int))
   assert levels.max() <= 1  # scaled and back, which may round to the next level

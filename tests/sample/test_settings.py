@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from diffusers import PixArtSigmaPipeline
 
-from pixsigma_jax.sample import Pipeline, pictures, pipeline
+from pixsigma_jax.sample import Pipeline, image_files, pipeline
 from pixsigma_jax.sample.call_arguments import CALL_ARGUMENTS, CallArguments
 from pixsigma_jax.sample.settings import (
   NOT_OF_DIFFUSERS,
@@ -64,7 +64,7 @@ def test_all_that_files_say_can_be_written():
   assert Settings(**said) == settings
 
 
-def test_a_picture_of_numpys_numbers_is_drawn_and_saved(tmp_path):
+def test_an_image_of_numpys_numbers_is_drawn_and_saved(tmp_path):
   subject = models.pipeline(batch_size=np.int64(1), guidance_passes=np.int32(1))
   output = subject(
     np.array(["a one"]),
@@ -74,8 +74,8 @@ def test_a_picture_of_numpys_numbers_is_drawn_and_saved(tmp_path):
     width=np.array(8),
     guidance_scale=jnp.float32(2.5),
   )
-  pictures.save(tmp_path / "a.png", output.images[0], output.settings[0])
-  said = pictures.settings_of(tmp_path / "a.png")
+  image_files.save(tmp_path / "a.png", output.images[0], output.settings[0])
+  said = image_files.settings_of(tmp_path / "a.png")
   assert said == output.settings[0]
   assert (said["seed"], said["height"], said["guidance_scale"]) == (5, 8, 2.5)
 

@@ -1,4 +1,4 @@
-"""Step caching: what it spares, and what a picture then is."""
+"""Step caching: what it spares, and what an image then is."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def params_of(config):
 
 
 CONFIG = three_layers((1,))
-# Between the changes of these pictures' steps: some are computed, and not the same.
+# Between the changes of these images' steps: some are computed, and not the same.
 THRESHOLD = 0.3
 
 
@@ -162,7 +162,7 @@ def test_draws_what_a_plain_loop_that_reuses_the_other_blocks_draws(threshold):
 
 
 @pytest.mark.parametrize("layers", [(), (1,), (0, 1)])
-def test_a_threshold_that_nothing_falls_below_changes_no_picture(layers):
+def test_a_threshold_that_nothing_falls_below_changes_no_image(layers):
   config = three_layers(layers)
   ours, steps = draw(config=config, step_caching=1e-9)
   theirs, without = draw(config=config, step_caching=0)
@@ -182,7 +182,7 @@ def test_a_higher_threshold_computes_fewer_steps_and_comes_less_close():
   assert errors[0] < errors[1] < errors[2]
 
 
-def test_a_picture_is_the_same_alone_and_beside_others_that_compute_other_steps():
+def test_an_image_is_the_same_alone_and_beside_others_that_compute_other_steps():
   together, steps = draw(batch_size=4, seed=0)
   assert len(set(steps)) > 1
   for i, prompt in enumerate(PROMPTS):
@@ -192,7 +192,7 @@ def test_a_picture_is_the_same_alone_and_beside_others_that_compute_other_steps(
 
 
 @pytest.mark.parametrize("layers", [(), (0,), (1, 2)])
-def test_segments_scans_and_unrolled_layers_draw_one_picture(layers):
+def test_segments_scans_and_unrolled_layers_draw_one_image(layers):
   config = three_layers(layers)
   ours, steps = draw(config=config)
   theirs, computed = draw(

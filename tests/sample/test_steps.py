@@ -9,7 +9,7 @@ import pytest
 
 from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.solvers import SAMPLERS
-from pixsigma_jax.sample import StopDrawing, pictures, previews
+from pixsigma_jax.sample import StopDrawing, image_files, previews
 from tests.sample import models
 from tests.sample.models import ENCODER, SCALING_FACTOR
 
@@ -257,15 +257,15 @@ def test_every_kind_of_output_is_the_same_image(subject):
   for pil, array, latent in zip(*kinds.values(), strict=True):
     assert array.dtype == np.float32
     np.testing.assert_array_equal(np.round(array * 255).astype(np.uint8), pil)
-    image = pictures.to_picture(latent / SCALING_FACTOR)
+    image = image_files.to_image(latent / SCALING_FACTOR)
     np.testing.assert_array_equal(np.asarray(image), pil)
 
 
 def test_arrays_are_fitted_as_images_are():
   y, x, c = np.meshgrid(np.arange(16), np.arange(24), np.arange(3), indexing="ij")
   image = (0.8 * np.sin(0.3 * y + 0.2 * x + c)).astype(np.float32)
-  fitted = pictures.resized_array(pictures.fit, image, 9, 18)
-  peer = pictures.fit(pictures.to_picture(image), 9, 18)
+  fitted = image_files.resized_array(image_files.fit, image, 9, 18)
+  peer = image_files.fit(image_files.to_image(image), 9, 18)
   assert fitted.shape == (9, 18, 3)
   assert np.abs(fitted * 255 - np.asarray(peer, int)).max() <= 2  # rounded twice
 
@@ -300,7 +300,7 @@ def test_the_preview_of_pixels_are_the_pixels(subject):
   soft = np.random.default_rng(3).uniform(-1, 1, (8, 10, 3)).astype(np.float32)
   ours = subject.preview(soft)
   assert ours.size == (10, 8)
-  truth = np.asarray(pictures.to_picture(soft / SCALING_FACTOR), int)
+  truth = np.asarray(image_files.to_image(soft / SCALING_FACTOR), int)
   assert np.abs(np.asarray(ours, int) - truth).max() <= 12  # clipped colors bend it
 
 

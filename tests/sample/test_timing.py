@@ -34,7 +34,7 @@ def test_each_part_has_its_own_seconds_and_compiling_is_in_none():
   assert first["autoencoder"] >= 0.2
   assert first[COMPILATION] > 0.5 > 0 < first["transformer"]
   assert sum(first.values()) < time.perf_counter() - whole
-  # A second picture adds to all but the compiling, also of other parameters.
+  # A second image adds to all but the compiling, also of other parameters.
   other = models.random_params(subject.config, seed=1)
   subject.replace(params=other)("a two", num_inference_steps=6)
   more = subject.timing.seconds

@@ -19,7 +19,7 @@ from pixsigma_jax.convert import model
 from pixsigma_jax.convert.model import Options
 from pixsigma_jax.evaluate import sampling
 from pixsigma_jax.models.layers import Compute
-from pixsigma_jax.sample import Pipeline, pictures, weights
+from pixsigma_jax.sample import Pipeline, image_files, weights
 from tests import commands
 from tests.convert.published import write_t5, write_tokenizer
 from tests.convert.published_vae import make_vae
@@ -131,7 +131,7 @@ def test_a_pipeline_brings_its_encoders_and_says_what_its_transformer_does_not(
     *("--width=64", "--dtype=float32", f"--output={tmp_path / 'images'}"),
   )
   assert done.code == 0, done.err
-  drawn = pictures.settings_of(tmp_path / "images" / "00000.png")
+  drawn = image_files.settings_of(tmp_path / "images" / "00000.png")
   assert drawn["checkpoint"] == str(pipeline_folder)
   levels = np.abs(
     np.asarray(Image.open(tmp_path / "images" / "00000.png"), int) - image

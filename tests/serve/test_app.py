@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.sample.settings import SETTINGS
 from pixsigma_jax.serve.access import Access, is_loopback
 from pixsigma_jax.serve.app import Service
@@ -92,7 +92,7 @@ def test_each_request_without_a_seed_draws_another_image(client):
   assert first != second
 
 
-@pytest.mark.parametrize("form", pictures.FORMATS)
+@pytest.mark.parametrize("form", image_files.FORMATS)
 def test_every_format_has_its_settings_inside(client, form):
   fields = {"output_format": form, "response_format": "url"}
   [item] = generate(client, **fields, extra_body={"seed": 1}).data

@@ -7,7 +7,7 @@ import threading
 
 from PIL import Image
 
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from pixsigma_jax.serve import server
 from pixsigma_jax.serve.app import Service
 from pixsigma_jax.serve.engine import Drawn, Engine, Failed, Limits
@@ -104,4 +104,4 @@ def served(engine, **options):
 
 def as_image(content):
   """A file's image, and the settings in it."""
-  return Image.open(io.BytesIO(content)), pictures.settings_of(io.BytesIO(content))
+  return Image.open(io.BytesIO(content)), image_files.settings_of(io.BytesIO(content))

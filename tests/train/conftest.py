@@ -1,4 +1,4 @@
-"""What run-level tests share: pictures, and one run that nothing happened to."""
+"""What run-level tests share: images, and one run that nothing happened to."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.train import runs
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-  """Pictures of 8 pixels a digit."""
+  """Images of 8 pixels a digit."""
   return runs.prepare(tmp_path_factory.mktemp("data") / "8px")
 
 

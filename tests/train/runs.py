@@ -40,7 +40,7 @@ LOW = {
 
 
 def prepare(directory, resolution=8):
-  """Pictures in three aspect ratios, with captions of nine words at most."""
+  """Images in three aspect ratios, with captions of nine words at most."""
   prepare_digits(
     directory, resolution=resolution, count=RECORDS, seed=1, scaling_factor=2.0
   )

@@ -52,7 +52,7 @@ def workdir(done, tmp_path):
 
 @pytest.fixture
 def copy(data, tmp_path):
-  """A copy of the pictures, to be damaged."""
+  """A copy of the images, to be damaged."""
   return shutil.copytree(data, tmp_path / "copy")
 
 
@@ -269,7 +269,7 @@ def test_the_workdir_of_another_model_is_refused_and_left_alone(data, workdir):
   assert _files(workdir) == before
 
 
-def test_another_seed_or_other_pictures_cannot_go_on_with_a_run(data, workdir, finer):
+def test_another_seed_or_other_images_cannot_go_on_with_a_run(data, workdir, finer):
   before = _files(workdir)
   with pytest.raises(ValueError, match="is of seed 0, this run has seed 1"):
     runs.train(runs.low(data, total_steps=8, seed=1), workdir)
@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
       with pytest.raises(guards.BadStepError, match=message):
         runs.train(config, tmp_path)
       assert runs.steps(tmp_path) == saved
-  runs.train(config, tmp_path)  # the picture has been repaired
+  runs.train(config, tmp_path)  # the image has been repaired
   runs.assert_same(runs.arrays(tmp_path, 6), runs.arrays(done, 6))
 
 

@@ -37,7 +37,7 @@ def encoder(frozen):
 
 
 def rewrite(data, directory, encoder, storage):
-  """The same pictures with captions of T5, stored as embeddings or as text."""
+  """The same images with captions of T5, stored as embeddings or as text."""
   dataset = open_dataset(data)
   features = dataclasses.replace(
     dataset.manifest.features,
@@ -122,7 +122,7 @@ def test_workers_and_threads_train_the_same_parameters(data, done, tmp_path):
 
 @pytest.fixture
 def damaged(data, tmp_path):
-  """The pictures with one record that cannot be read."""
+  """The images with one record that cannot be read."""
   dataset = open_dataset(data)
   path = tmp_path / "damaged"
   with RecordWriter(path, dataset.manifest.features, dataset.null_caption) as writer:

@@ -248,10 +248,10 @@ def test_sample_grids_of_the_average_are_drawn_at_intervals_and_change_nothing(
   prompts = ("a red seven", "a white three")
   runs.train(runs.low(data, log__sample_every=3, log__prompts=prompts), tmp_path)
 
-  pictures = sorted((tmp_path / "samples").iterdir())
-  assert [path.name for path in pictures] == ["00000003.png", "00000006.png"]
+  images = sorted((tmp_path / "samples").iterdir())
+  assert [path.name for path in images] == ["00000003.png", "00000006.png"]
   assert asked == 2 * [(list(prompts), {"seed": 0})]
-  for path in pictures:
+  for path in images:
     with Image.open(path) as image:
       assert np.ptp(np.asarray(image)) > 0
   state = runs.arrays(tmp_path, 6)
@@ -269,8 +269,8 @@ def test_the_chain_hands_parameters_and_history_from_stage_to_stage(
     "compressed": (compressed, finer),
   }
   parent = ""
-  for name, (file, pictures) in stages.items():
-    config = runs.shrink(file.get_config(), pictures, parent)
+  for name, (file, images) in stages.items():
+    config = runs.shrink(file.get_config(), images, parent)
     runs.train(config, tmp_path / name)
     parent = tmp_path / name
 

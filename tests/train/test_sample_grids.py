@@ -11,7 +11,7 @@ from pixsigma_jax.train import sample_grids
 
 
 class Sampler(Pipeline):
-  """Pictures without a model."""
+  """Images without a model."""
 
   def __init__(self):
     pass

@@ -114,7 +114,7 @@ def test_no_transform_is_the_model_itself():
   assert applied(before) is before
 
 
-def test_a_swapped_vae_is_named_and_its_picture_size_is_said():
+def test_a_swapped_vae_is_named_and_its_image_size_is_said():
   before = model(autoencoder=SD, scaling_factor=0.18215, resolution=64)
   after = applied(before, {"name": "swap_vae", "scaling_factor": 0.13025})
   assert after.metadata.autoencoder == {**SD, "name": "sdxl-vae"}

@@ -1,4 +1,4 @@
-"""All pairs of models' pictures put to a judge, each in both orders."""
+"""All pairs of models' images put to a judge, each in both orders."""
 
 import concurrent.futures
 import hashlib
@@ -21,10 +21,10 @@ from pixsigma_jax.evaluate.study import png
 
 @runtime_checkable
 class Judge(Protocol):
-  """Whoever votes on two pictures.
+  """Whoever votes on two images.
 
   Attributes:
-    identity: what a reply depends on besides prompt and pictures.
+    identity: what a reply depends on besides prompt and images.
     ended: set when nobody waits for answers any more.
   """
 
@@ -35,10 +35,10 @@ class Judge(Protocol):
 
 
 class Question(NamedTuple):
-  """Two models' pictures for a prompt, in an order.
+  """Two models' images for a prompt, in an order.
 
   Attributes:
-    paths: of the pictures.
+    paths: of the images.
     key: in the cache.
   """
 
@@ -124,7 +124,7 @@ def ask_all(
     Unanswered: the endpoint does not answer; replies until then are in the cache.
     Interrupted: by Ctrl-C; likewise.
   """
-  by_key = {question.key: question for question in asked}  # equal pictures: asked once
+  by_key = {question.key: question for question in asked}  # equal images: asked once
   replies = {key: reply for key in by_key if (reply := cache.get(key)) is not None}
   from_cache, stopped = len(replies), None
   open_ = [question for key, question in by_key.items() if key not in replies]
@@ -132,8 +132,8 @@ def ask_all(
   def answer(question: Question) -> Reply | None:
     if judge.ended.is_set():
       return None
-    pictures = [png_of(path, max_side) for path in question.paths]
-    reply = judge.ask(question.prompt, pictures[0], pictures[1])
+    images = [png_of(path, max_side) for path in question.paths]
+    reply = judge.ask(question.prompt, images[0], images[1])
     cache.put(question.key, name, reply)
     return reply
 
@@ -161,12 +161,12 @@ def ask_all(
 
 
 def png_of(path: pathlib.Path, max_side: int) -> bytes:
-  """A picture as PNG without notes, reduced to `max_side` where it is larger."""
+  """An image as PNG without notes, reduced to `max_side` where it is larger."""
   content = path.read_bytes()
-  with Image.open(io.BytesIO(content)) as picture:
-    if max(picture.size) <= max_side:
+  with Image.open(io.BytesIO(content)) as image:
+    if max(image.size) <= max_side:
       return png.without_notes(content)
-    reduced = picture.convert("RGB")
+    reduced = image.convert("RGB")
   reduced.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
   file = io.BytesIO()
   reduced.save(file, "PNG")

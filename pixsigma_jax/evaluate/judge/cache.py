@@ -73,7 +73,7 @@ def key_of(identity: str, prompt: str, first: str, second: str, max_side: int) -
 
   Args:
     identity: the judge's.
-    first, second: SHA-256 of the pictures' files, in the order that they are shown.
+    first, second: SHA-256 of the images' files, in the order that they are shown.
     max_side: pixels that they are reduced to.
   """
   question = [identity, prompt, first, second, max_side]

@@ -1,6 +1,6 @@
 """Questions to a multimodal model behind an OpenAI-compatible endpoint.
 
-POST BASE_URL/chat/completions with two pictures and a JSON schema for the answer. What
+POST BASE_URL/chat/completions with two images and a JSON schema for the answer. What
 fails for a while is tried again; what the model refuses, and what it answers beside the
 schema, is told apart.
 """
@@ -57,7 +57,7 @@ class Unanswered(Exception):
 
 
 class Reply(NamedTuple):
-  """What a model said of two pictures.
+  """What a model said of two images.
 
   Attributes:
     votes: criterion → verdict; empty unless the status is "voted".
@@ -94,7 +94,7 @@ class Client:
     timeout: seconds without a byte, after which an attempt has failed.
 
   Attributes:
-    identity: what a reply depends on besides prompt and pictures.
+    identity: what a reply depends on besides prompt and images.
     ended: to be set when nobody waits for answers any more: nothing is tried again.
   """
 
@@ -211,7 +211,7 @@ class Client:
     return "voted", votes, str(json.loads(content).get("reason", "")), usage
 
   def _refusal(self, response: httpx.Response) -> str:
-    """Words of a response that refuses the pictures.
+    """Words of a response that refuses the images.
 
     Raises:
       _Failed: it says to come again.

@@ -31,7 +31,7 @@ _OPTIONS = (
   ),
   Option("models", [], "Two to eight, separated by commas; by default all.", list),
   Option("prompts", None, "How many of the suite's; by default all.", int),
-  Option("max_side", 1024, "Pixels that larger pictures are reduced to.", int),
+  Option("max_side", 1024, "Pixels that larger images are reduced to.", int),
   Option(
     "max_requests", None, "Requests of this run, with those that fail; any number.", int
   ),

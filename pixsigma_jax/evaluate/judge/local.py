@@ -40,7 +40,7 @@ class LocalJudge:
     model: a folder of transformers, or a hub id.
 
   Attributes:
-    identity: what a reply depends on besides prompt and pictures.
+    identity: what a reply depends on besides prompt and images.
     ended: to be set when nobody waits for answers any more.
 
   Raises:
@@ -57,11 +57,11 @@ class LocalJudge:
 
   def ask(self, prompt: str, first: bytes, second: bytes) -> Reply:
     """The model's votes on two PNG files; their text has the letters' shares."""
-    pictures = [Image.open(io.BytesIO(each)).convert("RGB") for each in (first, second)]
+    images = [Image.open(io.BytesIO(each)).convert("RGB") for each in (first, second)]
     votes, said = {}, []
     for criterion in CRITERIA:
       inputs = self._processor.apply_chat_template(
-        [_chat(prompt, criterion, [{"image": each} for each in pictures])],
+        [_chat(prompt, criterion, [{"image": each} for each in images])],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -99,9 +99,9 @@ class LocalJudge:
 
 
 def _chat(
-  prompt: str, criterion: str, pictures: list[dict[str, Any]]
+  prompt: str, criterion: str, images: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-  first, second = ({"type": "image"} | picture for picture in pictures)
+  first, second = ({"type": "image"} | image for image in images)
   content = [
     {"type": "text", "text": f"The prompt:\n{prompt}\n\nThe first picture:"},
     first,

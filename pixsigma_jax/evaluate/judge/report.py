@@ -90,7 +90,7 @@ def _status(replies: Mapping[str, Reply], question: Question) -> str:
 def _of_order(
   votes: Sequence[Sequence[Mapping[str, Verdict]]], criterion: str
 ) -> dict[str, float | None]:
-  """How much the order of the pictures decides.
+  """How much the order of the images decides.
 
   Returns:
     `contradicted`: share of pairs in which the same place is preferred both times;
@@ -112,7 +112,7 @@ def _markdown(
   lines = [
     f"# Judge {report['name']}",
     "",
-    f"{report['pairs_voted']} of {report['pairs']} pairs of pictures for "
+    f"{report['pairs_voted']} of {report['pairs']} pairs of images for "
     f"{report['prompts']} prompts, each in both orders. Of "
     f"{2 * report['pairs']} questions {_counted(report['questions'])}.",
     "",

@@ -93,9 +93,9 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 def crop(image: UInt8[np.ndarray, "h w 3"], found: Found) -> Image.Image:
   """An object's box, with everything in it that is not the object in grey (#999)."""
-  picture = Image.fromarray(image)
-  blank = Image.new("RGB", picture.size, color=_BACKGROUND)
-  return Image.composite(picture, blank, Image.fromarray(found.mask)).crop(found.box)
+  whole = Image.fromarray(image)
+  blank = Image.new("RGB", whole.size, color=_BACKGROUND)
+  return Image.composite(whole, blank, Image.fromarray(found.mask)).crop(found.box)
 
 
 class DetectionScorer:

@@ -86,8 +86,8 @@ class Answer:
       acknowledgement was lost, is stored once.
     ranks: criterion → model → rank, 1 being the best; equal ranks are a tie.
     seconds: that the task was on the screen.
-    screen: height and width in CSS pixels, device pixels for each, and whether a
-      picture was looked at pixel by pixel.
+    screen: height and width in CSS pixels, device pixels for each, and whether an
+      image was looked at pixel by pixel.
   """
 
   rater: int
@@ -277,7 +277,7 @@ class Writer:
 
 
 def default_url(folder: pathlib.Path) -> str:
-  """A database beside an evaluation's pictures."""
+  """A database beside an evaluation's images."""
   return f"sqlite:///{folder.absolute() / 'studies.db'}"
 
 

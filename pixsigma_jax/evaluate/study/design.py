@@ -1,4 +1,4 @@
-"""What a study shows to whom: its pictures, and the order in which a rater sees them.
+"""What a study shows to whom: its images, and the order in which a rater sees them.
 
 Orders are functions of the study's secret, the rater and the prompt, so that a page
 that is loaded again shows the same, and nobody can tell a model by its place.
@@ -21,8 +21,8 @@ FEWEST_MODELS, MOST_MODELS = 2, 8
 CRITERIA = ("quality", "match")
 
 
-class Picture(NamedTuple):
-  """One model's picture for a prompt.
+class ShownImage(NamedTuple):
+  """One model's image for a prompt.
 
   Attributes:
     path: relative to the evaluation's folder.
@@ -37,7 +37,7 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A prompt with its picture by each model.
+  """A prompt with its image by each model.
 
   Attributes:
     id: of the suite's item.
@@ -45,14 +45,14 @@ class Subject:
 
   id: str
   prompt: str
-  pictures: dict[str, Picture]
+  images: dict[str, ShownImage]
 
 
 class Task(NamedTuple):
   """What a rater sees at once.
 
   Attributes:
-    models: in the order in which their pictures stand.
+    models: in the order in which their images stand.
     repeated: the rater has seen this prompt before.
   """
 
@@ -66,7 +66,7 @@ class Design:
   """A study, as it was created: it never changes.
 
   Attributes:
-    secret: of orders and of pictures' addresses, in hexadecimal.
+    secret: of orders and of images' addresses, in hexadecimal.
     per_rater: prompts that each rater sees; every prompt comes to as many raters as
       any other, give or take one.
     repeats: prompts of these that come a second time, in another order.
@@ -103,12 +103,15 @@ class Design:
     ]
 
   def address(self, subject: Subject, model: str) -> str:
-    """Name of a picture on the website, from which nothing else can be told."""
+    """Name of an image on the website, from which nothing else can be told."""
     return self._key("picture", subject.id, model).hex()[:32]
 
   def to_json(self) -> dict[str, Any]:
     """The study as JSON holds it; `from_json` reads it."""
-    return dataclasses.asdict(self)
+    content = dataclasses.asdict(self)
+    for subject in content["subjects"]:
+      subject["pictures"] = subject.pop("images")
+    return content
 
   @classmethod
   def from_json(cls, content: dict[str, Any]) -> "Design":
@@ -116,7 +119,7 @@ class Design:
       Subject(
         each["id"],
         each["prompt"],
-        {name: Picture(*fields) for name, fields in each["pictures"].items()},
+        {name: ShownImage(*fields) for name, fields in each["pictures"].items()},
       )
       for each in content["subjects"]
     )
@@ -149,14 +152,14 @@ def draw_up(
   per_rater: int | None = None,
   repeats: int = 0,
 ) -> Design:
-  """A study of the first picture that each model has for each prompt.
+  """A study of the first image that each model has for each prompt.
 
   Args:
     models: names within the folder; empty for all that are there.
     per_rater: prompts that a rater sees; None for all.
 
   Raises:
-    ValueError: the models are not two to eight of the folder's, pictures are missing
+    ValueError: the models are not two to eight of the folder's, images are missing
       or damaged, or a rater cannot see so many prompts, or so many twice.
   """
   models = chosen_models(folder, models)
@@ -173,28 +176,28 @@ def draw_up(
       f"give --repeats from 0 to {most}."
     )
   subjects = []
-  for item in progress(folder.items, count, "Pictures read"):
-    pictures = {
-      model: _picture(folder, folder.model(model).image_path(item)) for model in models
+  for item in progress(folder.items, count, "Images read"):
+    images = {
+      model: _image(folder, folder.model(model).image_path(item)) for model in models
     }
-    subjects.append(Subject(item.id, item.prompt, pictures))
+    subjects.append(Subject(item.id, item.prompt, images))
   return Design(name, secret, tuple(models), tuple(subjects), per_rater, repeats)
 
 
 def chosen_models(folder: EvaluationFolder, models: Sequence[str]) -> list[str]:
-  """Models to compare, whose pictures are all there.
+  """Models to compare, whose images are all there.
 
   Args:
     models: names within the folder; empty for all that are there.
 
   Raises:
-    ValueError: they are not two to eight of the folder's, or a picture is missing.
+    ValueError: they are not two to eight of the folder's, or an image is missing.
   """
   there = [model.name for model in folder.models()]
   chosen = list(models) or there
   if unknown := sorted(set(chosen) - set(there)):
     raise ValueError(
-      f"{folder.path} has no pictures of {listed(unknown)}: it has those of "
+      f"{folder.path} has no images of {listed(unknown)}: it has those of "
       f"{listed(there, 20)}. `evaluate sample` adds a model."
     )
   if len(set(chosen)) < len(chosen):
@@ -208,19 +211,19 @@ def chosen_models(folder: EvaluationFolder, models: Sequence[str]) -> list[str]:
     if missing := folder.model(name).missing():
       ids = listed([item.id for item, _ in missing])
       raise ValueError(
-        f"{name} has no picture for {len(missing)} of {len(folder.items)} prompts "
+        f"{name} has no image for {len(missing)} of {len(folder.items)} prompts "
         f"({ids}): run `evaluate sample` again, or leave it out of --models."
       )
   return chosen
 
 
-def _picture(folder: EvaluationFolder, path: Any) -> Picture:
+def _image(folder: EvaluationFolder, path: Any) -> ShownImage:
   try:
-    with Image.open(path) as picture:
-      width, height = picture.size
-      if picture.format != "PNG":
-        raise ValueError(f"{path} is {picture.format}, not PNG: save it as PNG.")
+    with Image.open(path) as image:
+      width, height = image.size
+      if image.format != "PNG":
+        raise ValueError(f"{path} is {image.format}, not PNG: save it as PNG.")
   except OSError as error:
-    raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
+    raise ValueError(f"{path} cannot be read as an image: {error}.") from error
   name = str(path.relative_to(folder.path))
-  return Picture(name, disk.file_hash(path), height, width)
+  return ShownImage(name, disk.file_hash(path), height, width)

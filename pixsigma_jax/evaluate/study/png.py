@@ -3,7 +3,7 @@
 import struct
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What a decoder needs to show the picture as it is meant; texts, dates and camera data
+# What a decoder needs to show the image as it is meant; texts, dates and camera data
 # are not among it. `sample` writes prompt, settings and the checkpoint's path.
 _SHOWN = {
   *(b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"),

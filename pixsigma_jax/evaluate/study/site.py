@@ -1,7 +1,7 @@
 """The website of a study: a page, its tasks, and the answers to them.
 
 Who has a rater's link is that rater. A link of another study is refused. What the page
-is sent says nothing of the models: pictures have addresses without meaning, and files
+is sent says nothing of the models: images have addresses without meaning, and files
 without the notes in them. Texts go as JSON and are shown as text.
 """
 
@@ -35,7 +35,7 @@ from pixsigma_jax.evaluate.study.answers import (
   Writer,
   hashed,
 )
-from pixsigma_jax.evaluate.study.design import CRITERIA, Picture, Task
+from pixsigma_jax.evaluate.study.design import CRITERIA, ShownImage, Task
 
 _MOST_BYTES = 64 * 1024  # of an answer
 MOST_NOTE = 4000  # characters
@@ -49,7 +49,7 @@ class Site:
   """A study that is served.
 
   Attributes:
-    folder: that the pictures' paths are relative to.
+    folder: that the images' paths are relative to.
   """
 
   folder: pathlib.Path
@@ -57,7 +57,7 @@ class Site:
   study: StoredStudy
   raters: Mapping[str, Rater]
   tasks: Mapping[int, list[Task]]
-  pictures: Mapping[str, Picture]
+  images: Mapping[str, ShownImage]
   writer: Writer
 
   @classmethod
@@ -65,24 +65,24 @@ class Site:
     """A study, ready to be served.
 
     Raises:
-      ValueError: there is no such study, or a picture of it is gone.
+      ValueError: there is no such study, or an image of it is gone.
     """
     study = database.study(name)
     design = study.design
     raters = database.raters(study)
-    pictures = {
-      design.address(subject, model): picture
+    images = {
+      design.address(subject, model): image
       for subject in design.subjects
-      for model, picture in subject.pictures.items()
+      for model, image in subject.images.items()
     }
-    for picture in pictures.values():
-      if not (folder / picture.path).is_file():
+    for image in images.values():
+      if not (folder / image.path).is_file():
         raise ValueError(
-          f"The picture {folder / picture.path} of the study {name} is gone: put it "
+          f"The image {folder / image.path} of the study {name} is gone: put it "
           "back, or give the --folder that the study was created of."
         )
     tasks = {rater.id: design.tasks(rater.number) for rater in raters.values()}
-    return cls(folder, database, study, raters, tasks, pictures, Writer(database))
+    return cls(folder, database, study, raters, tasks, images, Writer(database))
 
   def app(self) -> ASGIApp:
     """The website."""
@@ -102,7 +102,7 @@ class Site:
       Route("/r/{token}/tasks", self._overview),
       Route("/r/{token}/tasks/{number:int}", self._task),
       Route("/r/{token}/tasks/{number:int}", self._answer, methods=["POST"]),
-      Route("/r/{token}/pictures/{address}.png", self._picture),
+      Route("/r/{token}/pictures/{address}.png", self._image),
     ]
     return _WithHeaders(
       Starlette(
@@ -138,7 +138,7 @@ class Site:
     answers = await run_in_threadpool(self.database.answers, rater)
     answer = answers.get(number)
     shown = [
-      (task.subject.pictures[model], self.study.design.address(task.subject, model))
+      (task.subject.images[model], self.study.design.address(task.subject, model))
       for model in task.models
     ]
     return JSONResponse(
@@ -147,10 +147,10 @@ class Site:
         "pictures": [
           {
             "address": f"{request.path_params['token']}/pictures/{address}.png",
-            "height": picture.height,
-            "width": picture.width,
+            "height": image.height,
+            "width": image.width,
           }
-          for picture, address in shown
+          for image, address in shown
         ],
         "answer": answer
         and {
@@ -180,16 +180,16 @@ class Site:
       raise HTTPException(503, "The answer could not be stored.") from error
     return JSONResponse({"stored": answer.nonce})
 
-  async def _picture(self, request: Request) -> Response:
+  async def _image(self, request: Request) -> Response:
     self._rater(request)
-    picture = self.pictures.get(request.path_params["address"])
-    if picture is None:
-      raise HTTPException(404, "There is no such picture.")
+    image = self.images.get(request.path_params["address"])
+    if image is None:
+      raise HTTPException(404, "There is no such image.")
     try:
-      content = await run_in_threadpool(self._read, picture)
+      content = await run_in_threadpool(self._read, image)
     except (OSError, ValueError) as error:
       logging.error("%s", error)
-      raise HTTPException(500, "This picture cannot be shown.") from error
+      raise HTTPException(500, "This image cannot be shown.") from error
     caching = {"cache-control": "private, max-age=86400, immutable"}
     return Response(content, media_type="image/png", headers=caching)
 
@@ -207,11 +207,11 @@ class Site:
       raise HTTPException(404, f"There are {len(tasks)} tasks, from 0.")
     return number, tasks[number]
 
-  def _read(self, picture: Picture) -> bytes:
-    path = self.folder / picture.path
+  def _read(self, image: ShownImage) -> bytes:
+    path = self.folder / image.path
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != picture.sha256:
-      raise ValueError(f"{path} is not the picture that the study was created with.")
+    if hashlib.sha256(content).hexdigest() != image.sha256:
+      raise ValueError(f"{path} is not the image that the study was created with.")
     return png.without_notes(content)
 
 
@@ -238,7 +238,7 @@ def read_answer(content: bytes, rater: Rater, number: int, task: Task) -> Answer
     if not all(map(_is_number, sizes.values())):
       raise ValueError("its screen has no size")
     if not isinstance(screen["zoomed"], bool):
-      raise ValueError("it does not say whether a picture was enlarged")
+      raise ValueError("it does not say whether an image was enlarged")
     ranks = {
       criterion: _ranks(sent["ranks"][criterion], criterion, task)
       for criterion in CRITERIA
@@ -267,7 +267,7 @@ def _ranks(sent: Any, criterion: str, task: Task) -> dict[str, int]:
     or len(sent) != count
     or not all(type(rank) is int and 1 <= rank <= count for rank in sent)
   ):
-    raise ValueError(f"{criterion} must rank {count} pictures from 1 to {count}")
+    raise ValueError(f"{criterion} must rank {count} images from 1 to {count}")
   places = sorted(set(sent))
   return {m: places.index(r) + 1 for m, r in zip(task.models, sent, strict=True)}
 

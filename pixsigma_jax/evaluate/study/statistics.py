@@ -24,10 +24,10 @@ _MOST_UNDEFINED = 0.05
 
 
 class Comparison(NamedTuple):
-  """What one rater thinks of two models' pictures for one prompt.
+  """What one rater thinks of two models' images for one prompt.
 
   Attributes:
-    score: of the first model: 1 if its picture is preferred, 0 if the other one is,
+    score: of the first model: 1 if its image is preferred, 0 if the other one is,
       1/2 if they are equal; between these if they were compared more than once.
   """
 

@@ -36,8 +36,8 @@ def votes(quality, match, reason="so"):
   return completion(json.dumps({"reason": reason, "quality": quality, "match": match}))
 
 
-def pictures_of(request):
-  """The grey values of both pictures, and the largest side of the first."""
+def images_of(request):
+  """The grey values of both images, and the largest side of the first."""
   content = request["messages"][1]["content"]
   urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
   greys, sides = [], []
@@ -87,8 +87,8 @@ class Endpoint:
 
   @staticmethod
   def lighter(request):
-    """Of quality the lighter picture, of match neither."""
-    (first, second), _ = pictures_of(request)
+    """Of quality the lighter image, of match neither."""
+    (first, second), _ = images_of(request)
     return votes("first" if first > second else "second", "equal")
 
 
@@ -113,7 +113,7 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def ask(endpoint, waits):
-  """One question about two small pictures."""
+  """One question about two small images."""
   made = [world_png(value) for value in (10, 200)]
 
   def ask(budget=None, **options):
@@ -130,7 +130,7 @@ def world_png(value):
   return file.getvalue()
 
 
-def test_a_question_has_both_pictures_the_prompt_and_the_schema(ask, endpoint):
+def test_a_question_has_both_images_the_prompt_and_the_schema(ask, endpoint):
   reply = ask()
   assert reply == client.Reply(
     "voted", {"quality": "second", "match": "equal"}, "so", 1000, 50
@@ -332,7 +332,7 @@ def test_every_pair_is_asked_in_both_orders_and_reported_as_people_are(
   done = judge("--prices=2,10")
   assert done.code == 0, done.err
   # Three pairs of models, three prompts, two orders.
-  shown = [tuple(pictures_of(request)[0]) for _, _, request in endpoint.requests]
+  shown = [tuple(images_of(request)[0]) for _, _, request in endpoint.requests]
   assert len(shown) == len(set(shown)) == 18
   assert {pair[::-1] for pair in shown} == set(shown)
   report = report_of(folder)
@@ -367,13 +367,13 @@ def test_no_pair_is_paid_for_twice_and_what_has_changed_is_asked_again(
   assert report_of(folder)["requests"] == 0
   judge("--max_side=20")
   assert len(endpoint.requests) == 36
-  picture = folder / "models" / "beta" / "images" / "p1.png"
-  Image.new("RGB", (16, 12), (99, 99, 99)).save(picture)
+  image = folder / "models" / "beta" / "images" / "p1.png"
+  Image.new("RGB", (16, 12), (99, 99, 99)).save(image)
   judge()
   assert len(endpoint.requests) == 36 + 4  # two pairs have it, in two orders
 
 
-def test_equal_pictures_for_a_prompt_are_asked_once(folder, endpoint):
+def test_equal_images_for_a_prompt_are_asked_once(folder, endpoint):
   path = folder / "models" / "gamma" / "images" / "p0.png"
   path.write_bytes((folder / "models" / "beta" / "images" / "p0.png").read_bytes())
   with (
@@ -450,10 +450,10 @@ def test_an_endpoint_that_dies_loses_no_answer(judge, folder, endpoint):
   assert len(endpoint.requests) == asked + 18 - 5
 
 
-def test_large_pictures_are_reduced(judge, tmp_path, endpoint):
+def test_large_images_are_reduced(judge, tmp_path, endpoint):
   made = world.make(tmp_path / "large", prompts=["a wall"], size=(300, 400))
   assert judge(f"--folder={made.path}", "--max_side=64").code == 0
-  assert {max(pictures_of(r)[1]) for _, _, r in endpoint.requests} == {64}
+  assert {max(images_of(r)[1]) for _, _, r in endpoint.requests} == {64}
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ def noise(seed):
   return Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8))
 
 
-def png(picture):
+def png(image):
   file = io.BytesIO()
-  picture.save(file, "PNG")
+  image.save(file, "PNG")
   return file.getvalue()
 
 
@@ -50,15 +50,15 @@ def test_a_vote_is_the_letter_that_transformers_finds_most_likely(llava):
   letters = processor.tokenizer.convert_tokens_to_ids(["A", "B", "C"])
   seen = set()
   for seed in range(6):
-    pictures = [noise(seed), noise(100 + seed)]
-    reply = judge.ask("a red cat", *map(png, pictures))
+    images = [noise(seed), noise(100 + seed)]
+    reply = judge.ask("a red cat", *map(png, images))
     assert reply.status == "voted"
     for criterion in CRITERIA:
       text = (
-        "USER: The prompt:\na red cat\n\nThe first picture: <image> The second "
-        f"picture: <image> {local._QUESTIONS[criterion]} {local._ANSWER} ASSISTANT:"
+        "USER: The prompt:\na red cat\n\nThe first image: <image> The second "
+        f"image: <image> {local._QUESTIONS[criterion]} {local._ANSWER} ASSISTANT:"
       )
-      inputs = processor(images=[pictures], text=[text], return_tensors="pt")
+      inputs = processor(images=[images], text=[text], return_tensors="pt")
       with torch.no_grad():
         logits = network(**inputs).logits[0, -1]
       best = int(logits[letters].argmax())

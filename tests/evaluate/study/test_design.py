@@ -1,4 +1,4 @@
-"""What a study shows to whom, and that nobody can tell whose picture is whose."""
+"""What a study shows to whom, and that nobody can tell whose image is whose."""
 
 import collections
 import io
@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from pixsigma_jax.evaluate.study import design, png
-from pixsigma_jax.evaluate.study.design import Design, Picture, Subject
+from pixsigma_jax.evaluate.study.design import Design, ShownImage, Subject
 from tests.evaluate import preference_world as world
 
-PICTURE = Picture("x.png", "0" * 64, 8, 8)
+IMAGE = ShownImage("x.png", "0" * 64, 8, 8)
 
 
 def study(prompts=40, models="abc", per_rater=40, repeats=0, secret="5a" * 32):
   subjects = tuple(
-    Subject(f"p{i}", f"prompt {i}", dict.fromkeys(models, PICTURE))
+    Subject(f"p{i}", f"prompt {i}", dict.fromkeys(models, IMAGE))
     for i in range(prompts)
   )
   return Design("s", secret, tuple(models), subjects, per_rater, repeats)
@@ -30,7 +30,7 @@ def test_an_order_is_a_matter_of_study_rater_and_prompt_alone():
   assert one.tasks(3) != study(repeats=5, secret="5b" * 32).tasks(3)
 
 
-def test_raters_see_the_pictures_of_a_prompt_in_different_orders():
+def test_raters_see_the_images_of_a_prompt_in_different_orders():
   orders = {
     task.models
     for rater in range(12)
@@ -79,7 +79,7 @@ def test_what_comes_twice_comes_later_and_in_another_order(models):
       assert before[1].models != task.models
 
 
-def test_addresses_of_pictures_differ_and_say_nothing():
+def test_addresses_of_images_differ_and_say_nothing():
   one, other = study(), study(secret="5b" * 32)
   addresses = {one.address(s, model) for s in one.subjects for model in "abc"}
   assert len(addresses) == 120
@@ -87,13 +87,13 @@ def test_addresses_of_pictures_differ_and_say_nothing():
   assert addresses.isdisjoint(other.address(s, m) for s in one.subjects for m in "abc")
 
 
-def test_a_study_is_drawn_up_from_the_pictures_that_are_there(tmp_path):
+def test_a_study_is_drawn_up_from_the_images_that_are_there(tmp_path):
   folder = world.make(tmp_path)
   drawn_up = design.draw_up(folder, name="s", secret="ab" * 32, repeats=2)
   assert drawn_up.models == world.MODELS
   assert [s.prompt for s in drawn_up.subjects] == list(world.PROMPTS)
-  picture = drawn_up.subjects[1].pictures["beta"]
-  assert (picture.path, picture.height, picture.width) == (
+  image = drawn_up.subjects[1].images["beta"]
+  assert (image.path, image.height, image.width) == (
     "models/beta/images/p1.png",
     12,
     16,
@@ -104,7 +104,7 @@ def test_a_study_is_drawn_up_from_the_pictures_that_are_there(tmp_path):
   ("asked", "message"),
   [
     ({"models": ["alpha"]}, r"^1 models \(alpha\) cannot be compared: choose 2 to 8"),
-    ({"models": ["alpha", "delta"]}, "has no pictures of delta: it has those of alpha"),
+    ({"models": ["alpha", "delta"]}, "has no images of delta: it has those of alpha"),
     ({"models": ["alpha", "alpha"]}, "--models names one twice: alpha, alpha"),
     ({"per_rater": 6}, "cannot see 6 prompts of 5: give --per_rater from 1 to 5"),
     ({"repeats": 4}, "4 prompts cannot come twice: .* 5 can, .* --repeats from 0 to 3"),
@@ -116,20 +116,18 @@ def test_what_cannot_be_a_study_is_refused(tmp_path, asked, message):
     design.draw_up(folder, name="s", secret="ab" * 32, **asked)
 
 
-def test_pictures_that_are_missing_or_damaged_are_named(tmp_path):
+def test_images_that_are_missing_or_damaged_are_named(tmp_path):
   folder = world.make(tmp_path)
   path = folder.model("beta").image_path(folder.items[3])
-  path.write_bytes(b"no picture")
-  with pytest.raises(ValueError, match=r"p3\.png cannot be read as a picture"):
+  path.write_bytes(b"no image")
+  with pytest.raises(ValueError, match=r"p3\.png cannot be read as an image"):
     design.draw_up(folder, name="s", secret="ab" * 32)
   path.unlink()
-  with pytest.raises(
-    ValueError, match=r"beta has no picture for 1 of 5 prompts \(p3\)"
-  ):
+  with pytest.raises(ValueError, match=r"beta has no image for 1 of 5 prompts \(p3\)"):
     design.draw_up(folder, name="s", secret="ab" * 32)
 
 
-def test_a_picture_without_notes_has_the_same_pixels(tmp_path):
+def test_an_image_without_notes_has_the_same_pixels(tmp_path):
   folder = world.make(tmp_path)
   content = folder.model("beta").image_path(folder.items[2]).read_bytes()
   assert b"checkpoint of beta" in content

@@ -80,16 +80,16 @@ def test_a_page_has_its_task_and_may_load_nothing_else(world_of):
   assert (about["rater"], about["total"], about["answered"]) == ("ann", 6, [])
 
 
-def test_pictures_are_those_of_the_task_and_do_not_say_whose(world_of, database):
+def test_images_are_those_of_the_task_and_do_not_say_whose(world_of, database):
   client, rater = world_of.client, next(iter(world_of.site.raters.values()))
   for number, task in enumerate(world_of.site.tasks[rater.id]):
     shown = client.get(f"/r/{world_of.ann}/tasks/{number}")
     assert shown.json()["prompt"] == task.subject.prompt
     assert not any(name in shown.text for name in world.MODELS)
     prompt = world.PROMPTS.index(task.subject.prompt)
-    for model, picture in zip(task.models, shown.json()["pictures"], strict=True):
-      assert (picture["height"], picture["width"]) == (12, 16)
-      got = client.get(f"/r/{picture['address']}")
+    for model, image in zip(task.models, shown.json()["pictures"], strict=True):
+      assert (image["height"], image["width"]) == (12, 16)
+      got = client.get(f"/r/{image['address']}")
       said = str(got.headers) + got.text
       assert not any(name in said for name in world.MODELS)
       assert "last-modified" not in got.headers
@@ -159,8 +159,8 @@ def test_a_token_of_another_study_is_refused(world_of, database):
         "This link is of no rater of this study.",
       )
     assert post(client, token, 0, answer()).status_code == 403
-    picture = client.get(f"/r/{world_of.ann}/tasks/0").json()["pictures"][0]["address"]
-    stolen = picture.replace(world_of.ann, token)
+    image = client.get(f"/r/{world_of.ann}/tasks/0").json()["pictures"][0]["address"]
+    stolen = image.replace(world_of.ann, token)
     assert client.get(f"/r/{stolen}").status_code == 403
   assert rows(database) == 0
 
@@ -175,8 +175,8 @@ def without(key):
     ("{", "is not of its form"),
     ("[]", "lacks something"),
     (json.dumps(without("ranks")), "lacks something: 'ranks'"),
-    (json.dumps(answer(((1, 2), (1, 2, 3)))), "quality must rank 3 pictures from 1 to"),
-    (json.dumps(answer(((1, 2, 3), (1, 2, 4)))), "match must rank 3 pictures"),
+    (json.dumps(answer(((1, 2), (1, 2, 3)))), "quality must rank 3 images from 1 to"),
+    (json.dumps(answer(((1, 2, 3), (1, 2, 4)))), "match must rank 3 images"),
     (json.dumps(answer(((1, 2, 3), (1, 2, 0)))), "match must rank"),
     (json.dumps(answer(((1, 2, True), (1, 2, 3)))), "quality must rank"),
     (json.dumps(answer(nonce="short")), "its nonce is none"),
@@ -215,17 +215,17 @@ def test_an_answer_that_cannot_be_stored_is_not_acknowledged(
   assert post(world_of.client, world_of.ann, 0, answer()).status_code == 200
 
 
-def test_a_picture_that_has_changed_since_is_not_shown(world_of, folder):
+def test_an_image_that_has_changed_since_is_not_shown(world_of, folder):
   for path in folder.path.glob("models/*/images/*.png"):
     path.write_bytes(path.read_bytes() + b"\0")
-  picture = world_of.client.get(f"/r/{world_of.ann}/tasks/0").json()["pictures"][0]
-  got = world_of.client.get(f"/r/{picture['address']}")
-  assert (got.status_code, got.text) == (500, "This picture cannot be shown.")
+  image = world_of.client.get(f"/r/{world_of.ann}/tasks/0").json()["pictures"][0]
+  got = world_of.client.get(f"/r/{image['address']}")
+  assert (got.status_code, got.text) == (500, "This image cannot be shown.")
   made_up = f"/r/{world_of.ann}/pictures/{'0' * 32}.png"
   assert world_of.client.get(made_up).status_code == 404
 
 
-def test_a_picture_that_is_gone_is_named_before_the_study_is_served(folder, database):
+def test_an_image_that_is_gone_is_named_before_the_study_is_served(folder, database):
   create(folder, database)
   folder.model("beta").image_path(folder.items[1]).unlink()
   with pytest.raises(ValueError, match=r"models/beta/images/p1\.png .* is gone"):

@@ -16,7 +16,7 @@ from pixsigma_jax.evaluate.scorers import mask2former
 from pixsigma_jax.evaluate.scorers.detectors import DetectionScorer
 from pixsigma_jax.evaluate.suites import ScoredModel
 from pixsigma_jax.evaluate.suites.geneval import SUITE
-from pixsigma_jax.sample import pictures
+from pixsigma_jax.sample import image_files
 from tests import commands
 from tests.evaluate import networks
 from tests.evaluate.scorers.test_mask2former import write_mask2former
@@ -218,7 +218,7 @@ def evaluate(capsys, monkeypatch):
   return evaluate
 
 
-def write_pictures(folder, copies=2):
+def write_images(folder, copies=2):
   folder.mkdir()
   for i in range(len(METADATA)):
     for j in range(copies):
@@ -243,7 +243,7 @@ def detection_lines(right, copies=2):
 @pytest.fixture
 def step(evaluate, metadata, tmp_path):
   """`evaluate STEP geneval` with everything but the detections."""
-  pictures = write_pictures(tmp_path / "drawn")
+  images = write_images(tmp_path / "drawn")
   output = tmp_path / "evaluation"
 
   def step(name, *arguments):
@@ -251,7 +251,7 @@ def step(evaluate, metadata, tmp_path):
     if name == "prompts":
       common += [f"--metadata={metadata}", "--images_per_prompt=2"]
     if name == "score":
-      common += [f"--images=a={pictures},b={pictures}", "--any_size"]
+      common += [f"--images=a={images},b={images}", "--any_size"]
     return evaluate(name, "geneval", *common, *arguments)
 
   assert step("prompts").code == 0
@@ -343,7 +343,7 @@ def test_every_model_needs_its_detections(step, tmp_path):
   assert "There is no file of detections at no/such" in done.err
 
 
-def test_pictures_in_genevals_own_folders_go_to_their_prompts(evaluate, step, tmp_path):
+def test_images_in_genevals_own_folders_go_to_their_prompts(evaluate, step, tmp_path):
   own, output = tmp_path / "own", tmp_path / "evaluation"
   for i in range(6):
     (own / f"{i:05d}" / "samples").mkdir(parents=True)
@@ -394,7 +394,7 @@ def test_from_a_checkpoint_to_a_report_killed_and_resumed(
     assert done.code == code, done.err
 
   run_to(0, "prompts", f"--metadata={metadata}", "--images_per_prompt=2")
-  whole.interrupt(monkeypatch, pictures, "save", after=5)
+  whole.interrupt(monkeypatch, image_files, "save", after=5)
   run_to(130, "sample", *sample)
   begun = whole.images(output, "untrained")
   assert len(begun) == 5

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pixsigma_jax.data.crops import CropRule
-from pixsigma_jax.prepare import pictures
+from pixsigma_jax.prepare import cropped_images
 from tests.prepare import world
 
 ARGUMENTS = {
@@ -26,14 +26,16 @@ def index(tmp_path):
 
 
 def prepare(index, directory, **changes):
-  return pictures.prepare_pictures(index.directory, directory, **ARGUMENTS | changes)
+  return cropped_images.prepare_images(
+    index.directory, directory, **ARGUMENTS | changes
+  )
 
 
 def all_of(prepared):
   return [
-    picture
+    cropped
     for shard in range(prepared.num_shards)
-    for picture in prepared.read(shard, range(len(prepared.sizes(shard))))
+    for cropped in prepared.read(shard, range(len(prepared.sizes(shard))))
   ]
 
 
@@ -41,19 +43,19 @@ def refusals_of(prepared):
   return {refusal.id: refusal for refusal in prepared.refusals()}
 
 
-def test_pictures_are_the_cropped_images_to_the_bit(index, tmp_path):
+def test_images_are_the_cropped_images_to_the_bit(index, tmp_path):
   prepared = prepare(index, tmp_path / "pictures")
   found = all_of(prepared)
-  assert [picture.id for picture in found] == [f"{i:02d}" for i in range(7)]
-  for i, picture in enumerate(found):
+  assert [cropped.id for cropped in found] == [f"{i:02d}" for i in range(7)]
+  for i, cropped in enumerate(found):
     height, width = world.SIZES[i]
     with Image.open(tmp_path / "images" / f"{i:02d}.png") as image:
       expected = world.RULE.apply(image)
-    np.testing.assert_array_equal(picture.image(), expected)
-    assert picture.original_size.tolist() == [height, width]
-    np.testing.assert_array_equal(picture.crop, world.RULE.plan(height, width).box)
-    assert picture.captions == tuple(world.CAPTIONS)
-    assert np.isnan(picture.aesthetic_score)
+    np.testing.assert_array_equal(cropped.image(), expected)
+    assert cropped.original_size.tolist() == [height, width]
+    np.testing.assert_array_equal(cropped.crop, world.RULE.plan(height, width).box)
+    assert cropped.captions == tuple(world.CAPTIONS)
+    assert np.isnan(cropped.aesthetic_score)
 
 
 def test_shards_hold_so_many_images_in_the_order_of_the_index(index, tmp_path):
@@ -103,9 +105,9 @@ def test_filter_scores_and_captions_of_the_index_are_heeded(tmp_path):
     index.write("captions", part, pa.table({"captions": pa.array(texts, pairs)}))
   prepared = prepare(index, tmp_path / "pictures")
   found = all_of(prepared)
-  assert [picture.id for picture in found] == ["00", "02"]
-  assert {picture.captions for picture in found} == {(("new", "long"),)}
-  assert {picture.aesthetic_score for picture in found} == {5.5}
+  assert [cropped.id for cropped in found] == ["00", "02"]
+  assert {cropped.captions for cropped in found} == {(("new", "long"),)}
+  assert {cropped.aesthetic_score for cropped in found} == {5.5}
   assert prepared.refused == {"has no caption": 1, "not kept by filter": 1}
   assert refusals_of(prepared)["01"].detail == "aesthetic score"
 
@@ -226,15 +228,15 @@ def test_an_index_of_which_nothing_is_left_is_an_error(tmp_path):
 
 
 def test_damage_and_absence_are_named(index, tmp_path):
-  with pytest.raises(FileNotFoundError, match="holds no pictures: prepare them first"):
-    pictures.open_pictures(tmp_path / "pictures")
+  with pytest.raises(FileNotFoundError, match="holds no images: prepare them first"):
+    cropped_images.open_images(tmp_path / "pictures")
   prepared = prepare(index, tmp_path / "pictures")
   (tmp_path / "pictures" / "pictures-00001.array_record").write_bytes(b"damaged")
   with pytest.raises(ValueError, match=r"00001\.array_record is missing or damaged"):
     prepared.read(1, [0])
   (tmp_path / "pictures" / "plan.json").write_text(json.dumps({"format": 0}))
-  with pytest.raises(ValueError, match="no plan of pictures that this version"):
-    pictures.open_pictures(tmp_path / "pictures")
+  with pytest.raises(ValueError, match="no plan of images that this version"):
+    cropped_images.open_images(tmp_path / "pictures")
 
 
 def test_workers_of_their_own_processes_write_the_same(index, tmp_path):

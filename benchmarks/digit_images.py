@@ -1,4 +1,4 @@
-"""A miniature's pictures of digits, drawn exactly or by some shortcut, in numbers."""
+"""A miniature's images of digits, drawn exactly or by some shortcut, in numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from pixsigma_jax.evaluate.digits import (
   evaluation_prompts,
   prompt_accuracy,
 )
-from pixsigma_jax.sample import Pipeline, pictures
+from pixsigma_jax.sample import Pipeline, image_files
 
 
 def prompts_of(task: str, per_task: int) -> list[EvaluationPrompt]:
@@ -22,10 +22,10 @@ def prompts_of(task: str, per_task: int) -> list[EvaluationPrompt]:
 def draw(
   pipeline: Pipeline, prompts: Sequence[EvaluationPrompt], **options: Any
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-  """A picture for each prompt of a task, `[b h w 3]`, and its settings."""
+  """An image for each prompt of a task, `[b h w 3]`, and its settings."""
   rows, columns = (cells * pipeline.resolution for cells in CELLS[prompts[0].task])
   output = pipeline([p.prompt for p in prompts], height=rows, width=columns, **options)
-  images = np.stack([pictures.from_picture(image) for image in output.images])
+  images = np.stack([image_files.from_image(image) for image in output.images])
   return images, output.settings
 
 

@@ -1,12 +1,12 @@
 """The image side of preparing: kept images, cropped to their buckets, as PNG in shards.
 
-A directory of pictures:
+A directory of images:
 
   plan.json, plan.npy            which rows of the index go into which shard, and how
   contents.parquet               what is in these rows, so that changes are found
   refused.jsonl                  images that go into none, each with its reason
-  pictures-00000.array_record …  one `tf.train.Example` a picture
-  pictures-00000.json …          sizes of a shard's pictures, and what was left out;
+  pictures-00000.array_record …  one `tf.train.Example` an image
+  pictures-00000.json …          sizes of a shard's images, and what was left out;
                                  comes last, so that a shard with it is complete
 
 PNG loses nothing: what the autoencoder will see is what was cropped here, to the bit.
@@ -54,7 +54,7 @@ _PLANNED_BY = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)  # arrays: no one bool
-class Picture:
+class CroppedImage:
   """An image as a network will see it, and what is known of it.
 
   Sizes and the crop are in pixels of the image as it is displayed.
@@ -63,7 +63,7 @@ class Picture:
   id: str
   png: bytes
   original_size: Int32[np.ndarray, "2"]  # height, width
-  crop: Float32[np.ndarray, "4"]  # what the picture shows: top, left, bottom, right
+  crop: Float32[np.ndarray, "4"]  # what the image shows: top, left, bottom, right
   aesthetic_score: float  # nan if it has none
   captions: tuple[tuple[str, str], ...]  # text and kind, "long" or "short"
 
@@ -100,15 +100,15 @@ def count_reasons(refusals: Iterable[Refusal]) -> dict[str, dict[str, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-  """A directory of pictures that has its plan.
+class CroppedImages:
+  """A directory of images that has its plan.
 
   Attributes:
     directory: where it is.
-    resolution: side in pixels of the square whose area the pictures have.
+    resolution: side in pixels of the square whose area the images have.
     crop_rule: identity of the rule that cropped them.
-    num_shards: files of pictures that there are, or will be.
-    num_planned: images that are to become pictures.
+    num_shards: files of images that there are, or will be.
+    num_planned: images that are to become images.
     refused: how many images go into no shard, by reason.
   """
 
@@ -120,7 +120,7 @@ class Pictures:
   refused: dict[str, int]
 
   def contents(self) -> Contents | None:
-    """Contents of the pictures; None if an older version planned them without."""
+    """Contents of the images; None if an older version planned them without."""
     return contents.read(self.directory)
 
   def missing(self) -> list[int]:
@@ -128,22 +128,22 @@ class Pictures:
     return [i for i in range(self.num_shards) if not self._report(i).exists()]
 
   def sizes(self, shard: int) -> list[tuple[int, int]]:
-    """Height and width of each picture of a shard, in their order."""
+    """Height and width of each image of a shard, in their order."""
     return [(height, width) for height, width in self._about(shard)["sizes"]]
 
   def ids(self, shard: int) -> list[str]:
-    """The pictures of a shard by name, in their order."""
+    """The images of a shard by name, in their order."""
     return self._about(shard)["ids"]
 
   def refusals(self) -> Iterator[Refusal]:
-    """Every image that became no picture, of the plan and of each shard."""
+    """Every image that became no image, of the plan and of each shard."""
     lines = (self.directory / _REFUSED).read_text(encoding="utf-8").splitlines()
     yield from (Refusal(**json.loads(line)) for line in lines)
     for shard in range(self.num_shards):
       yield from (Refusal(**fields) for fields in self._about(shard)["refused"])
 
-  def read(self, shard: int, positions: Sequence[int]) -> list[Picture]:
-    """Pictures of a shard by their positions in it.
+  def read(self, shard: int, positions: Sequence[int]) -> list[CroppedImage]:
+    """Images of a shard by their positions in it.
 
     Raises:
       ValueError: the shard is missing or damaged.
@@ -170,8 +170,8 @@ class Pictures:
     return self.directory / f"pictures-{number:05d}.json"
 
 
-def open_pictures(directory: str | pathlib.Path) -> Pictures:
-  """The pictures of a directory, however many of them are there yet.
+def open_images(directory: str | pathlib.Path) -> CroppedImages:
+  """The images of a directory, however many of them are there yet.
 
   Raises:
     FileNotFoundError: nothing was planned there.
@@ -181,12 +181,12 @@ def open_pictures(directory: str | pathlib.Path) -> Pictures:
   path = directory / _PLAN
   if not path.exists():
     raise FileNotFoundError(
-      f"{directory} holds no pictures: prepare them first, with pictures among --parts."
+      f"{directory} holds no images: prepare them first, with images among --parts."
     )
   plan = files.read_json(path)
   if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
-    raise ValueError(f"{path} is no plan of pictures that this version can read.")
-  return Pictures(
+    raise ValueError(f"{path} is no plan of images that this version can read.")
+  return CroppedImages(
     directory=directory,
     resolution=plan["arguments"]["resolution"],
     crop_rule=plan["arguments"]["crop_rule"],
@@ -196,7 +196,7 @@ def open_pictures(directory: str | pathlib.Path) -> Pictures:
   )
 
 
-def prepare_pictures(
+def prepare_images(
   index_directory: str,
   directory: str | pathlib.Path,
   *,
@@ -206,26 +206,26 @@ def prepare_pictures(
   images_per_shard: int,
   beam_options: Sequence[str],
   update: bool = False,
-) -> Pictures:
-  """Crops the kept images of an index into shards of pictures, those that are missing.
+) -> CroppedImages:
+  """Crops the kept images of an index into shards of images, those that are missing.
 
   Kept are the images that `curate filter` has kept or, without that step, all that
-  could be read. Pictures stand in the order of the index.
+  could be read. Images stand in the order of the index.
 
   Args:
     index_directory: where `curate scan` wrote the index.
     directory: new, or begun with the same arguments.
     rule: how images are cropped.
-    resolution: side in pixels of the square whose area the pictures have.
+    resolution: side in pixels of the square whose area the images have.
     allow_upscaling: whether an image smaller than its bucket is enlarged, as the
       reference does without a word, instead of refused.
     images_per_shard: of each but the last; undecodable ones among them are left out.
     beam_options: see `data.ingest`.
     update: if the directory was begun with other arguments or contents, whether it is
-      made anew, from what has changed and the pictures there of what has not.
+      made anew, from what has changed and the images there of what has not.
 
   Returns:
-    the pictures, all of them there.
+    the images, all of them there.
 
   Raises:
     FileExistsError: the directory was begun with other arguments or contents.
@@ -266,10 +266,10 @@ def prepare_pictures(
         "changed, the same arguments to go on, or choose another --pictures."
       )
     logging.info("Updating %s: %s.", directory, listed(lines, joint="; "))
-    contents.set_aside(directory, is_complete=not open_pictures(directory).missing())
+    contents.set_aside(directory, is_complete=not open_images(directory).missing())
   _store_plan(directory, arguments, plan, images_per_shard)
-  pictures = open_pictures(directory)
-  missing = pictures.missing()
+  images = open_images(directory)
+  missing = images.missing()
   if missing:
     write = functools.partial(
       write_shard, index_directory, str(directory), rule, images_per_shard
@@ -278,14 +278,14 @@ def prepare_pictures(
     ingest.run_parts(
       write,
       missing,
-      what="Pictures",
+      what="Images",
       beam_options=beam_options,
       by_image=True,
       images=sum(min(each, len(plan.rows) - shard * each) for shard in missing),
     )
-  if not pictures.missing():
+  if not images.missing():
     contents.drop_previous(directory)
-  return pictures
+  return images
 
 
 def _steps(index: Index) -> list[str]:
@@ -368,7 +368,7 @@ def _differences(
   before = contents.read(directory)
   if before is None:
     lines = metadata.disagreements(have, json.loads(json.dumps(earlier)))
-    if lines or open_pictures(directory).missing():
+    if lines or open_images(directory).missing():
       return lines or ["colors: None, by an earlier version → 'sRGB'"]
     logging.warning(
       "%s is of an earlier version, which noted no captions and heeded no color "
@@ -384,7 +384,7 @@ def _differences(
 def _refusal(
   about: dict[str, Any], rule: CropRule, allow_upscaling: bool
 ) -> Refusal | None:
-  """Why an image of the index becomes no picture, as far as the index can tell."""
+  """Why an image of the index becomes no image, as far as the index can tell."""
   if about["error"] is not None:
     return Refusal(id=about["id"], reason="could not be read", detail=about["error"])
   if not about["kept"]:
@@ -450,15 +450,15 @@ def write_shard(
   images_per_shard: int,
   number: int,
 ) -> None:
-  """Writes one planned shard of pictures, whole or not at all.
+  """Writes one planned shard of images, whole or not at all.
 
   Raises:
     FileNotFoundError: not one of its images is where it was.
     OSError: an image's file is there and cannot be read, or the shard cannot be
       written.
   """
-  index, pictures = open_index(index_directory), open_pictures(directory)
-  rows = np.load(pictures.directory / _ROWS, mmap_mode="r")
+  index, images = open_index(index_directory), open_images(directory)
+  rows = np.load(images.directory / _ROWS, mmap_mode="r")
   rows = rows[number * images_per_shard : (number + 1) * images_per_shard]
   previous = _previous(str(directory))
   about: dict[str, list[Any]] = {"ids": [], "sizes": []}
@@ -466,24 +466,24 @@ def write_shard(
 
   def write(partial: pathlib.Path) -> None:
     # PNG does not compress any further.
-    with _storing(pictures, number):
+    with _storing(images, number):
       writer = array_record_module.ArrayRecordWriter(
         str(partial), "group_size:1,uncompressed"
       )
     try:
       for row in _rows(index, _steps(index), rows):
-        made = previous.picture(row) or _picture(index.source, row, rule)
+        made = previous.cropped(row) or _cropped(index.source, row, rule)
         ingest.count()
         if isinstance(made, Refusal):
           refusals.append(made)
           continue
-        picture, size = made
-        with _storing(pictures, number):
-          writer.write(_encoded(picture))
-        about["ids"].append(picture.id)
+        cropped, size = made
+        with _storing(images, number):
+          writer.write(_encoded(cropped))
+        about["ids"].append(cropped.id)
         about["sizes"].append(size)
     finally:
-      with _storing(pictures, number):
+      with _storing(images, number):
         writer.close()
     if len(refusals) == len(rows) and all(r.reason == "is gone" for r in refusals):
       raise FileNotFoundError(
@@ -492,20 +492,20 @@ def write_shard(
         "made?"
       )
 
-  disk.write_whole(pictures._shard(number), write)
+  disk.write_whole(images._shard(number), write)
   refused = [dataclasses.asdict(refusal) for refusal in refusals]
-  files.write_json(pictures._report(number), {**about, "refused": refused})
+  files.write_json(images._report(number), {**about, "refused": refused})
 
 
 @contextlib.contextmanager
-def _storing(pictures: Pictures, number: int) -> Iterator[None]:
+def _storing(images: CroppedImages, number: int) -> Iterator[None]:
   """Names the shard of which ArrayRecord says that it cannot be written."""
   try:
     yield
   except RuntimeError as error:
     raise OSError(
-      f"Cannot write {pictures._shard(number)}: {error}. "
-      f"{disk.way_out(pictures.directory, '--pictures')}, and run the command again."
+      f"Cannot write {images._shard(number)}: {error}. "
+      f"{disk.way_out(images.directory, '--croppeds')}, and run the command again."
     ) from error
 
 
@@ -517,15 +517,15 @@ def _rows(index: Index, steps: Sequence[str], rows: np.ndarray) -> Iterator[dict
 
 
 class _Previous:
-  """The pictures of before an update, of images that have not changed."""
+  """The images of before an update, of images that have not changed."""
 
   def __init__(self, directory: pathlib.Path):
     self._places: dict[str, tuple[int, int]] = {}
     there = contents.previous_of(directory)
     if not (there / _PLAN).exists():
       return
-    now, self._pictures = open_pictures(directory), open_pictures(there)
-    before, after = self._pictures.contents(), now.contents()
+    now, self._images = open_images(directory), open_images(there)
+    before, after = self._images.contents(), now.contents()
     same = ("crop_rule", "colors")
     plans = [files.read_json(d / _PLAN)["arguments"] for d in (there, directory)]
     if (
@@ -535,19 +535,19 @@ class _Previous:
     ):
       return
     unchanged = before.unchanged_images(after)
-    for shard in set(range(self._pictures.num_shards)) - {*self._pictures.missing()}:
-      for position, id in enumerate(self._pictures.ids(shard)):
+    for shard in set(range(self._images.num_shards)) - {*self._images.missing()}:
+      for position, id in enumerate(self._images.ids(shard)):
         if id in unchanged:
           self._places[id] = shard, position
 
-  def picture(self, row: dict[str, Any]) -> tuple[Picture, tuple[int, int]] | None:
-    """A row's picture with its size; None if it has to be made."""
+  def cropped(self, row: dict[str, Any]) -> tuple[CroppedImage, tuple[int, int]] | None:
+    """A row's image with its size; None if it has to be made."""
     place = self._places.get(row["id"])
     if place is None:
       return None
-    [picture] = self._pictures.read(place[0], [place[1]])
-    size = self._pictures.sizes(place[0])[place[1]]
-    return dataclasses.replace(picture, **_from_index(row)), size
+    [cropped] = self._images.read(place[0], [place[1]])
+    size = self._images.sizes(place[0])[place[1]]
+    return dataclasses.replace(cropped, **_from_index(row)), size
 
 
 @functools.lru_cache(maxsize=1)
@@ -565,7 +565,7 @@ def _previous(directory: str) -> _Previous:
 
 
 def _from_index(row: dict[str, Any]) -> dict[str, Any]:
-  """Fields of a picture that come from the index."""
+  """Fields of an image that come from the index."""
   score = row.get("aesthetic")
   return {
     "aesthetic_score": float("nan") if score is None else score,
@@ -573,10 +573,10 @@ def _from_index(row: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _picture(
+def _cropped(
   source: str, row: dict[str, Any], rule: CropRule
-) -> tuple[Picture, tuple[int, int]] | Refusal:
-  """A row's image as a picture with its size, or why not."""
+) -> tuple[CroppedImage, tuple[int, int]] | Refusal:
+  """A row's image, cropped, with its size, or why not."""
   changed = "has changed since the scan"
   try:
     data = sources.read_bytes(source, row["location"])
@@ -594,38 +594,38 @@ def _picture(
   crop = rule.plan(image.height, image.width)
   png = io.BytesIO()
   rule.apply(image).save(png, "png", compress_level=1)
-  picture = Picture(
+  cropped = CroppedImage(
     id=row["id"],
     png=png.getvalue(),
     original_size=np.array([image.height, image.width], np.int32),
     crop=crop.box,
     **_from_index(row),
   )
-  return picture, (crop.bucket.height, crop.bucket.width)
+  return cropped, (crop.bucket.height, crop.bucket.width)
 
 
-def _encoded(picture: Picture) -> bytes:
-  texts, kinds = zip(*picture.captions, strict=True)
+def _encoded(cropped: CroppedImage) -> bytes:
+  texts, kinds = zip(*cropped.captions, strict=True)
   return wire.encode(
     {
-      "id": [picture.id.encode()],
-      "png": [picture.png],
+      "id": [cropped.id.encode()],
+      "png": [cropped.png],
       "captions": [text.encode() for text in texts],
       "caption_kinds": [kind.encode() for kind in kinds],
     },
-    {"original_size": picture.original_size.tolist()},
-    {"crop": picture.crop.tolist(), "aesthetic_score": [picture.aesthetic_score]},
+    {"original_size": cropped.original_size.tolist()},
+    {"crop": cropped.crop.tolist(), "aesthetic_score": [cropped.aesthetic_score]},
   )
 
 
-def _decoded(data: bytes) -> Picture:
+def _decoded(data: bytes) -> CroppedImage:
   features = wire.Features(data)
   [identity] = features.texts("id")
   [score] = features.floats("aesthetic_score").tolist()
   captions = zip(
     features.texts("captions"), features.texts("caption_kinds"), strict=True
   )
-  return Picture(
+  return CroppedImage(
     id=identity,
     png=features.bytes("png"),
     original_size=np.array(features.integers("original_size"), np.int32),
