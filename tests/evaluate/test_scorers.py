@@ -176,6 +176,11 @@ def test_inception_features_are_an_images_own(tmp_path, small_inception):
   whole = patches([image], items(1))["features"].reshape(20, 2048)
   # A patch of an image that repeats is the same wherever it is cut; here it moves.
   assert len(np.unique(whole.round(3), axis=0)) == 20
+  # Places are the size's, whatever the image: a pixel outside of them moves nothing.
+  other = image.copy()
+  other[0, 0] = 255 - other[0, 0]
+  again = patches([other], items(1))["features"].reshape(20, 2048)
+  np.testing.assert_array_equal(again, whole)
   flat = np.full((400, 500, 3), 77, np.uint8)
   same = patches([flat], items(1))["features"].reshape(20, 2048)
   np.testing.assert_allclose(same, same[:1].repeat(20, axis=0), rtol=1e-5)

@@ -367,10 +367,12 @@ def test_no_pair_is_paid_for_twice_and_what_has_changed_is_asked_again(
   assert report_of(folder)["requests"] == 0
   judge("--max_side=20")
   assert len(endpoint.requests) == 36
+  judge("--judge=org/judge-2")  # another judge has opinions of its own
+  assert len(endpoint.requests) == 36 + 18
   image = folder / "models" / "beta" / "images" / "p1.png"
   Image.new("RGB", (16, 12), (99, 99, 99)).save(image)
   judge()
-  assert len(endpoint.requests) == 36 + 4  # two pairs have it, in two orders
+  assert len(endpoint.requests) == 54 + 4  # two pairs have it, in two orders
 
 
 def test_equal_images_for_a_prompt_are_asked_once(folder, endpoint):
