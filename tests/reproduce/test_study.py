@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import shlex
 import shutil
 
@@ -178,6 +179,21 @@ def test_a_published_page_of_trained_models_is_what_was_measured(path):
     names = dict.fromkeys(("first", "second"), "")
     study = figure8a.study(names, {}, BUDGETS["laptop"])
   comes_from_its_measurements(study, content)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/reproduce.md"])
+def test_what_pages_say_of_a_published_table_stands_in_it(name):
+  """Each `mean [lowest, highest]` of a row stands in the table that the row links."""
+  rows = [
+    (links, figures)
+    for line in (ROOT / name).read_text().splitlines()
+    if (links := re.findall(r"results/(\w+)\.md", line))
+    and (figures := re.findall(r"[\d.]+ \[[\d.]+, [\d.]+\]", line))
+  ]
+  assert len(rows) >= 3
+  for links, figures in rows:
+    tables = "".join((RESULTS / f"{link}.md").read_text() for link in links)
+    assert [figure for figure in figures if figure not in tables] == []
 
 
 def test_a_swap_of_autoencoders_is_between_two_that_are_trained_for_it(
