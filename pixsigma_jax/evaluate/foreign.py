@@ -64,7 +64,7 @@ def add_images(
 
   Raises:
     FileExistsError: the name is taken by images of another origin.
-    ValueError: there are not as many as there are to match, two are the same, or
+    ValueError: there are not as many files as images to match, two are the same, or
       one is damaged or of another size.
   """
   matched, rule = match_images(folder.model(name), directory, any_size=any_size)
@@ -97,7 +97,7 @@ def add_images(
 def match_images(
   model: ModelFolder, directory: pathlib.Path, *, any_size: bool
 ) -> tuple[list[pathlib.Path], str]:
-  """The image of each image that a model owes, and whether by `id` or by `order`.
+  """The file of each image that a model owes, and whether by `id` or by `order`.
 
   Raises:
     ValueError: see `add_images`.
@@ -147,7 +147,7 @@ def _natural(path: pathlib.Path) -> list[list[tuple[int, int, str]]]:
 def _match(
   model: ModelFolder, paths: Sequence[pathlib.Path], directory: pathlib.Path
 ) -> tuple[list[pathlib.Path], str]:
-  """The image of each image that the model owes, and by which rule."""
+  """The file of each image that the model owes, and by which rule."""
   owed = list(model.images())
   stems = [model.image_path(*each).stem for each in owed]
   by_stem: dict[str, pathlib.Path] = {}
