@@ -171,7 +171,7 @@ def test_an_image_that_cannot_be_written_is_told_too(pipeline, monkeypatch):
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(page.images, "save", full)
+  monkeypatch.setattr(page.image_files, "save", full)
   with pytest.raises(gr.Error, match="No space left on device"):
     drawn(pipeline)
 

@@ -326,7 +326,7 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_draws_the_rest(
     save_image(*arguments, **more)
 
   with monkeypatch.context() as patch:
-    patch.setattr(images, "save", interrupt)
+    patch.setattr(image_files, "save", interrupt)
     done = evaluate(*command)
   assert done.code == 130
   assert f"3 of {6 * PER_TASK} images of low are written" in done.err

@@ -137,7 +137,7 @@ def test_a_grid_has_the_order_of_the_prompts_whatever_is_ready_first(
   gridded = []
   grid = image_files.grid
   monkeypatch.setattr(
-    images, "grid", lambda images, *more: gridded.extend(images) or grid(images)
+    image_files, "grid", lambda images, *more: gridded.extend(images) or grid(images)
   )
   sides = [f"--height={side}" for side in (8, 16, 8)]
   prompts = [f"--prompt={prompt}" for prompt in "abc"]
