@@ -505,7 +505,7 @@ def _storing(images: CroppedImages, number: int) -> Iterator[None]:
   except RuntimeError as error:
     raise OSError(
       f"Cannot write {images._shard(number)}: {error}. "
-      f"{disk.way_out(images.directory, '--croppeds')}, and run the command again."
+      f"{disk.way_out(images.directory, '--pictures')}, and run the command again."
     ) from error
 
 
