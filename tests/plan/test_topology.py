@@ -89,7 +89,8 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
 def test_without_the_cuda_plugin_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(gpus, "can_compile", lambda: False)
   with pytest.raises(
-    ValueError, match=r'pip install -e "\.\[gpu\]"\. Or give --nocompile for the analytic'
+    ValueError,
+    match=r'pip install -e "\.\[gpu\]"\. Or give --nocompile for the analytic',
   ):
     topology.devices(topology.parse("h200:8"))
 
