@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pixsigma_jax import tree
+from pixsigma_jax.evaluate.scorers import forget_shared
 from pixsigma_jax.evaluate.scorers import inception as scorers
 from pixsigma_jax.models import inception
 from pixsigma_jax.models.inception import Conv, abstract_inception_params
@@ -23,7 +24,7 @@ def shrink_inception(setattr):
   last = {"Mixed_7c": inception.BLOCKS["Mixed_7c"]}
   setattr(inception, "BLOCKS", last)
   setattr(scorers, "_PER_DEVICE", 1)
-  scorers._network.cache_clear()
+  forget_shared()
 
 
 @pytest.fixture

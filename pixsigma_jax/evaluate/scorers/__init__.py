@@ -116,7 +116,7 @@ _T = TypeVar("_T")
 _SHARED: list[Any] = []
 
 
-def shared(load: Callable[..., _T]) -> "functools._lru_cache_wrapper[_T]":
+def shared(load: Callable[..., _T]) -> Callable[..., _T]:
   """Has a function load a network once for all scorers that take it."""
   kept = functools.lru_cache(maxsize=4)(load)
   _SHARED.append(kept)
