@@ -45,8 +45,12 @@ MESH_AXIS: dict[str | None, str | None] = {
   "caption": FSDP,
 }
 
-# Arrays of a batch whose second axis is the image's tokens.
-_TOKEN_ARRAYS = ("latents", "latent_moments", "coordinates")
+# Arrays of a batch, to train on or to draw, that have an image's tokens on this axis.
+_TOKEN_AXIS = {
+  **dict.fromkeys(("latents", "latent_moments", "coordinates", "noise"), 1),
+  **dict.fromkeys(("original", "original_noise", "redrawn"), 1),
+  "areas": 2,
+}
 
 
 def make_mesh(
@@ -371,11 +375,18 @@ def placed(abstract_tree: Any, places: Any) -> Any:
 def batch_shardings(
   batch: Mapping[str, Any], mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
-  """Shardings of a batch: rows over `data` and `fsdp`, tokens over `context`."""
-  return {
-    name: NamedSharding(mesh, P(ROWS, CONTEXT) if name in _TOKEN_ARRAYS else P(ROWS))
-    for name in batch
-  }
+  """Shardings of a batch: rows over `data` and `fsdp`, tokens over `context`.
+
+  Captions have all their tokens everywhere: they are few.
+  """
+
+  def place(name: str) -> NamedSharding:
+    if name not in _TOKEN_AXIS:
+      return NamedSharding(mesh, P(ROWS))
+    whole = [None] * (_TOKEN_AXIS[name] - 1)
+    return NamedSharding(mesh, P(ROWS, *whole, CONTEXT))
+
+  return {name: place(name) for name in batch}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

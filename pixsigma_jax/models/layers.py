@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pixsigma_jax.mesh_axes import FSDP
+from pixsigma_jax.mesh_axes import CONTEXT, FSDP
 from pixsigma_jax.models import attention, int8, products
 
 Initializer: TypeAlias = Callable[..., Array]
@@ -75,7 +75,7 @@ class Compute:
       CPU each would be copied out of their stack.
     merge_rows: matrix products merge batch and tokens in one axis, which halves the
       time of the backward pass on CPU. A merged axis cannot be sharded over both, so
-      it is off where tokens are sharded.
+      they do not where `mesh` shards tokens.
     mesh: that parameters and batch lie on; attention needs it, see `attention.attend`,
       and matrices are gathered over it, see `whole`.
 
@@ -116,11 +116,15 @@ class Compute:
   def matmul(self, x: Array, kernel: Any) -> Float32[Array, "..."]:
     """x · kernel in `dtype`, or in int8 if it is `quantize`d, added up in float32."""
     rows = x.shape[:-1]
-    x = x.reshape(-1, x.shape[-1]) if self.merge_rows else x
+    x = x.reshape(-1, x.shape[-1]) if self._merges() else x
     if int8.is_quantized(kernel):
       return int8.matmul(x, kernel).reshape(*rows, -1)
     out = products.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
     return out.reshape(*rows, -1)
+
+  def _merges(self) -> bool:
+    whole = self.mesh is None or self.mesh.shape[CONTEXT] == 1
+    return self.merge_rows and whole
 
   def whole(self, kernel: Any) -> Any:
     """A matrix `[… i o]` in `dtype`, gathered on every device of the mesh's `fsdp`.

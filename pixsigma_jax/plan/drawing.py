@@ -22,8 +22,10 @@ from pixsigma_jax.models.tokens import Grid
 from pixsigma_jax.plan import gpus, roofline
 from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.sample import devices, program
+from pixsigma_jax.sample.settings import Settings
 
-STEPS, BRANCHES = 20, 2  # the pipeline's defaults: guided, a call of each a step
+_DEFAULTS = Settings()
+STEPS, BRANCHES = _DEFAULTS.num_inference_steps, _DEFAULTS.branches
 
 # Token rows and columns; UHD is 3840 x 2160 pixels.
 SIZES: dict[str, Grid] = {

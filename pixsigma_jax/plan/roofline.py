@@ -21,7 +21,7 @@ from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded, tile_rows
 from pixsigma_jax.plan import memory
 from pixsigma_jax.plan.stage import Stage, keys_of
 
-FLOAT, HALF = 4, 2  # bytes of float32 and of bfloat16
+FLOAT, _HALF = 4, 2  # bytes of float32 and of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def ceiling(
   *,
   our_kernels: bool = False,
   training: bool = True,
-  itemsize: int = HALF,
+  itemsize: int = _HALF,
 ) -> float:
   """The share of the peak that padding matrices to the unit leaves.
 

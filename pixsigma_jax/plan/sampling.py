@@ -22,8 +22,10 @@ from pixsigma_jax.plan.drawing import STEPS, Drawn
 from pixsigma_jax.plan.memory import DoesNotFitError
 from pixsigma_jax.plan.topology import Topology
 from pixsigma_jax.sample import devices, program
+from pixsigma_jax.sample.settings import Settings
 
-SCALE, SAMPLER = 4.5, "dpm++"  # the pipeline's defaults
+_DEFAULTS = Settings()
+_SAMPLER = _DEFAULTS.sampler
 _GIB = 2**30
 
 
@@ -159,16 +161,11 @@ def _lower(
   everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
   return program.sample.lower(
     sharding.placed(params, everywhere),
-    sharding.placed(batch, devices.batch_shardings(batch, mesh)),
-    SAMPLERS[SAMPLER](program.SCHEDULE, STEPS),
-    program.Guidance(*map(jnp.float32, (SCALE, 0.0, 1.0, 0.0))),
+    sharding.placed(batch, sharding.batch_shardings(batch, mesh)),
+    SAMPLERS[_SAMPLER](program.SCHEDULE, STEPS),
+    program.Guidance(*map(jnp.float32, (_DEFAULTS.guidance_scale, 0.0, 1.0, 0.0))),
     config=model,
-    compute=Compute(
-      dtype=jnp.dtype(dtype),
-      attention="auto",
-      merge_rows=mesh.shape[CONTEXT] == 1,
-      mesh=mesh,
-    ),
+    compute=Compute(dtype=jnp.dtype(dtype), attention="auto", mesh=mesh),
     passes=passes,
   )
 
@@ -192,7 +189,7 @@ def text(sampling: Sampling, machines: Topology, name: str) -> str:
     )
   lines = [
     f"An image by {name} on {drawn_on}: {sampling.tokens:,} tokens, {STEPS} "
-    f"steps of {SAMPLER}, guidance in {passes}",
+    f"steps of {_SAMPLER}, guidance in {passes}",
     "",
     "Memory of a device, GiB (by the compiler, at most at once)",
     f"  {'parameters':<24}{sampling.parameters / _GIB:9.3f}",
@@ -220,7 +217,7 @@ def drawn_text(by_size: Mapping[str, Sequence[Drawn]], machines: Topology) -> st
   """Table of images by the number of devices that draw them together."""
   lines = [
     f"An image on devices of {machines} ({machines.kind}) by the roofline, a lower "
-    f"bound: {STEPS} steps of {SAMPLER}, guided",
+    f"bound: {STEPS} steps of {_SAMPLER}, guided",
     "",
     f"{'image':<8}{'devices':>8}{'guidance x context':>20}{'seconds':>10}"
     f"{'exchange':>10}{'faster':>8}{'GB sent':>9}",

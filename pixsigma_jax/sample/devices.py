@@ -1,4 +1,4 @@
-"""Devices that draw an image together: the mesh, and where a batch lies on it.
+"""Devices that draw an image together: their mesh, and how an image is padded for it.
 
 Rows of a batch go over `data`, the branches of guidance over `guidance`, which exchange
 nothing but their predictions, and the tokens of an image over `context`, whose devices
@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
 from pixsigma_jax import sharding
-from pixsigma_jax.mesh_axes import AXES, CONTEXT, DATA, FSDP, GUIDANCE, ROWS
+from pixsigma_jax.mesh_axes import AXES, CONTEXT, DATA, FSDP, GUIDANCE
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.tokens import Grid
 
@@ -32,16 +31,6 @@ _LENGTHS_PER_GRID = 16
 # Tokens of an image below which a device computes for less time than it waits for
 # others: an image of 256 px.
 _TOKENS_OF_A_DEVICE = 256
-
-# Arrays of a batch that have an image's tokens on this axis; others are whole rows.
-_TOKEN_AXIS = {
-  "noise": 1,
-  "coordinates": 1,
-  "original": 1,
-  "original_noise": 1,
-  "redrawn": 1,
-  "areas": 2,
-}
 
 
 def mesh_of(
@@ -176,18 +165,3 @@ def padded_length(config: PixArtConfig, grid: Grid, sizes: Mapping[str, int]) ->
   length = -(-math.prod(grid) // multiple) * multiple
   parts = sizes.get(GUIDANCE, 1) * sizes.get(CONTEXT, 1)
   return sharding.split_length(length, parts, config.window)
-
-
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-  """Where the arrays of a sampler's batch lie: rows over `data`, tokens over `context`.
-
-  Captions have all their tokens everywhere: they are few.
-  """
-
-  def place(name: str) -> NamedSharding:
-    if name not in _TOKEN_AXIS:
-      return NamedSharding(mesh, P(ROWS))
-    whole = [None] * (_TOKEN_AXIS[name] - 1)
-    return NamedSharding(mesh, P(ROWS, *whole, CONTEXT))
-
-  return {name: place(name) for name in batch}

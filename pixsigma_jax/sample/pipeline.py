@@ -58,7 +58,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from PIL import Image
 
 import pixsigma_jax
-from pixsigma_jax import checkpoint
+from pixsigma_jax import checkpoint, sharding
 from pixsigma_jax.diffusion.solvers import (
   SolverState,
   SolverTable,
@@ -66,7 +66,7 @@ from pixsigma_jax.diffusion.solvers import (
   restarted,
   solver_table,
 )
-from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
+from pixsigma_jax.mesh_axes import DATA, FSDP
 from pixsigma_jax.models import int8, tokens
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArtConfig, inference_params
@@ -113,8 +113,6 @@ QUANTIZATIONS: dict[str, Callable[[Any], Any]] = {
   "none": lambda params: params,
   "int8": int8.quantize,
 }
-
-_GUIDED = 2  # branches of a call with the defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,15 +326,20 @@ class Pipeline(Adaptable):
         this version does not have; or a further model or a LoRA does not go with it.
     """
     _check_choice("quantize", quantize, QUANTIZATIONS)
+    drawn: dict[str, Any] = {
+      "batch_size": int(batch_size),
+      "branches": Settings().branches,
+    }
     if isinstance(mesh, str):  # before anything is converted
-      devices.check(
-        mesh, jax.device_count(), batch_size=int(batch_size), branches=_GUIDED
-      )
+      devices.check(mesh, jax.device_count(), **drawn)
     options = weights.options_of(source)
     located = weights.locate(path, options)
-    mesh = cls._mesh(mesh, located, int(batch_size))
+    metadata = checkpoint.read_metadata(located.checkpoint)
+    if isinstance(mesh, str):
+      tokens = PixArtConfig.from_dict(metadata.model).base_size ** 2
+      mesh = devices.mesh_of(mesh, tokens=tokens, **drawn)
     further = companions.locate(
-      checkpoint.read_metadata(located.checkpoint),
+      metadata,
       options=options,
       refiner=refiner,
       switch_at=switch_at,
@@ -385,21 +388,6 @@ class Pipeline(Adaptable):
       timing=Timing() if timing is None else timing,
     )
     return pipeline.with_adapters(further.loras)
-
-  @staticmethod
-  def _mesh(
-    asked: Mesh | str | None, located: weights.Located, batch_size: int
-  ) -> Mesh | None:
-    if not isinstance(asked, str):
-      return asked
-    model = checkpoint.read_metadata(located.checkpoint).model
-    tokens = PixArtConfig.from_dict(model).base_size ** 2
-    fitting: dict[str, Any] = {
-      "batch_size": batch_size,
-      "tokens": tokens,
-      "branches": _GUIDED,
-    }
-    return devices.mesh_of(asked, **fitting)
 
   # By the name that diffusers' users know.
   from_pretrained = from_checkpoint
@@ -702,9 +690,8 @@ class Pipeline(Adaptable):
     """
     compute = self.compute
     if mesh is not None:
-      batch = jax.device_put(batch, devices.batch_shardings(batch, mesh))
-      whole = mesh.shape[CONTEXT] == 1
-      compute = dataclasses.replace(compute, mesh=mesh, merge_rows=whole)
+      batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
+      compute = dataclasses.replace(compute, mesh=mesh)
     arguments = batch, table, guidance, threshold
     static: dict[str, Any] = {
       "config": self.config,

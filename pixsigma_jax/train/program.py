@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.schedule import linear_schedule
-from pixsigma_jax.mesh_axes import CONTEXT
 from pixsigma_jax.models.layers import Compute
 from pixsigma_jax.models.pixart import PixArt, PixArtConfig, init_params
 from pixsigma_jax.train.config import call, check_fields, model_config
@@ -117,13 +116,7 @@ def make_program(
   Raises:
     ValueError: a field is missing, unknown or impossible.
   """
-  compute = call(
-    Compute,
-    "compute",
-    config["compute"],
-    merge_rows=mesh is None or mesh.shape[CONTEXT] == 1,
-    mesh=mesh,
-  )
+  compute = call(Compute, "compute", config["compute"], merge_rows=True, mesh=mesh)
   model = PixArt(model_config(config["model"]), compute)
   schedule = linear_schedule()
 

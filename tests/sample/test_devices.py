@@ -192,7 +192,7 @@ def test_branches_are_counted():
 def test_the_tokens_of_a_batch_lie_over_context_and_its_rows_over_data():
   names = {"noise": 3, "areas": 4, "caption_embeddings": 3, "grid": 2}
   batch = {name: np.zeros((2, 8, 8, 8)[:rank]) for name, rank in names.items()}
-  places = devices.batch_shardings(batch, mesh(data=2, guidance=2, context=2))
+  places = sharding.batch_shardings(batch, mesh(data=2, guidance=2, context=2))
   shapes = {name: places[name].shard_shape(batch[name].shape) for name in batch}
   assert shapes == {
     "noise": (1, 4, 8),
