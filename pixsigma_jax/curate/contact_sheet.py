@@ -126,7 +126,7 @@ def _row(content: Mapping[str, Any]) -> _Row:
 
 
 class _Cell(NamedTuple):
-  """One image: two images, and lines of text in their colors."""
+  """An image, whole and cropped, and lines of text in their colors."""
 
   images: tuple[Image.Image, ...]
   lines: list[_Line]

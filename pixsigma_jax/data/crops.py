@@ -36,7 +36,7 @@ class Crop(NamedTuple):
     bucket: size of the image.
     scaled_height, scaled_width: of the whole image before it is cropped, in pixels; no
       side is shorter than the bucket's.
-    top, left: of the image in the scaled image.
+    top, left: of the crop in the scaled image.
     box: top, left, bottom, right of what is shown, in pixels of the original.
     enlarges: whether the original is smaller than this.
   """

@@ -107,7 +107,7 @@ class Features:
   caption_storage: CaptionStorage
   caption_length: int  # tokens that a caption may have
   caption_width: int  # of its embeddings
-  crop_rule: Mapping[str, Any]  # how images became images of a bucket's size, for JSON
+  crop_rule: Mapping[str, Any]  # how images got their buckets' sizes, for JSON
   # Of the weights and of the crop rule by `autoencoder`, `text_encoder`, `crop_rule`;
   # what has no weights is missing.
   hashes: Mapping[str, str]

@@ -1,6 +1,6 @@
 """The image side of preparing: kept images, cropped to their buckets, as PNG in shards.
 
-A directory of images:
+A directory of cropped images:
 
   plan.json, plan.npy            which rows of the index go into which shard, and how
   contents.parquet               what is in these rows, so that changes are found
@@ -101,14 +101,14 @@ def count_reasons(refusals: Iterable[Refusal]) -> dict[str, dict[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class CroppedImages:
-  """A directory of images that has its plan.
+  """A directory of cropped images that has its plan.
 
   Attributes:
     directory: where it is.
-    resolution: side in pixels of the square whose area the images have.
+    resolution: side in pixels of the square whose area they have.
     crop_rule: identity of the rule that cropped them.
-    num_shards: files of images that there are, or will be.
-    num_planned: images that are to become images.
+    num_shards: files of cropped images that there are, or will be.
+    num_planned: images that are to be cropped.
     refused: how many images go into no shard, by reason.
   """
 
@@ -136,7 +136,7 @@ class CroppedImages:
     return self._about(shard)["ids"]
 
   def refusals(self) -> Iterator[Refusal]:
-    """Every image that became no image, of the plan and of each shard."""
+    """Every image that is left out, of the plan and of each shard."""
     lines = (self.directory / _REFUSED).read_text(encoding="utf-8").splitlines()
     yield from (Refusal(**json.loads(line)) for line in lines)
     for shard in range(self.num_shards):
@@ -171,7 +171,7 @@ class CroppedImages:
 
 
 def open_images(directory: str | pathlib.Path) -> CroppedImages:
-  """The images of a directory, however many of them are there yet.
+  """The cropped images of a directory, however many of them are there yet.
 
   Raises:
     FileNotFoundError: nothing was planned there.
@@ -181,7 +181,7 @@ def open_images(directory: str | pathlib.Path) -> CroppedImages:
   path = directory / _PLAN
   if not path.exists():
     raise FileNotFoundError(
-      f"{directory} holds no images: prepare them first, with images among --parts."
+      f"{directory} holds no images: prepare them first, with pictures among --parts."
     )
   plan = files.read_json(path)
   if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
@@ -207,7 +207,7 @@ def prepare_images(
   beam_options: Sequence[str],
   update: bool = False,
 ) -> CroppedImages:
-  """Crops the kept images of an index into shards of images, those that are missing.
+  """Crops the kept images of an index into shards, those that are missing.
 
   Kept are the images that `curate filter` has kept or, without that step, all that
   could be read. Images stand in the order of the index.
@@ -222,10 +222,10 @@ def prepare_images(
     images_per_shard: of each but the last; undecodable ones among them are left out.
     beam_options: see `data.ingest`.
     update: if the directory was begun with other arguments or contents, whether it is
-      made anew, from what has changed and the images there of what has not.
+      made anew, from what has changed and the crops there of what has not.
 
   Returns:
-    the images, all of them there.
+    the cropped images, all of them there.
 
   Raises:
     FileExistsError: the directory was begun with other arguments or contents.
@@ -384,7 +384,7 @@ def _differences(
 def _refusal(
   about: dict[str, Any], rule: CropRule, allow_upscaling: bool
 ) -> Refusal | None:
-  """Why an image of the index becomes no image, as far as the index can tell."""
+  """Why an image of the index is not cropped, as far as the index can tell."""
   if about["error"] is not None:
     return Refusal(id=about["id"], reason="could not be read", detail=about["error"])
   if not about["kept"]:
@@ -517,7 +517,7 @@ def _rows(index: Index, steps: Sequence[str], rows: np.ndarray) -> Iterator[dict
 
 
 class _Previous:
-  """The images of before an update, of images that have not changed."""
+  """The crops from before an update, of images that have not changed."""
 
   def __init__(self, directory: pathlib.Path):
     self._places: dict[str, tuple[int, int]] = {}
@@ -541,7 +541,7 @@ class _Previous:
           self._places[id] = shard, position
 
   def cropped(self, row: dict[str, Any]) -> tuple[CroppedImage, tuple[int, int]] | None:
-    """A row's image with its size; None if it has to be made."""
+    """A row's cropped image with its size; None if it has to be made."""
     place = self._places.get(row["id"])
     if place is None:
       return None
@@ -565,7 +565,7 @@ def _previous(directory: str) -> _Previous:
 
 
 def _from_index(row: dict[str, Any]) -> dict[str, Any]:
-  """Fields of an image that come from the index."""
+  """Fields of a cropped image that come from the index."""
   score = row.get("aesthetic")
   return {
     "aesthetic_score": float("nan") if score is None else score,

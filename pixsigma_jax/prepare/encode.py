@@ -27,7 +27,7 @@ _IMAGES_AT_ONCE = 8
 
 
 class Encode:
-  """The records of a shard of images, by its number."""
+  """The records of a shard of cropped images, by its number."""
 
   def __init__(
     self,
@@ -163,7 +163,7 @@ def _fitting(
 def _ahead(
   images: CroppedImages, shard: int, chunks: Sequence[Sequence[int]]
 ) -> Iterator[list[tuple[CroppedImage, Float32[np.ndarray, "H W 3"]]]]:
-  """Chunks of images with their pixels, the next decoded while one is in use."""
+  """Chunks of cropped images with pixels, the next decoded while one is in use."""
 
   def decode(cropped: CroppedImage) -> tuple[CroppedImage, np.ndarray]:
     return cropped, image_files.from_image(cropped.image())

@@ -1,4 +1,4 @@
-"""The accelerator side of preparing: images through VAE and T5 into feature records.
+"""The accelerator side of preparing: cropped images through VAE and T5 into records.
 
 Any number of processes work on one dataset, each on shards of its own. A shard is
 written whole or not at all and depends on nothing but its images, so that killed
@@ -42,7 +42,7 @@ def prepare_features(
   go beside the dataset, see `write.reports_of`.
 
   Args:
-    images: all of them there.
+    images: cropped, all of them there.
     directory: new, or begun by the same job.
     process_index, process_count: this process takes the shards whose number leaves the
       remainder process_index when divided by process_count.

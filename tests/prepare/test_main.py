@@ -84,6 +84,7 @@ def test_the_parts_may_be_done_apart_and_by_several(prepare, root, tmp_path):
   text = {"captions": "text", "pictures": cropped}
   done = prepare(output, parts="features", **text)
   assert (done.code, f"{cropped} holds no images" in done.err) == (1, True)
+  assert "with pictures among --parts" in done.err
   # The image side needs none of the networks.
   done = prepare(output, parts="pictures", frozen=None, **text)
   assert done.code == 0, done.err
