@@ -228,8 +228,8 @@ def places(tmp_path_factory):
   return folder
 
 
-def test_a_pipeline_is_made_of_three_checkpoints_and_says_so(places):
-  subject = Pipeline.from_checkpoint(
+def of_three(places, **loras):
+  return Pipeline.from_checkpoint(
     places / "one",
     compute=models.FLOAT32,
     batch_size=2,
@@ -237,7 +237,12 @@ def test_a_pipeline_is_made_of_three_checkpoints_and_says_so(places):
     refiner=places / "two",
     switch_at=400,
     autoguidance=places / "small",
+    **loras,
   )
+
+
+def test_a_pipeline_is_made_of_three_checkpoints_and_says_so(places):
+  subject = of_three(places)
   assert subject.origin["switch_at"] == 400
   assert subject.origin["refiner"].endswith("two")
   assert subject.origin["autoguidance"].endswith("small")
@@ -270,14 +275,8 @@ def merged(path, config, params, scale):
 
 def test_each_model_has_its_own_loras(places, loras):
   """Given as the command does; compared with models that they are merged into."""
-  subject = Pipeline.from_checkpoint(
-    places / "one",
-    compute=models.FLOAT32,
-    batch_size=2,
-    guidance_passes=1,
-    refiner=places / "two",
-    switch_at=400,
-    autoguidance=places / "small",
+  subject = of_three(
+    places,
     lora=[f"{loras / 'one'}:0.5"],
     refiner_lora=[f"{loras / 'two'}", f"{loras / 'one'}:-1"],
     autoguidance_lora=[f"{loras / 'small'}:2"],
