@@ -104,20 +104,29 @@ def _plan_sampling(config: dict[str, Any], machines: topology.Topology) -> None:
   if _SEARCH.value:
     raise ValueError("--sample finds the best split by itself: leave out --search.")
   compatibility.check_config(config)
-  model, dtype = model_config(config["model"]), config["compute"]["dtype"]
   if machines.count == 1:
-    if not _COMPILE.value:
-      raise ValueError(
-        "--sample on one device says what a compiler makes of the sampler: leave out "
-        "--nocompile, or name several devices, as v5e:2x4."
-      )
-    _check_libtpu(config, machines)
-    found = sampling.plan_sampling(model, machines, dtype=dtype)
-    if _JSON.value:
-      print(json.dumps(dataclasses.asdict(found), indent=2))
-    else:
-      print(sampling.text(found, machines, config["stage"]))
-    return
+    _plan_on_one(config, machines)
+  else:
+    _plan_on_several(config, machines)
+
+
+def _plan_on_one(config: dict[str, Any], machine: topology.Topology) -> None:
+  if not _COMPILE.value:
+    raise ValueError(
+      "--sample on one device says what a compiler makes of the sampler: leave out "
+      "--nocompile, or name several devices, as v5e:2x4."
+    )
+  _check_libtpu(config, machine)
+  model, dtype = model_config(config["model"]), config["compute"]["dtype"]
+  found = sampling.plan_sampling(model, machine, dtype=dtype)
+  if _JSON.value:
+    print(json.dumps(dataclasses.asdict(found), indent=2))
+  else:
+    print(sampling.text(found, machine, config["stage"]))
+
+
+def _plan_on_several(config: dict[str, Any], machines: topology.Topology) -> None:
+  model, dtype = model_config(config["model"]), config["compute"]["dtype"]
   by_size = {
     name: drawing.by_count(model, grid, machines, dtype)
     for name, grid in drawing.SIZES.items()
