@@ -234,10 +234,10 @@ def test_memory_does_not_grow_with_the_number_of_large_images(
 ):
   for name in ("glcm_score", "glcm_entropy"):  # a patch at a time, for seconds
     monkeypatch.setattr(texture, name, lambda _: 0.0)
-  side = 2048
+  side = 1024
   random = np.random.default_rng(0)
   rows = []
-  for i in range(5):
+  for i in range(13):
     pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / f"{i}.png", compress_level=0)
     item = Item(id=str(i), prompt="a", height=side, width=side)
@@ -249,10 +249,10 @@ def test_memory_does_not_grow_with_the_number_of_large_images(
     schema = scoring.schema_of(scorer, {})
     scoring.score_rows(rows[:1], scorer, schema)  # compiled
     most = []
-    for count in (3, 5):
+    for count in (3, 13):
       tracemalloc.start()
       scoring.score_rows(rows[:count], scorer, schema)
       most.append(tracemalloc.get_traced_memory()[1])
       tracemalloc.stop()
-    # One that is scored, one that is read meanwhile, and their change.
-    assert most[1] < most[0] + side * side
+    # The next is read while one is scored: chance decides which of their arrays meet.
+    assert most[1] < most[0] + 3 * (3 * side * side)
