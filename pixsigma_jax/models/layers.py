@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,9 @@ class Compute:
       inputs in the host's memory meanwhile.
     unroll: for CPUs: write the layers out one by one instead of scanning over them. The
       program grows with the depth, but on CPU a scan's stacked residuals cost more than
-      half of a training step. And multiply by all matrices of one input in a batch: on
-      CPU each would be copied out of their stack.
+      half of a training step. And multiply an input by all its matrices side by side:
+      on CPU each would be copied out of their stack, and the input's gradient is then
+      one product, where else several are added up.
     merge_rows: matrix products merge batch and tokens in one axis, which halves the
       time of the backward pass on CPU. A merged axis cannot be sharded over both, so
       they do not where `mesh` shards tokens.
@@ -183,9 +185,10 @@ class Linear(nn.Module):
 
     if not stack:
       return one(x, kernel, bias)
-    if self.compute.unroll:
-      inputs = jnp.broadcast_to(x, (*stack, *x.shape))
-      return tuple(jnp.unstack(jax.vmap(one)(inputs, kernel, bias)))
+    if self.compute.unroll and not int8.is_quantized(kernel):
+      kernel = einops.rearrange(kernel, "c i o -> i (c o)")
+      joined = one(x, kernel, bias.reshape(-1))
+      return tuple(jnp.split(joined, self.copies, axis=-1))
     return tuple(one(x, kernel[i], bias[i]) for i in range(self.copies))
 
 

@@ -107,9 +107,9 @@ def test_the_network_multiplies_integers_and_stays_within_a_few_percent(key, unr
   text = network.lower(int8.quantize(params)).as_text()
   products = [line for line in text.splitlines() if "dot_general" in line]
   integer = [line for line in products if "xi8>" in line]
-  # Seven maps a block, of which qkv is three products and kv two, or unrolled a batch
-  # each; of two blocks, which differ.
-  assert len(integer) == (7 if unroll else 10) * 2
+  # Seven maps a block, of which qkv is three products and kv two; of two blocks, which
+  # differ.
+  assert len(integer) == 10 * 2
   assert all("xi32>" in line.split("->")[-1] for line in integer)
 
 
