@@ -598,7 +598,7 @@ class Pipeline(Adaptable):
       alike = guidance is None or guidance.weaker is None
       mesh = devices.suited_to(self.mesh, branches, alike=alike)
       passes = 1
-      if guidance is not None:
+      if guidance is not None or branches > 1:
         passes = self._passes(kind.length, mesh)
       if kind.steps:
         table = later_start(asked.sampler, whole, steps, kind.steps)

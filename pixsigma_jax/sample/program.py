@@ -181,7 +181,7 @@ def sample(
       predictions, and region_1_embeddings, region_1_mask … the others than the first.
     threshold: of step caching; None computes every step and remembers nothing.
     passes: 2 takes the branches of guidance one after the other, or as many at a time
-      as the mesh has groups of devices for; 1 without guidance.
+      as the mesh has groups of devices for.
     cfg_zero: join predictions by `guide_from_optimal`.
     weak_config: of `guidance.weaker`.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from PIL import Image
 
 from pixsigma_jax.data.buckets import Bucket
@@ -21,10 +21,17 @@ _KEYS = ("prompt", "box", "mask", "weight")
 
 
 class Region(NamedTuple):
-  """A prompt, and its share `[H W]` of the prediction at each pixel of the image."""
+  """A prompt of a part of an image.
+
+  Attributes:
+    weight: its share of the prediction there.
+    inside: rows and columns of a box, or a mask: indices of its pixels.
+    about: facts for the image's settings.
+  """
 
   prompt: str
-  share: Float32[np.ndarray, "H W"]
+  weight: float
+  inside: tuple[slice, slice] | Bool[np.ndarray, "H W"]
   about: dict[str, Any]
 
 
@@ -60,6 +67,8 @@ def _region(i: int, given: Any, height: int, width: int) -> Region:
         f"{where}'s mask has {inside.shape[0]} x {inside.shape[1]} pixels (height x "
         f"width) and the image {height} x {width}: resize it."
       )
+    if not inside.any():
+      raise ValueError(f"{where}'s mask is black all over.")
     about["mask_digest"] = editing.digest(inside)
   else:
     box = plain(given["box"])
@@ -72,28 +81,29 @@ def _region(i: int, given: Any, height: int, width: int) -> Region:
         f"{where}'s box {box} (left, top, right, bottom) must lie inside the image, of "
         f"{height} x {width} pixels (height x width), and have an inside."
       )
-    inside = np.zeros((height, width), bool)
-    inside[top:bottom, left:right] = True
+    inside = slice(top, bottom), slice(left, right)
     about["box"] = list(box)
-  if not inside.any():
-    raise ValueError(f"{where}'s mask is black all over.")
-  return Region(prompt, inside * np.float32(weight), about)
+  return Region(prompt, weight, inside, about)
 
 
 def weights(
-  regions: Sequence[Region], drawn: Bucket, downsampling: int
+  regions: Sequence[Region], height: int, width: int, drawn: Bucket, downsampling: int
 ) -> Float32[np.ndarray, "k h w"]:
   """Weights of the prompt's own prediction and of each region's; they add up to 1.
 
   The prompt's own is what regions leave. Of each latent, at the size that is drawn.
+
+  Args:
+    height, width: of the image in pixels.
   """
   size = drawn.width // downsampling, drawn.height // downsampling
-  shares = np.stack(
-    [
-      np.asarray(Image.fromarray(r.share).resize(size, Image.Resampling.BOX))
-      for r in regions
-    ]
-  )
+
+  def share(region: Region) -> Float32[np.ndarray, "h w"]:
+    pixels = np.zeros((height, width), np.float32)
+    pixels[region.inside] = region.weight
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+  shares = np.stack([share(region) for region in regions])
   # Means of whole regions come out of float32 as a little more or less than 1.
   shares = np.clip(np.round(shares, 6), 0.0, 1.0)
   all_weights = np.concatenate([np.prod(1 - shares, axis=0)[None], shares])

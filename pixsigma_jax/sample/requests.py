@@ -111,7 +111,7 @@ class Planner:
         cleaned = (
           captions.clean_caption(r.prompt, asked.caption_cleaning) for r in found
         )
-        weights = regions.weights(found, drawn, self.downsampling)
+        weights = regions.weights(found, height, width, drawn, self.downsampling)
         all_captions, weights = _heard((caption, *cleaned), weights)
       requests += [
         Request(

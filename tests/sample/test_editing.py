@@ -245,6 +245,19 @@ def test_regions_of_one_prompt_are_that_prompt(subject, more, passes):
   np.testing.assert_allclose(ours, plain, rtol=0, atol=3e-4 * np.abs(plain).max())
 
 
+def test_prompts_of_regions_take_turns_without_guidance_too(subject):
+  regions = [{"prompt": "a blue two", "box": (0, 0, 4, 8)}]
+  arguments = {"regions": regions, "guidance_scale": 1.0, "output_type": "latent"}
+  outputs = [
+    subject.replace(guidance_passes=passes)("a one", **SAMPLE, **arguments)
+    for passes in (1, 2)
+  ]
+  assert [output.settings[0]["guidance_passes"] for output in outputs] == [1, 2]
+  one, two = (output.images[0] for output in outputs)
+  # Programs of other shapes, float32 over three steps.
+  np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
 def test_a_region_without_weight_changes_nothing(subject):
   regions = [{"prompt": "a blue two", "box": (0, 0, 4, 8), "weight": 0}]
   np.testing.assert_array_equal(
