@@ -11,6 +11,7 @@ from pixsigma_jax.mesh_axes import SAMPLING_AXES
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.kv_compression import KVCompression
 from pixsigma_jax.sample import devices, program
+from pixsigma_jax.sample.companions import WeakModel
 from tests.sample import models
 
 PROMPTS = ["a red seven", "a blue two"]
@@ -86,6 +87,74 @@ def test_steps_of_a_callback_go_over_devices_too(compressed, alone):
   )
   assert seen == [0, 1, 2]
   assert_same(watched, alone["guided"])
+
+
+def regions_of(*prompts):
+  return [
+    {"prompt": prompt, "box": (2 * i, 4, 2 * i + 8, 14), "weight": 0.7}
+    for i, prompt in enumerate(prompts)
+  ]
+
+
+def photographs():
+  draw = np.random.default_rng(0)
+  shapes = zip(SIZES["height"], SIZES["width"], strict=True)
+  return [draw.integers(0, 256, (*shape, 3)).astype(np.uint8) for shape in shapes]
+
+
+DISCARDING = KVCompression(ratio=4, layers=(1,), operator="random_discard")
+WEAK = WeakModel(models.nano(), models.random_params(models.nano(), 1))
+
+
+@pytest.mark.parametrize(
+  ("config", "fields", "arguments"),
+  [
+    (models.nano(size_conditions=True), {}, {}),
+    (models.nano(kv_compression=DISCARDING), {}, {}),
+    (models.nano(), {}, {"sampler": "euler-ancestral"}),
+    (models.nano(), {}, {"regions": regions_of("a one", "three")}),
+    (models.nano(), {}, {"regions": regions_of("a one"), "guidance_scale": 1.0}),
+    (models.nano(), {"weak_model": WEAK}, {"autoguidance_scale": 2}),
+    (
+      models.nano(),
+      {},
+      {
+        "image": photographs(),
+        "mask_image": [image[..., 0] > 99 for image in photographs()],
+        "strength": 0.7,
+      },
+    ),
+  ],
+  ids=[
+    *("sizes", "discarding", "noise", "regions", "regions unguided", "autoguidance"),
+    "mask",
+  ],
+)
+def test_devices_share_networks_and_calls_of_every_kind(config, fields, arguments):
+  subject = models.pipeline(config, batch_size=2, **fields)
+  shared = subject.replace(mesh=mesh(guidance=2, context=2))
+  assert_same(latents_of(shared, **arguments), latents_of(subject, **arguments))
+
+
+def test_devices_share_weights_of_8_bits(tmp_path):
+  pytest.importorskip("qwix")
+  models.save_snapshot(tmp_path, models.nano(), 1)
+  one, several = (
+    models.Pipeline.from_checkpoint(
+      tmp_path, compute=models.FLOAT32, batch_size=2, quantize="int8", mesh=mesh
+    )
+    for mesh in ("none", "guidance=2,context=2")
+  )
+  arguments = {"num_inference_steps": 1, "sampler": "ddim"}
+  alone, rows, shared = (
+    np.concatenate([image.ravel() for image in latents_of(subject, **arguments)])
+    for subject in (one, one.replace(batch_size=4), several)
+  )
+  # An activation beside the middle between two levels falls to either, as the order of
+  # sums will have it: so it does, on one device, in batches of another size.
+  levels = np.abs(rows - alone).mean()
+  assert 0 < levels < 0.05 * np.abs(alone).mean()
+  assert np.abs(shared - alone).mean() < 2 * levels
 
 
 # ------------------------------------------------------------------------- the choice
