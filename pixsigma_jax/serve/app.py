@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -116,9 +117,11 @@ class Service:
     starlette = Starlette(
       routes=routes,
       exception_handlers={HTTPException: _http_refusal, Refusal: _refusal},
+      # Inside of Starlette's own, which would answer failures by a text.
+      middleware=[Middleware(_Edge, service=self)],
     )
     starlette.router.redirect_slashes = False
-    return _Edge(starlette, self)
+    return starlette
 
   # ------------------------------------------------------------------- what is asked
 
@@ -206,10 +209,21 @@ class Service:
     side = engine.pipeline.resolution
     size = (side, side) if image is None else (image.shape[0], image.shape[1])
     loras = engine.pipeline.loras.loaded
-    wanted = read_fields(fields, self.limits, self.model, size, loras)
+    try:
+      wanted = read_fields(fields, self.limits, self.model, size, loras)
+    except RecursionError as error:  # what JSON's reader could still take
+      raise Refusal(
+        400, "Its lists lie too deep in each other.", code="invalid_value"
+      ) from error
     try:
       checked = await asyncio.to_thread(
-        engine.check, wanted.prompt, wanted.settings, image, mask, wanted.loras
+        engine.check,
+        wanted.prompt,
+        wanted.settings,
+        image,
+        mask,
+        wanted.loras,
+        wanted.regions,
       )
     except ValueError as error:
       raise Refusal(400, str(error), code="invalid_value") from error
@@ -378,7 +392,8 @@ class _Answer:
 
   def _usage(self, images: int | None = None) -> dict[str, Any]:
     planned = self.checked.planned
-    text = self.service.engine.pipeline.text_encoder.count(self.wanted.prompt)
+    texts = [self.wanted.prompt, *(r["prompt"] for r in self.wanted.regions or ())]
+    text = sum(map(self.service.engine.pipeline.text_encoder.count, texts))
     of_source = 0 if self.checked.sources["image"] is None else planned.num_tokens
     drawn = planned.num_tokens * (self.ticket.count if images is None else images)
     return {

@@ -56,6 +56,7 @@ class Options:
   max_steps: int
   max_pixels: int | None
   max_prompt: int
+  max_regions: int
   max_body: int
   max_upload: int
   tokens: str | None
@@ -115,6 +116,7 @@ def build(options: Options) -> Service:
       max_steps=options.max_steps,
       max_pixels=options.max_pixels or 4 * pipeline.resolution**2,
       max_prompt=options.max_prompt,
+      max_regions=options.max_regions,
     ),
     access=access,
     log=logs.to_stderr(prompts=options.log_prompts),

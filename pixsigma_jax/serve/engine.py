@@ -166,6 +166,7 @@ class Request:
 
   Attributes:
     sources: arguments of `Pipeline.stream` for an image to edit; None for none.
+    regions: parts that have prompts of their own; None for none.
     planned: its first image; the others differ in their seeds alone.
     loras: names and scales of the pipeline's LoRAs that act, by name.
   """
@@ -173,6 +174,7 @@ class Request:
   prompt: str
   settings: Settings
   sources: Mapping[str, Any]
+  regions: Sequence[Mapping[str, Any]] | None
   planned: Planned
   loras: tuple[tuple[str, float], ...] = ()
 
@@ -315,6 +317,7 @@ class Engine:
     image: UInt8[np.ndarray, "H W 3"] | None = None,
     mask_image: Bool[np.ndarray, "H2 W2"] | None = None,
     loras: Mapping[str, float] | None = None,
+    regions: Sequence[Mapping[str, Any]] | None = None,
   ) -> Request:
     """A request, checked like a call of `Pipeline.stream`.
 
@@ -322,6 +325,7 @@ class Engine:
       image: to edit.
       mask_image: where to edit it alone.
       loras: scales of those of the pipeline's LoRAs that are to act, by name.
+      regions: see `Pipeline.stream`.
 
     Raises:
       TypeError: there is no setting of a name.
@@ -332,8 +336,10 @@ class Engine:
     acting = {name: scale for name, scale in sorted((loras or {}).items()) if scale}
     self.pipeline.loras.scaled(list(acting), list(acting.values()))
     sources = {"image": image, "mask_image": mask_image}
-    [planned, *_] = self.pipeline.plan(prompt, **dataclasses.asdict(checked), **sources)
-    return Request(prompt, checked, sources, planned, tuple(acting.items()))
+    [planned, *_] = self.pipeline.plan(
+      prompt, **dataclasses.asdict(checked), **sources, regions=[regions]
+    )
+    return Request(prompt, checked, sources, regions, planned, tuple(acting.items()))
 
   def submit(
     self,
@@ -557,6 +563,8 @@ class Engine:
       **batch[0].shared,
       **own,
       **sources,
+      # Which of one kind may have or not: those that weigh nothing are no captions.
+      regions=[image.request.regions for image in batch],
       callback_on_step_end=on_step_end,
     )
 

@@ -6,10 +6,10 @@ Whatever is not known, or known and not to be had here, is refused by name.
 import dataclasses
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pixsigma_jax.sample import image_files
+from pixsigma_jax.sample import image_files, regions
 from pixsigma_jax.sample.settings import SETTINGS, Number, Setting, Switch, Text, Whole
 from pixsigma_jax.wording import listed, shortened
 
@@ -85,21 +85,24 @@ class RequestLimits:
     max_n: images.
     max_steps: of `num_inference_steps` and `timesteps`.
     max_pixels: of an image.
-    max_prompt: characters of a prompt, and of a negative one.
+    max_prompt: characters of a prompt, of a negative one and of a region's.
+    max_regions: regions with prompts of their own; 0 for none.
 
   Raises:
-    ValueError: a limit is less than 1.
+    ValueError: a limit is less than 1, or `max_regions` less than 0.
   """
 
   max_n: int = 10
   max_steps: int = 100
   max_pixels: int
   max_prompt: int = 4000
+  max_regions: int = 8
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      if value < 1:
-        raise ValueError(f"--{name}={value} must be at least 1.")
+      least = 0 if name == "max_regions" else 1
+      if value < least:
+        raise ValueError(f"--{name}={value} must be at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class Wanted:
 
   Attributes:
     settings: of the pipeline, by name; `num_images_per_prompt` among them.
+    regions: parts of the image that have prompts of their own, as `Pipeline` takes
+      them; None for none.
     loras: scales of the LoRAs that act, by name.
     size: in OpenAI's words, width first.
     output_compression: quality of a lossy format; None for that of `sample`.
@@ -118,6 +123,7 @@ class Wanted:
 
   prompt: str
   settings: Mapping[str, Any]
+  regions: Sequence[Mapping[str, Any]] | None
   loras: Mapping[str, float]
   size: str
   output_format: str
@@ -193,6 +199,7 @@ def read_fields(
   n = _take_whole(left, "n", 1, 1, limits.max_n)
   size = left.pop("size", "auto")
   loras = _loras(left.pop("loras", {}), known_loras)
+  parts = left.pop("regions", None)
   settings = _settings(left)
   _apply_size(settings, size)
   height, width = (
@@ -202,11 +209,14 @@ def read_fields(
   before, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
   height, width = height + top + bottom, width + before + right
   _check_amounts(prompt, settings, height, width, form, limits)
+  if parts is not None:
+    _check_regions(parts, height, width, limits)
   # As an API's users expect: each request another image, unless it says which.
   settings.setdefault("seed", secrets.randbelow(_SEEDS - n + 1))
   return Wanted(
     prompt=prompt,
     settings=settings | {"num_images_per_prompt": n},
+    regions=parts or None,
     loras=loras,
     size=f"{width}x{height}",
     output_format=form,
@@ -224,7 +234,7 @@ def _settings(left: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in left.items():
     if name not in SETTINGS or name in _OTHERWISE:
       ours = [name for name in SETTINGS if name not in _OTHERWISE]
-      known = f"known are OpenAI's fields and {', '.join(ours)}"
+      known = f"known are OpenAI's fields, regions, loras and {', '.join(ours)}"
       way_out = _OTHERWISE.get(name) or _NOT_HERE.get(name) or known
       raise Refusal(
         400,
@@ -277,12 +287,7 @@ def _check_amounts(
     ("prompt", prompt),
     ("negative_prompt", settings.get("negative_prompt") or ""),
   ):
-    if len(text) > limits.max_prompt:
-      raise _invalid(
-        name,
-        f"{name} has {len(text):,} characters, and at most {limits.max_prompt:,} are "
-        "allowed here.",
-      )
+    _check_length(name, name, text, limits)
   for name, steps in (
     ("num_inference_steps", settings.get("num_inference_steps") or 0),
     ("timesteps", len(settings.get("timesteps") or ())),
@@ -303,6 +308,38 @@ def _check_amounts(
     image_files.check_sides(form, height, width)
   except ValueError as error:
     raise _invalid("size", str(error)) from error
+
+
+def _check_regions(given: Any, height: int, width: int, limits: RequestLimits) -> None:
+  if isinstance(given, list):
+    if len(given) > limits.max_regions:
+      raise _invalid(
+        "regions",
+        f"There are {len(given):,} regions, and at most {limits.max_regions:,} are "
+        "allowed here.",
+      )
+    for i, region in enumerate(given):
+      if isinstance(region, Mapping) and "mask" in region:
+        raise _invalid(
+          "regions",
+          f"Region {i}'s mask would be a file of this server, and no field names one: "
+          "give a box.",
+        )
+  try:
+    found = regions.read(given, height, width)
+  except ValueError as error:
+    raise _invalid("regions", str(error)) from error
+  for i, region in enumerate(found):
+    _check_length("regions", f"Region {i}'s prompt", region.prompt, limits)
+
+
+def _check_length(name: str, what: str, text: str, limits: RequestLimits) -> None:
+  if len(text) > limits.max_prompt:
+    raise _invalid(
+      name,
+      f"{what} has {len(text):,} characters, and at most {limits.max_prompt:,} are "
+      "allowed here.",
+    )
 
 
 def _take(left: dict[str, Any], name: str, kind: Any) -> Any:

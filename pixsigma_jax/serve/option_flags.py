@@ -129,6 +129,13 @@ class OptionFlags:
         **of,
       ),
       flags.DEFINE_integer(
+        "max_regions",
+        8,
+        "Regions of an image with prompts of their own, at most; each is one more call "
+        "of the network a step, and 0 allows none.",
+        **of,
+      ),
+      flags.DEFINE_integer(
         "max_body", 1 << 20, "Bytes of a request in JSON, at most.", **of
       ),
       flags.DEFINE_integer(

@@ -30,6 +30,7 @@ from tests.serve.worlds import as_image, engine, pipeline, served
 PROMPT = "a <red> seven"
 FEW = {"num_inference_steps": worlds.STEPS}
 TOKEN = "a-token-of-many-characters"
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,43 @@ def test_the_openai_client_generates_images_that_say_how_they_were_made(client):
     assert item.seed == 3 + number
 
 
+REGIONS = [
+  {"prompt": "a <b>blue", "box": [0, 0, 4, 8]},
+  {"prompt": "a green nine", "box": [2, 0, 8, 4], "weight": 0.5},
+]
+
+
+def of_regions(**fields):
+  """Fields of a request with a region that is fine but for these."""
+  return {"extra_body": {"regions": [REGIONS[0] | fields]}}
+
+
 def test_each_request_without_a_seed_draws_another_image(client):
   first, second = (generate(client).data[0].seed for _ in range(2))
   assert first != second
+
+
+def test_the_openai_client_draws_regions_with_prompts_of_their_own(client):
+  fields = {"seed": 3, "regions": REGIONS}
+  response = generate(client, n=2, extra_body=fields)
+  for number, item in enumerate(response.data):
+    image, about = as_image(base64.b64decode(item.b64_json))
+    assert same(image, expected(seed=3 + number, regions=REGIONS))
+    assert not same(image, expected(seed=3 + number))
+    assert about["prompt"] == PROMPT
+    assert about["regions"] == [{"weight": 1.0} | region for region in REGIONS]
+  texts = [PROMPT, *(region["prompt"] for region in REGIONS)]
+  assert response.usage.input_tokens == sum(map(worlds.models.ENCODER.count, texts))
+  [item] = generate(client, extra_body={"seed": 3, "regions": []}).data
+  assert same(as_image(base64.b64decode(item.b64_json))[0], expected(seed=3))
+
+
+def test_regions_of_an_image_that_is_edited_come_as_json_in_its_form(client):
+  regions = [{"prompt": "a blue two", "box": [0, 0, 16, 4]}]
+  fields = {"seed": 3, "strength": 0.7, "regions": json.dumps(regions)}
+  [item] = edit(client, extra_body=fields).data
+  image, _ = as_image(base64.b64decode(item.b64_json))
+  assert same(image, expected(image=SOURCE, strength=0.7, seed=3, regions=regions))
 
 
 @pytest.mark.parametrize("form", image_files.FORMATS)
@@ -174,6 +209,25 @@ def test_the_client_lists_the_model(client):
     ({"extra_body": {"negative_prompt": "x" * 4001}}, "negative_prompt", "4,001"),
     ({"prompt": "x" * 4001}, "prompt", "4,001 characters, and at most 4,000"),
     ({"prompt": "a " * 40}, None, "has 41 tokens"),
+    (of_regions(prompt="a " * 40), None, "has 41 tokens"),
+    (of_regions(prompt="x" * 4001), "regions", "Region 0's prompt has 4,001 char"),
+    (of_regions(prompt=None), "regions", "Region 0's prompt must be a text, not None"),
+    (of_regions(box=[0, 0, 9, 8]), "regions", "(0, 0, 9, 8) (left, top, right, bottom"),
+    (of_regions(box=[4, 0, 4, 8]), "regions", "and have an inside"),
+    (of_regions(box=[-1, 0, 4, 8]), "regions", "must lie inside the image, of 8 x 8"),
+    (of_regions(box=[0, 0, 8]), "regions", "must be left, top, right, bottom, not [0,"),
+    (of_regions(box="0088"), "regions", "must be left, top, right, bottom, not '0088'"),
+    (of_regions(box=[0, 0, 1.5, 8]), "regions", "must be a whole number, not 1.5"),
+    (of_regions(box=[False, 0, 4, 8]), "regions", "must be a whole number, not False"),
+    (of_regions(weight=1.5), "regions", "Region 0's weight=1.5 must lie in 0 … 1"),
+    (of_regions(weight="1"), "regions", "must be a finite number, not '1'"),
+    (of_regions(mask="/etc/passwd"), "regions", "Region 0's mask would be a file"),
+    (of_regions(colour="red"), "regions", "prompt, box, mask, weight and no more"),
+    ({"extra_body": {"regions": [{"prompt": "a"}]}}, "regions", "either a box or a ma"),
+    ({"extra_body": {"regions": REGIONS * 5}}, "regions", "10 regions, and at most 8"),
+    ({"extra_body": {"regions": REGIONS[0]}}, "regions", "must be a list of regions"),
+    ({"extra_body": {"regions": [REGIONS]}}, "regions", "Region 0 must have prompt"),
+    ({"size": "4x4", "extra_body": {"regions": REGIONS}}, "regions", "of 4 x 4 pixels"),
   ],
 )
 def test_what_cannot_be_drawn_is_a_bad_request_that_names_the_field(
@@ -375,6 +429,26 @@ def test_an_image_that_breaks_is_a_server_error_without_others_words():
   assert (caught.value.status_code, caught.value.code) == (500, "drawing_failed")
 
 
+def test_a_failure_of_the_server_says_where_to_look_and_nothing_of_others(
+  monkeypatch, caplog
+):
+  file, running = io.StringIO(), engine(pipeline())
+  monkeypatch.setattr(running, "check", lambda *_: {}[PROMPT])
+  with (
+    served(running, log=Log(file)) as (address, _),
+    made_client(address) as client,
+    pytest.raises(openai.InternalServerError, match="This server failed") as caught,
+  ):
+    generate(client)
+  name = caught.value.request_id
+  assert name in caught.value.body["message"]
+  assert (caught.value.status_code, caught.value.code) == (500, "bug")
+  [line] = [json.loads(text) for text in file.getvalue().splitlines() if name in text]
+  assert (line["status"], line["error"]) == (500, "KeyError")
+  assert any("test_app.py" in frame for frame in line["traceback"])
+  assert PROMPT not in file.getvalue() + caplog.text
+
+
 def test_a_client_that_goes_away_frees_its_place():
   gate = worlds.Gate()
   running = engine(pipeline(autoencoder=gate, batch_size=1))
@@ -522,7 +596,7 @@ def until(condition):
 
 
 def post(address, content, **headers):
-  headers = {"content-type": "application/json"} | headers
+  headers = JSON | headers
   path = f"{address}/v1/images/generations"
   return httpx.post(path, content=content, headers=headers, timeout=worlds.PATIENCE)
 
@@ -595,6 +669,13 @@ def test_a_client_that_never_reads_is_given_up(monkeypatch):
   running.metrics.close()
 
 
+def region(**fields):
+  """A body with a region that is fine but for these values, in JSON."""
+  values = {"prompt": '"a"', "box": "[0, 0, 8, 8]"} | fields
+  said = ", ".join(f'"{name}": {value}' for name, value in values.items())
+  return f'{{"prompt": "x", "regions": [{{{said}}}]}}'.encode()
+
+
 @pytest.mark.parametrize(
   "content",
   [
@@ -618,6 +699,27 @@ def test_a_client_that_never_reads_is_given_up(monkeypatch):
     b'{"prompt": "x", "sampler": "\\ud800"}',
     b'{"prompt": "x", "user": "' + b"u" * 600 + b'"}',
     '{"prompt": "x", "size": "８x８"}'.encode(),
+    b'{"prompt": "x", "regions": true}',
+    b'{"prompt": "x", "regions": "<script>alert(1)</script>"}',
+    b'{"prompt": "x", "regions": [null]}',
+    b'{"prompt": "x", "regions": [' + b"[" * 900 + b"]" * 900 + b"]}",
+    b'{"prompt": "x", "regions": [' + b"{}," * 99999 + b"{}]}",
+    b'{"prompt": "x", "regions": [{"<img src=x onerror=alert(1)>": 1}]}',
+    b'{"prompt": "x", "regions": [{"\\ud800": 1}]}',
+    region(prompt='"\\ud800"'),
+    region(prompt='"' + "x" * 500000 + '"'),
+    region(box="[0, 0, 1e999, 8]"),
+    region(box="[0, 0, 1e300, 8]"),
+    region(box="[0, 0, NaN, 8]"),
+    region(box="[0, 0, [4], 8]"),
+    region(box="[" + "0," * 99999 + "0]"),
+    region(weight="1e999"),
+    region(weight="NaN"),
+    region(weight="true"),
+    region(weight="null"),
+    region(mask='"../../../etc/passwd"'),
+    region(mask='"https://example.org/mask.png"'),
+    region(mask="null"),
   ],
 )
 def test_a_body_of_any_other_kind_is_a_bad_request(address, content):
@@ -625,6 +727,15 @@ def test_a_body_of_any_other_kind_is_a_bad_request(address, content):
   assert answer.status_code == 400, answer.text
   assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
   assert len(answer.content) < 5000
+
+
+@pytest.mark.parametrize("name", ["n", "seed", "sampler", "regions", "unknown"])
+def test_lists_in_each_other_are_a_bad_request_however_deep(talk, name):
+  for depth in range(940, 1000):  # around what JSON's reader takes
+    lists = b"[" * depth + b"]" * depth
+    content = b'{"prompt": "x", "%s": %s}' % (name.encode(), lists)
+    answer = talk.post("/v1/images/generations", content=content, headers=JSON)
+    assert answer.status_code == 400, (depth, answer.text)
 
 
 def test_a_body_that_says_it_is_something_else_is_not_read(address):
@@ -695,8 +806,21 @@ NAMES = st.sampled_from(
     *SETTINGS,
     *("model", "n", "size", "quality", "background", "moderation", "output_format"),
     *("output_compression", "response_format", "stream", "partial_images", "user"),
+    "loras",
   ]
 ) | st.text(max_size=8)
+# Some inside of the image, some not, and some of no kind at all.
+PARTS = st.lists(
+  VALUES
+  | st.fixed_dictionaries(
+    {
+      "prompt": st.text(max_size=8),
+      "box": st.lists(st.integers(-1, 9), min_size=4, max_size=4),
+    },
+    optional={"weight": st.floats(0, 1) | VALUES, "mask": st.text(max_size=4)},
+  ),
+  max_size=3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -709,22 +833,27 @@ def talk(address):
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 def test_random_bodies_meet_the_right_status_and_nothing_else(talk, request):
   """Of both kinds: bytes, and fields of JSON. One drawn is as it was asked for."""
-  path, headers = "/v1/images/generations", {"content-type": "application/json"}
+  path = "/v1/images/generations"
   count = request.config.getoption("--bodies")
 
   @settings(max_examples=count)
   @given(st.binary(max_size=200))
   def of_bytes(content):
-    answer = talk.post(path, content=content, headers=headers)
+    answer = talk.post(path, content=content, headers=JSON)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_json"
 
   @settings(max_examples=count)
-  @given(st.dictionaries(NAMES, VALUES, max_size=3), st.text(max_size=20))
-  def of_fields(fields, prompt):
+  @given(
+    st.dictionaries(NAMES, VALUES, max_size=3),
+    st.text(max_size=20),
+    st.none() | VALUES | PARTS,
+  )
+  def of_fields(fields, prompt, parts):
     # As small as can be, for those that are drawn after all.
-    fields = {"num_inference_steps": 1, "sampler": "ddim"} | fields | {"prompt": prompt}
-    answer = talk.post(path, content=json.dumps(fields), headers=headers)
+    fields = {"num_inference_steps": 1, "sampler": "ddim", "regions": parts} | fields
+    fields |= {"prompt": prompt}
+    answer = talk.post(path, content=json.dumps(fields), headers=JSON)
     if answer.status_code == 200:
       assert "error" not in answer.text
       return

@@ -89,6 +89,28 @@ def test_each_image_has_the_loras_that_its_request_asks_for(tmp_path):
   assert not equal(found[0][0], found[1][0])
 
 
+def test_images_with_regions_share_a_batch_with_those_of_as_many_captions():
+  model = pipeline()
+  left, right, whole = ((0, 0, 4, 8), (4, 0, 8, 8), (0, 0, 8, 8))
+  wanted = [
+    [{"prompt": "a blue two", "box": left}],
+    [{"prompt": "a green nine", "box": right, "weight": 0.5}],
+    None,
+    [{"prompt": "a blue two", "box": whole}],
+  ]
+  with engine(model, limits={"max_delay": 0.3}) as running:
+    asked = [ask(running, seed=1, regions=regions)[1] for regions in wanted]
+    found = [drawn(events)[0] for events in asked]
+    # The prompt of the last is heard nowhere, so it has one caption, as the third has.
+    assert batches(running) == [2, 4]
+  for regions, (image, about) in zip(wanted, found, strict=True):
+    assert equal(image, alone(model, "a red three", seed=1, regions=regions))
+    heard = [region["prompt"] for region in about.get("regions", [])]
+    assert heard == [region["prompt"] for region in regions or []]
+  assert equal(found[3][0], alone(model, "a blue two", seed=1))
+  assert not equal(found[0][0], found[2][0])
+
+
 def test_only_images_of_equal_shared_settings_and_length_join_a_batch():
   with engine(pipeline(), limits={"max_delay": 0.3}) as running:
     asked = [
@@ -261,6 +283,24 @@ def test_captions_of_waiting_requests_fill_the_rows_that_a_batch_leaves_empty():
     for _, events in asked:
       drawn(events)
   assert words.calls[calls:] == (["two", "three", "four", "four"],)
+
+
+def test_captions_of_regions_go_through_the_text_encoder_as_others_do():
+  words, gate = worlds.Words(models.ENCODER.width), worlds.Gate()
+  model = pipeline(text_encoder=words, autoencoder=gate, batch_size=1)
+  with engine(model, text_batch_size=4) as running:
+    asked = [ask(running, "one")]
+    assert gate.reached.wait(worlds.PATIENCE)
+    calls = len(words.calls)
+    regions = [
+      {"prompt": text, "box": (left, 0, left + 2, 8)}
+      for left, text in enumerate(("two", "three", "two"))
+    ]
+    asked.append(ask(running, "one", regions=regions))
+    gate.opened.set()
+    for _, events in asked:
+      drawn(events)
+  assert words.calls[calls:] == (["two", "three", "three", "three"],)
 
 
 def test_programs_of_fewer_rows_are_used_where_the_warm_up_saw_equal_bits():

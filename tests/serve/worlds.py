@@ -52,11 +52,11 @@ def engine(pipeline, **options):
   return Engine(pipeline, limits=Limits(**limits), **options)
 
 
-def ask(engine, prompt="a red three", previews=0, **settings):
+def ask(engine, prompt="a red three", previews=0, regions=None, **settings):
   """Submits a request; returns its ticket, and a queue of its events."""
   events = queue.Queue()
   asked = {"num_inference_steps": STEPS} | settings
-  checked = engine.check(prompt, asked)
+  checked = engine.check(prompt, asked, regions=regions)
   return engine.submit(checked, events.put, previews), events
 
 
