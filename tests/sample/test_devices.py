@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pixsigma_jax import sharding
-from pixsigma_jax.mesh_axes import SAMPLING_AXES
+from pixsigma_jax.data import buckets
+from pixsigma_jax.mesh_axes import CONTEXT, ROWS, SAMPLING_AXES
 from pixsigma_jax.models import attention
 from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.sample import devices, program
 from pixsigma_jax.sample.companions import WeakModel
 from tests.sample import models
@@ -134,6 +137,43 @@ def test_devices_share_networks_and_calls_of_every_kind(config, fields, argument
   subject = models.pipeline(config, batch_size=2, **fields)
   shared = subject.replace(mesh=mesh(guidance=2, context=2))
   assert_same(latents_of(shared, **arguments), latents_of(subject, **arguments))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "branches", "axes"),
+  [
+    ({}, 2, {"guidance": 2, "context": 2}),
+    ({"guidance_scale": 1.0}, 1, {"context": 4}),
+    ({"regions": regions_of("a one")}, 3, {"context": 4}),
+    ({"regions": regions_of("a one", "three")}, 4, {"guidance": 2, "context": 2}),
+    (
+      {"regions": regions_of("a one"), "guidance_scale": 1.0},
+      2,
+      {"guidance": 2, "context": 2},
+    ),
+    ({"autoguidance_scale": 2}, 2, {"context": 4}),
+    ({"autoguidance_scale": 2, "guidance_scale": 1.0}, 1, {"context": 4}),
+  ],
+)
+def test_a_call_has_the_devices_as_they_suit_its_branches(
+  monkeypatch, arguments, branches, axes
+):
+  """Results would be the same with others, and late."""
+  asked = []
+
+  def not_drawn(params, batch, *arguments, **static):
+    asked.append(program._Drawing(params, batch, *arguments, **static))
+    return batch["noise"], None
+
+  monkeypatch.setattr(program, "sample", not_drawn)
+  fields = {"batch_size": 2, "weak_model": WEAK, "guidance_passes": 2}
+  subject = models.pipeline(mesh=mesh(guidance=2, context=2), **fields)
+  latents_of(subject, **arguments)
+  [drawing] = asked
+  assert len(drawing.captions) == branches
+  assert dict(drawing.compute.mesh.shape) == {"data": 1, "fsdp": 1, **axes}
+  assert drawing.batch["noise"].sharding.spec == P(ROWS, CONTEXT)
+  assert drawing.passes_of(branches) == branches // axes.get("guidance", 1)
 
 
 def test_devices_share_weights_of_8_bits(tmp_path):
@@ -269,6 +309,19 @@ def test_the_tokens_of_a_batch_lie_over_context_and_its_rows_over_data():
     "caption_embeddings": (1, 8, 8),
     "grid": (1, 8),
   }
+
+
+@pytest.mark.parametrize("resolution", buckets.BUCKETS)
+def test_the_sizes_of_a_resolution_share_three_programs_at_most(resolution):
+  side = resolution // 16
+  config = PixArtConfig.from_variant("XL/2", base_size=side, pe_interpolation=1.0)
+  grids = [
+    (size.height // 16, size.width // 16)
+    for size in buckets.sampling_buckets(resolution).values()
+  ]
+  assert len({height * width for height, width in grids}) > 3
+  for sizes in ({}, {"guidance": 2, "context": 4}):
+    assert len({devices.padded_length(config, grid, sizes) for grid in grids}) <= 3
 
 
 @pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 3)])
