@@ -315,8 +315,8 @@ def _check_regions(given: Any, height: int, width: int, limits: RequestLimits) -
     if len(given) > limits.max_regions:
       raise _invalid(
         "regions",
-        f"There are {len(given):,} regions, and at most {limits.max_regions:,} are "
-        "allowed here.",
+        f"regions lists {len(given):,}, and at most {limits.max_regions:,} are allowed "
+        "here.",
       )
     for i, region in enumerate(given):
       if isinstance(region, Mapping) and "mask" in region:

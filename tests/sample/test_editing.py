@@ -12,7 +12,7 @@ from PIL import Image
 from pixsigma_jax import sharding
 from pixsigma_jax.diffusion.schedule import linear_schedule
 from pixsigma_jax.diffusion.solvers import SAMPLERS, later_start, solve, solver_table
-from pixsigma_jax.sample import editing, image_files
+from pixsigma_jax.sample import editing, image_files, regions
 from tests.diffusion.denoisers import exact
 from tests.sample import models
 
@@ -282,6 +282,15 @@ def test_predictions_are_averaged_by_the_regions_shares(monkeypatch):
   columns += [(0.75 * left + right) / 1.75] * 2 + [right] * 2 + [base] * 2
   truth = np.broadcast_to(np.array(columns)[None, :, None], ours.shape)
   np.testing.assert_allclose(ours, truth, rtol=0, atol=1e-4)
+
+
+def test_a_box_lies_where_it_says_in_an_image_that_is_no_square():
+  found = regions.read([{"prompt": "a", "box": (2, 0, 6, 1), "weight": 0.5}], 4, 8)
+  weights = regions.weights(found, 4, 8, editing.Bucket(8, 16), 2)
+  # Drawn at twice its size, of which a latent takes two: one for each pixel.
+  share = np.zeros((4, 8), np.float32)
+  share[0, 2:6] = 0.5
+  np.testing.assert_array_equal(weights, [1 - share, share])
 
 
 def test_an_image_with_regions_is_the_same_alone_and_beside_others(subject):

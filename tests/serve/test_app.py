@@ -119,6 +119,18 @@ def test_the_openai_client_draws_regions_with_prompts_of_their_own(client):
   assert same(as_image(base64.b64decode(item.b64_json))[0], expected(seed=3))
 
 
+def test_no_region_is_allowed_where_the_server_says_so():
+  limits = {"max_regions": 0}
+  with (
+    served(engine(pipeline()), request_limits=limits) as (address, _),
+    made_client(address) as client,
+    pytest.raises(openai.BadRequestError, match="regions lists 1, and at most 0 are"),
+  ):
+    generate(client, **of_regions())
+  with pytest.raises(ValueError, match="--max_regions=-1 must be at least 0"):
+    RequestLimits(max_pixels=1, max_regions=-1)
+
+
 def test_regions_of_an_image_that_is_edited_come_as_json_in_its_form(client):
   regions = [{"prompt": "a blue two", "box": [0, 0, 16, 4]}]
   fields = {"seed": 3, "strength": 0.7, "regions": json.dumps(regions)}
@@ -224,10 +236,19 @@ def test_the_client_lists_the_model(client):
     (of_regions(mask="/etc/passwd"), "regions", "Region 0's mask would be a file"),
     (of_regions(colour="red"), "regions", "prompt, box, mask, weight and no more"),
     ({"extra_body": {"regions": [{"prompt": "a"}]}}, "regions", "either a box or a ma"),
-    ({"extra_body": {"regions": REGIONS * 5}}, "regions", "10 regions, and at most 8"),
+    (
+      {"extra_body": {"regions": REGIONS * 5}},
+      "regions",
+      "lists 10, and at most 8",
+    ),
     ({"extra_body": {"regions": REGIONS[0]}}, "regions", "must be a list of regions"),
     ({"extra_body": {"regions": [REGIONS]}}, "regions", "Region 0 must have prompt"),
     ({"size": "4x4", "extra_body": {"regions": REGIONS}}, "regions", "of 4 x 4 pixels"),
+    (
+      {"size": "16x8", **of_regions(box=[0, 0, 8, 16])},
+      "regions",
+      "of 8 x 16 pixels (height x width)",
+    ),
   ],
 )
 def test_what_cannot_be_drawn_is_a_bad_request_that_names_the_field(
