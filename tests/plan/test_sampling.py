@@ -160,7 +160,8 @@ def test_what_is_sent_is_what_a_compiler_sends(larger, libtpu, guidance, context
     found = sampling.plan_sampling(model, machines, dtype="bfloat16", **split)
   by_model = drawing.drawn(model, (32, 32), machines, "bfloat16", **split)
   assert found.mesh == {"data": 1, "fsdp": 1} | split
-  assert sum(found.sent.values()) == pytest.approx(by_model.sent, rel=0.05)
+  # A step's sums of a few numbers are not counted.
+  assert sum(found.sent.values()) == pytest.approx(by_model.sent, rel=1e-3)
 
 
 def test_an_image_is_planned_for_a_gpu(plan, cuda_plugin):
