@@ -299,12 +299,14 @@ def test_branches_are_counted():
 
 
 def test_the_tokens_of_a_batch_lie_over_context_and_its_rows_over_data():
-  names = {"noise": 3, "areas": 4, "caption_embeddings": 3, "grid": 2}
+  of_tokens = ("noise", "coordinates", "original", "original_noise", "redrawn")
+  names = dict.fromkeys(of_tokens, 3)
+  names |= {"areas": 4, "caption_embeddings": 3, "grid": 2}
   batch = {name: np.zeros((2, 8, 8, 8)[:rank]) for name, rank in names.items()}
   places = sharding.batch_shardings(batch, mesh(data=2, guidance=2, context=2))
   shapes = {name: places[name].shard_shape(batch[name].shape) for name in batch}
   assert shapes == {
-    "noise": (1, 4, 8),
+    **dict.fromkeys(of_tokens, (1, 4, 8)),
     "areas": (1, 8, 4, 8),
     "caption_embeddings": (1, 8, 8),
     "grid": (1, 8),
