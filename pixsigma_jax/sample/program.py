@@ -222,7 +222,9 @@ def start(
   """
   drawing = _Drawing(params, batch, table, guidance, threshold, **static)
   memory = drawing.nothing_remembered()
-  return drawing.conditions(), start_state(batch["noise"], table, memory)
+  return drawing.conditions(), drawing.spread(
+    start_state(batch["noise"], table, memory)
+  )
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -249,9 +251,10 @@ def step(
   drawing = _Drawing(params, batch, table, guidance, threshold, **static)
   row = jax.tree.map(lambda column: column[number], table)
   denoise = drawing.denoiser(conditions)
-  return take_step(
+  state, clean = take_step(
     denoise, state, number, row, drawing.fresh_noise, drawing.after_step()
   )
+  return drawing.spread(state), clean
 
 
 def _log_compilation(
@@ -354,6 +357,19 @@ class _Drawing:
     """Hands every device its own rows and tokens."""
     mesh = self.compute.mesh
     return x if mesh is None else self.placed(x, None, network_rows(mesh), CONTEXT)
+
+  def spread(self, state: SolverState) -> SolverState:
+    """The state between two steps, as it lies before each: one program takes all."""
+    latents, *history = (
+      self.placed(x, ROWS, CONTEXT) for x in (state.latents, *state.history)
+    )
+    caching, average = state.memory
+    if caching is not None:
+      first, rest = map(self.for_network, (caching.first, caching.rest))
+      caching = caching._replace(first=first, rest=rest)
+    if average is not None:
+      average = self.placed(average, ROWS, CONTEXT)
+    return SolverState(latents, tuple(history), _Memory(caching, average))
 
   def conditions(self) -> Batch:
     """What the network is conditioned on in every step; a weaker one, by `weaker`."""

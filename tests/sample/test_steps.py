@@ -93,6 +93,20 @@ def test_it_changes_nothing_on_a_mesh_and_compiles_one_step(subject, caplog):
   assert len(seen) == 2 * 4
 
 
+@pytest.mark.parametrize("more", [{}, models.EVERYTHING])
+def test_the_step_is_compiled_once_on_devices_whatever_changes(subject, caplog, more):
+  devices = jax.devices()[:4]
+  mesh = sharding.make_mesh(data=1, fsdp=1, guidance=2, context=2, devices=devices)
+
+  def halve(_pipeline, step, _timestep, known):
+    return {"latents": [image / 2 for image in known["latents"]]} if step else None
+
+  with jax.log_compiles():
+    latents_of(subject.replace(mesh=mesh), callback_on_step_end=halve, **more)
+  compiled = "Finished XLA compilation of jit(step)"
+  assert sum(compiled in message for message in caplog.messages) == 1
+
+
 def test_the_step_is_compiled_once_for_all_steps_prompts_and_changes(subject, caplog):
   caplog.set_level(logging.INFO, logger="absl")
 
