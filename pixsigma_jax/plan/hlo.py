@@ -19,6 +19,7 @@ _KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # GPU's compil
 _CALLS = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1  # written for small scatters, as of losses by their tenth
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _COMPARED = re.compile(r"compare\((.*)\), direction=LT")
 _COLLECTIVE = re.compile(
@@ -62,8 +63,8 @@ def read(text: str) -> Static:
       if 'custom_call_target="tpu_custom_call"' in line:
         kernels.append((line, times))
         continue
-      for found in _CYCLES.findall(line):
-        cycles += times * int(found)
+      for found in map(int, _CYCLES.findall(line)):
+        cycles += times * found * (found < _NO_ESTIMATE)
       if match := _COLLECTIVE.search(line):
         shapes, kind, start = match.groups()
         size = times * (_started(shapes) if start else _size(shapes))

@@ -200,3 +200,13 @@ ENTRY %main (x: bf16[8,32]) -> bf16[8,32] {
   static = hlo.read(text)
   assert static.cycles == 12  # what the compiler says of a kernel it does not know
   assert static.kernels[0][0].endswith('"1000"}')
+
+
+def test_what_the_compiler_has_no_estimate_of_costs_nothing():
+  text = """
+ENTRY %main (x: f32[10]) -> f32[10] {
+  %s = f32[10] fusion(%x), backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %b = f32[10] fusion(%s), backend_config={"estimated_cycles":"12"}
+}
+"""
+  assert hlo.read(text).cycles == 12
