@@ -2,6 +2,7 @@
 
   python -m benchmarks.keep_plans            # writes tests/plan/kept.json
   python -m benchmarks.keep_plans --compare  # compares with it; CI's second step
+  python -m benchmarks.keep_plans --memory   # writes tests/plan/compiled.jsonl, hours
 
 Kept of stage_1k and stage_4k: at full size the model's FLOPs, a device's state, and the
 estimates of its memory, its transfers and its step; of the train step that libtpu
@@ -11,26 +12,37 @@ miniatures for eight chips. The suite compares the first and the last
 where anything has grown by more than 3 %, or compiling takes longer than its budget.
 Give the command without it after a change that is meant to cost what it costs, and say
 so in the commit.
+
+`compiled.jsonl` has the memory of varied plans, which the suite holds the estimate of
+`plan --nocompile` and `--search` to. --memory compiles each of its plans again, minutes
+a plan, puts it in the file at once, and prints it beside the estimate. To have another
+plan in it, add its line with 0 bytes.
 """
 
+import dataclasses
+import datetime
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 from absl import flags, logging
 
+from benchmarks.stages import CONFIGS
 from configs import stage_1k, stage_4k
-from pixsigma_jax import command
+from pixsigma_jax import command, disk
 from pixsigma_jax.plan import memory, roofline, topology
 from pixsigma_jax.plan.compilation import compile_lowered, lower_train_step
+from pixsigma_jax.plan.plan import make_plan
 from pixsigma_jax.plan.stage import Stage, stage_on
 
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare at full size; write nothing.")
+_MEMORY = flags.DEFINE_bool("memory", False, "Compile the plans of compiled.jsonl.")
 
-KEPT = pathlib.Path(__file__).parents[1] / "tests" / "plan" / "kept.json"
+_TESTS = pathlib.Path(__file__).parents[1] / "tests" / "plan"
+KEPT, COMPILED = _TESTS / "kept.json", _TESTS / "compiled.jsonl"
 STAGES = {"stage_1k": stage_1k, "stage_4k": stage_4k}
 FULL, SMALL = "v5e:8x8", "v5e:2x4"
 MORE = 1.03  # what a change may cost unnoticed
@@ -124,10 +136,89 @@ def check(kept: Mapping[str, Any]) -> None:
     raise ValueError(f"{'; '.join(problems)}. If it is meant to: {_AGAIN}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+  """A plan that was compiled: a line of `compiled.jsonl`.
+
+  Attributes:
+    stage: a name of `benchmarks/stages.py`.
+    topology, slices: see `topology.parse`.
+    changes: dotted names of the config's fields, and what they are set to.
+    bytes: that a device needs at once, the program's own among them; those that the
+      compiler asked for in vain if `refused`.
+    refused: whether the compiler found none that fits.
+    fitted: whether a constant of the estimate was chosen by it.
+    jax, libtpu, date: versions that compiled it, and when.
+  """
+
+  stage: str
+  topology: str
+  slices: int
+  changes: Mapping[str, Any]
+  bytes: int
+  refused: bool
+  fitted: bool
+  jax: str
+  libtpu: str
+  date: str
+
+  def __str__(self) -> str:
+    machines = topology.parse(self.topology, self.slices)
+    changes = "".join(f" {name}={value}" for name, value in self.changes.items())
+    return f"stage_{self.stage} on {machines}{changes}"
+
+  def planned(self, state: Any = None) -> Stage:
+    """The stage on its machines; for the state see `stage_on`."""
+    config = CONFIGS[self.stage]()
+    config.update_from_flattened_dict(dict(self.changes))
+    return stage_on(config.to_dict(), topology.parse(self.topology, self.slices), state)
+
+
+def read_compiled(path: pathlib.Path = COMPILED) -> list[Compiled]:
+  """The plans of a file."""
+  lines = path.read_text(encoding="utf-8").splitlines()
+  return [Compiled(**json.loads(line)) for line in lines]
+
+
+def write_compiled(plans: Sequence[Compiled], path: pathlib.Path = COMPILED) -> None:
+  """Writes plans into a file."""
+  lines = [json.dumps(dataclasses.asdict(plan)) + "\n" for plan in plans]
+  disk.write_text(path, "".join(lines))
+
+
+def compile_again(plans: Sequence[Compiled], path: pathlib.Path = COMPILED) -> None:
+  """Compiles plans, and writes each into the file as soon as it is."""
+  plans = list(plans)
+  print("| plan | GiB a device, compiled | estimated | off by |")
+  print("|---|---|---|---|")
+  for number, kept in enumerate(plans):
+    plan = make_plan(kept.planned(), compiles=True)
+    plans[number] = dataclasses.replace(
+      kept,
+      bytes=plan.memory.total,
+      refused=not plan.fits,
+      jax=jax.__version__,
+      libtpu=metadata.version("libtpu"),
+      date=datetime.date.today().isoformat(),
+    )
+    write_compiled(plans, path)
+    print(row(plans[number], memory.estimate(plan.stage).total), flush=True)
+
+
+def row(kept: Compiled, estimated: int) -> str:
+  """A compiled plan beside its estimate in a line of a table."""
+  has, refused = kept.bytes / 2**30, ", refused" if kept.refused else ""
+  off = estimated / kept.bytes - 1
+  return f"| {kept} | {has:.2f}{refused} | {estimated / 2**30:.2f} | {off:+.1%} |"
+
+
 def main(_: list[str]) -> None:
   """Measures and writes, or compares."""
   jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
+  if _MEMORY.value:
+    compile_again(read_compiled())
+    return
   if _COMPARE.value:
     check(json.loads(KEPT.read_text(encoding="utf-8")))
     return

@@ -32,7 +32,8 @@ def main(_: list[str]) -> None:
   """Prints a row a program."""
   jax.config.update("jax_platforms", "cpu")
   machines = topology.parse(_TOPOLOGY.value, 1)
-  print("stage | batch | mesh | attention | remat | state and batch | temporary | sum")
+  columns = ("stage", "batch", "mesh", "attention", "remat")
+  print(" | ".join([*columns, "state, batch and program", "temporary", "sum"]))
   for name in _STAGES.value:
     state = None
     for remat in _REMATS.value:

@@ -13,11 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from pixsigma_jax import sharding, tree
-from pixsigma_jax.mesh_axes import FSDP
-from pixsigma_jax.models.pixart import PixArtConfig
-from pixsigma_jax.plan.stage import Stage, keys_of
+from pixsigma_jax.mesh_axes import CONTEXT, FSDP
+from pixsigma_jax.models import attention
+from pixsigma_jax.models.kv_compression import KVCompression
+from pixsigma_jax.models.pixart import PixArtConfig, segment_name
+from pixsigma_jax.models.splash_kernels import padded
+from pixsigma_jax.plan.stage import Stage
 
 _FLOAT = 4
+# Fitted on libtpu's programs that `tests/plan/compiled.jsonl` calls fitted: bytes of a
+# program for each run of equal layers, and numbers for each token and unit of width.
+_CODE = 46 * 2**20
+_AROUND_ATTENTION = 6.5
+_LANES = 128  # a TPU's kernels take keys by so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +102,15 @@ def _itemsize(dtype: Any) -> int:
 
 def fixed(stage: Stage) -> dict[str, int]:
   """Bytes that a device holds before and after a step, by the names of `Memory`."""
-  state, mesh = stage.state, stage.mesh
-  places = state.shardings(mesh)
+  state, places = stage.state, stage.places
   parts = {
     "parameters": bytes_a_device(state.params, places.params),
     "optimizer": bytes_a_device(state.opt_state, places.opt_state),
     "averages": bytes_a_device(state.ema_params, places.ema_params),
     "frozen": 0,
-    "batch": bytes_a_device(stage.batch, sharding.batch_shardings(stage.batch, mesh)),
+    "batch": bytes_a_device(
+      stage.batch, sharding.batch_shardings(stage.batch, stage.mesh)
+    ),
   }
   if stage.program.lora:
     parts["frozen"] = bytes_a_device(state.frozen, places.frozen)
@@ -112,66 +121,152 @@ def fixed(stage: Stage) -> dict[str, int]:
 
 def gradients(stage: Stage) -> int:
   """Bytes of a device's part of the gradients."""
-  params = stage.state.params
-  places = tree.named_leaves(sharding.shardings(params, stage.mesh))
-  return sum(
-    math.prod(places[name].shard_shape(leaf.shape)) * _FLOAT
+  return sum(_parts(stage.state.params, stage.places.params).values())
+
+
+def _parts(params: Any, places: Any) -> dict[str, int]:
+  """Bytes of a device's part of float32 arrays like the parameters, by their names."""
+  placed = tree.named_leaves(places)
+  return {
+    name: math.prod(placed[name].shard_shape(leaf.shape)) * _FLOAT
     for name, leaf in tree.named_leaves(params).items()
-  )
-
-
-def _working_set(itemsize: int) -> int:
-  """Working set of a block's backward pass for each token, in bytes and widths.
-
-  The MLP's hidden layer and its gradient, queries, keys and values with theirs: in
-  float32 and as products take them; and the residual stream with its.
-  """
-  both = _FLOAT + itemsize
-  return 2 * 4 * both + 2 * 3 * both + 4 * _FLOAT
+  }
 
 
 def estimate(stage: Stage) -> Memory:
-  """Estimate without a compiler: kept activations and one block's working set.
+  """Estimate without a compiler: the most that is alive in the backward pass.
 
-  Good for ranking meshes; compilers differ from it by tens of percent either way.
+  That is where it enters a run of equal layers (`PixArtConfig.segments`): all that this
+  run and those before it keep is there, and the gradients of this run and those after
+  it. The update comes later, when nothing is kept any more, and takes less.
   """
-  model, compute = stage.model, stage.program.model.compute
-  itemsize = stage.dtype.itemsize
-  rows_and_tokens = stage.rows * stage.length
-  each = rows_and_tokens * model.width
-  work = each * _working_set(itemsize)
-  work += _scores(stage, range(model.depth), of_all=False)
-  if compute.remat == "none":
-    kept = model.depth * work
-    if stage.attention == "xla":
-      kept += _scores(stage, range(model.depth), of_all=True)
-  elif compute.remat == "offload":
-    kept = 0  # it waits in the host's memory
-  else:
-    kept = model.depth * each * _FLOAT
-    if compute.remat == "attention":  # outputs, and each query's sum by head
-      sums = rows_and_tokens * model.num_heads * _FLOAT
-      kept += model.depth * 2 * (each * itemsize + sums)
-  # A block's matrices are gathered before they are used, and so is their gradient.
-  gathered = _block_parameters(model) * (itemsize + _FLOAT) * (stage.sizes[FSDP] > 1)
+  model, grads = stage.model, _parts(stage.state.params, stage.places.params)
+  alive = peak = 0
+  for layers, compression in model.segments():
+    alive += len(layers) * _kept(stage, compression)
+    peak = max(peak, alive + _working_set(stage, compression))
+    own = f"{segment_name(layers)}/"  # its gradients come after those of later layers
+    alive -= sum(size for name, size in grads.items() if name.startswith(own))
+  total = sum(grads.values())
+  code = 0
+  if stage.topology.platform == "tpu":
+    code = _loops(stage) * _CODE * len(model.segments())
+  summed = total if stage.config["accumulation"] > 1 else 0
   return Memory(
     **fixed(stage),
-    gradients=gradients(stage),
-    temporary=kept + work + gathered,
-    code=0,
+    gradients=total,
+    temporary=max(peak + summed + _throughout(stage), 0),
+    code=code,
     compiled=False,
   )
 
 
-def _scores(stage: Stage, layers: range, *, of_all: bool) -> int:
-  """Attention's scores in float32, and their softmax: of all layers or of the worst."""
+def _throughout(stage: Stage) -> int:
+  """Bytes that the whole backward pass needs, whatever it keeps of the layers."""
+  model, itemsize, operand = stage.model, stage.dtype.itemsize, _operand(stage)
+  used = "frozen" if stage.program.lora else "params"
+  parts = _parts(getattr(stage.state, used), getattr(stage.places, used))
+  kernels = sum(size for name, size in parts.items() if name.endswith("/kernel"))
+  # Compilers round all matrices once, before the loops that use them.
+  remat = stage.program.model.compute.remat != "none"
+  again = remat or stage.config["accumulation"] > 1
+  rounded = kernels * operand // _FLOAT if again and operand < _FLOAT else 0
+  # The stream's gradient, and the last layer's input.
+  stream = _tokens(stage) * model.width * (_FLOAT + operand)
+  # Of the caption projection: embeddings, the layer within, and what comes out: for the
+  # blocks, and for its own gradient, which is summed over them.
+  captions = stage.rows * model.caption_length
+  caption = model.caption_width * operand + model.width * (_FLOAT + 3 * itemsize)
+  return rounded + stream + captions * caption
+
+
+def _operand(stage: Stage) -> int:
+  """Bytes of a number that a matrix product takes: a TPU rounds float32."""
+  most = 2 if stage.topology.platform == "tpu" else _FLOAT
+  return min(stage.dtype.itemsize, most)
+
+
+def _tokens(stage: Stage) -> int:
+  """Number of tokens that a device has at a time, of all its images."""
+  return stage.rows * stage.length
+
+
+def _keys(stage: Stage, compression: KVCompression) -> int:
+  """Number of keys that a device attends to at a time in a layer, of all its images."""
+  context = stage.sizes[CONTEXT]
+  keys = stage.tokens // math.prod(compression.window)
+  trades = attention.trades_heads(stage.tokens, keys, stage.model.num_heads, context)
+  return stage.rows * keys // (context if trades else 1)
+
+
+def _kept(stage: Stage, compression: KVCompression) -> int:
+  """Bytes that a layer keeps for its backward pass: what JAX makes a loop return."""
+  model, remat = stage.model, stage.program.model.compute.remat
+  tokens, itemsize, operand = _tokens(stage), stage.dtype.itemsize, _operand(stage)
+  if remat == "offload":
+    return 0  # it waits in the host's memory
+  stream = tokens * model.width * _FLOAT
+  # Attention's output, and each query's sum by head: of both attentions.
+  outputs = 2 * tokens * (model.width * itemsize + model.num_heads * _FLOAT)
+  if remat != "none":
+    return stream + (outputs if remat == "attention" else 0)
+  # In float32 eight of norms and gates, and five, as wide as the MLP's hidden layer, of
+  # its GELU. What products multiply: five, and what the GELU returns.
+  kept = (8 + 5 * model.mlp_ratio) * stream
+  kept += (5 + model.mlp_ratio) * tokens * model.width * operand
+  # Of both attentions; captions are padded to a kernel's blocks.
+  captions = stage.rows * padded(model.caption_length, _LANES)
+  keys_and_values = 2 * (_keys(stage, compression) + captions)
+  kept += outputs + (2 * tokens + keys_and_values) * model.width * itemsize
+  if compression.layers:  # of keys and values each, a window's tokens, three of a norm
+    window = math.prod(compression.window)
+    kept += 2 * (window + 3) * (tokens // window) * model.width * _FLOAT
+  if stage.sizes[FSDP] > 1 or operand < _FLOAT:  # matrices as they are multiplied
+    kept += _block_parameters(model) * operand
+  return round(kept) + _scores(stage, compression)
+
+
+def _working_set(stage: Stage, compression: KVCompression) -> int:
+  """Bytes that a layer's backward pass needs at a time, beside what layers keep."""
+  model, itemsize, operand = stage.model, stage.dtype.itemsize, _operand(stage)
+  hidden = model.mlp_ratio
+  if stage.program.model.compute.remat == "none":
+    # The GELU's five, out of all layers', and the gradient.
+    each = hidden * (5 * _FLOAT + operand) + itemsize
+  else:
+    # The MLP's hidden layer and its gradient. Where products merge rows and tokens the
+    # latter comes in float32, and what the GELU returned is there too.
+    merged = stage.sizes[CONTEXT] == 1
+    each = hidden * (2 * _FLOAT + operand if merged else _FLOAT + operand)
+    # Three of the stream, and what comes in and out of attention.
+    each += 3 * _FLOAT + _AROUND_ATTENTION * itemsize
+  work = _loops(stage) * _tokens(stage) * model.width * each
+  # A block's matrices are gathered before they are used, and the gradients of the MLP's
+  # two are there before they are scattered.
+  work += _block_parameters(model) * operand
+  if stage.sizes[FSDP] > 1:
+    work += 2 * hidden * model.width**2 * _FLOAT
+  return round(work) + _scores(stage, compression)
+
+
+def _loops(stage: Stage) -> int:
+  """Number of loops over layers that are at work at a time.
+
+  Over several slices XLA takes a layer out of each loop, so as to send while it
+  computes, and begins the next loop's before a loop has ended.
+  """
+  over_slices = stage.topology.platform == "tpu" and stage.topology.slices > 1
+  return 2 if over_slices else 1
+
+
+def _scores(stage: Stage, compression: KVCompression) -> int:
+  """Attention's scores in float32, and their softmax as products take it."""
   if stage.attention != "xla":
     return 0
-  each = [
-    stage.rows * stage.model.num_heads * stage.length * keys_of(stage, layer)
-    for layer in layers
-  ]
-  return (sum(each) if of_all else max(each)) * (_FLOAT + stage.dtype.itemsize)
+  keys = stage.tokens // math.prod(compression.window)
+  numbers = stage.rows * stage.model.num_heads * stage.length * keys
+  itemsize = stage.dtype.itemsize
+  return numbers * (_FLOAT + (itemsize if itemsize < _FLOAT else 0))
 
 
 def _block_parameters(model: PixArtConfig) -> int:

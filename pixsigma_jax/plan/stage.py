@@ -1,6 +1,7 @@
 """A stage laid over machines, by shapes alone: nothing is made and nothing compiled."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,11 @@ class Stage:
   def mesh(self) -> AbstractMesh:
     """The mesh without its devices."""
     return AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
+
+  @functools.cached_property
+  def places(self) -> Any:
+    """Shardings of the state."""
+    return self.state.shardings(self.mesh)
 
   @property
   def dtype(self) -> jnp.dtype:
