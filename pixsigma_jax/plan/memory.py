@@ -25,7 +25,7 @@ _FLOAT = 4
 # program for each run of equal layers, and numbers for each token and unit of width.
 _CODE = 46 * 2**20
 _AROUND_ATTENTION = 6.5
-_LANES = 128  # a TPU's kernels take keys by so many
+_LANES = 128  # a TPU stores the last axis of an array in whole ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +199,14 @@ def _keys(stage: Stage, compression: KVCompression) -> int:
   return stage.rows * keys // (context if trades else 1)
 
 
+def _width_of_heads(stage: Stage) -> int:
+  """Width of all heads in memory: where JAX's kernels have each in lanes, they fill."""
+  model = stage.model
+  if stage.attention != "splash" or stage.our_kernels:
+    return model.width
+  return model.num_heads * padded(model.width // model.num_heads, _LANES)
+
+
 def _kept(stage: Stage, compression: KVCompression) -> int:
   """Bytes that a layer keeps for its backward pass: what JAX makes a loop return."""
   model, remat = stage.model, stage.program.model.compute.remat
@@ -207,7 +215,8 @@ def _kept(stage: Stage, compression: KVCompression) -> int:
     return 0  # it waits in the host's memory
   stream = tokens * model.width * _FLOAT
   # Attention's output, and each query's sum by head: of both attentions.
-  outputs = 2 * tokens * (model.width * itemsize + model.num_heads * _FLOAT)
+  heads = _width_of_heads(stage)
+  outputs = 2 * tokens * (heads * itemsize + model.num_heads * _FLOAT)
   if remat != "none":
     return stream + (outputs if remat == "attention" else 0)
   # In float32 eight of norms and gates, and five, as wide as the MLP's hidden layer, of
@@ -217,7 +226,7 @@ def _kept(stage: Stage, compression: KVCompression) -> int:
   # Of both attentions; captions are padded to a kernel's blocks.
   captions = stage.rows * padded(model.caption_length, _LANES)
   keys_and_values = 2 * (_keys(stage, compression) + captions)
-  kept += outputs + (2 * tokens + keys_and_values) * model.width * itemsize
+  kept += outputs + (2 * tokens + keys_and_values) * heads * itemsize
   if compression.layers:  # of keys and values each, a window's tokens, three of a norm
     window = math.prod(compression.window)
     kept += 2 * (window + 3) * (tokens // window) * model.width * _FLOAT

@@ -86,7 +86,9 @@ def _ways_out(plan: Plan) -> Iterator[str]:
 def _parts_that_fit(plan: Plan) -> int:
   """Number of parts into which a device's images must be split to fit."""
   held, rows = plan.memory, plan.stage.rows
-  rest = plan.stage.topology.chip.usable - (held.total - held.temporary)
+  # The sum of earlier parts' gradients comes to what there is.
+  taken = held.total - held.temporary + held.gradients
+  rest = plan.stage.topology.chip.usable - taken
   divisors = (parts for parts in range(2, rows) if rows % parts == 0)
   return next((parts for parts in divisors if held.temporary / parts <= rest), rows)
 

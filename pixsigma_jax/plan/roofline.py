@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pixsigma_jax import tree
 from pixsigma_jax.chips import Chip
 from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
-from pixsigma_jax.models import attention, splash
+from pixsigma_jax.models import attention
 from pixsigma_jax.models.flops import TRAINING, forward_flops
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.models.splash_kernels import TILE_ROWS, padded, tile_rows
@@ -48,7 +48,7 @@ class Attention:
 ATTENTIONS: dict[str, Attention] = {
   "xla": Attention(2.0, (3, 2), (5, 3), False),
   "chunked": Attention(3.5, (3, 2), (8, 5), True),
-  "splash": Attention(3.5, (0, 0), (0, 0), True),  # JAX's; ours: `_by_our_kernels`
+  "splash": Attention(3.5, (0, 0), (0, 0), True),  # JAX's; ours: `Stage.our_kernels`
   "cudnn": Attention(2.5, (0, 0), (0, 0), True),
 }
 
@@ -156,15 +156,6 @@ def narrow(model: PixArtConfig, unit: int, itemsize: int) -> tuple[float, float]
   return forward / padding(unit, head), backward / padding(unit, head)
 
 
-def _by_our_kernels(stage: Stage) -> bool:
-  """Whether attention is done by `models/splash_kernels.py`."""
-  # All of its tokens, as where heads are traded.
-  head = stage.model.width // stage.model.num_heads
-  return stage.attention == "splash" and splash.has_room(
-    stage.tokens, head, stage.topology.kind
-  )
-
-
 def padding_of(name: str, model: PixArtConfig, unit: int) -> float:
   """Factor of extra products of a part of `needed`."""
   width, head = model.width, model.width // model.num_heads
@@ -196,7 +187,7 @@ def step_time(stage: Stage) -> Time:
     needed=total,
     ceiling=ceiling(
       *(stage.model, chip.matrix_unit),
-      our_kernels=_by_our_kernels(stage),
+      our_kernels=stage.our_kernels,
       itemsize=stage.dtype.itemsize,
     ),
   )
@@ -213,7 +204,7 @@ def _parts(stage: Stage, chip: Chip) -> dict[str, Part]:
   tokens = float(stage.rows * accumulation * stage.length)
   kind, backward = ATTENTIONS[stage.attention], ATTENTIONS[stage.attention].backward
   forward = 1.0
-  if _by_our_kernels(stage):  # of two and five products, one and three are narrow
+  if stage.our_kernels:  # of two and five products, one and three are narrow
     of_forward, of_backward = narrow(model, chip.matrix_unit, itemsize)
     forward, backward = (1 + of_forward) / 2, (2 + 3 * of_backward) / 2
   again = remat and not (compute.remat in ("attention", "offload") and kind.kept)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from pixsigma_jax import sharding
 from pixsigma_jax.data.buckets import BUCKETS
 from pixsigma_jax.mesh_axes import CONTEXT, DATA, FSDP
-from pixsigma_jax.models import attention
+from pixsigma_jax.models import attention, splash
 from pixsigma_jax.models.pixart import PixArtConfig
 from pixsigma_jax.plan import gpus
 from pixsigma_jax.plan.topology import Topology
@@ -80,6 +80,15 @@ class Stage:
     head = self.model.width // self.model.num_heads
     lengths = self.tokens, self.tokens
     return attention.best(platform, capability, self.dtype.name, *lengths, head)
+
+  @property
+  def our_kernels(self) -> bool:
+    """Whether attention is done by `models/splash_kernels.py`."""
+    # All of its tokens, as where heads are traded.
+    head = self.model.width // self.model.num_heads
+    return self.attention == "splash" and splash.has_room(
+      self.tokens, head, self.topology.kind
+    )
 
   @property
   def rows(self) -> int:

@@ -16,7 +16,9 @@ from pixsigma_jax.plan.search import search
 COMPILED = keep_plans.read_compiled()
 # One that was refused had been cut short by the compiler's own recomputation.
 WHOLE = [kept for kept in COMPILED if not kept.refused]
-TOLERANCE = 0.10  # what plans without a compiler are said to be good for, docs/plan.md
+# What plans without a compiler are said to be good for, docs/plan.md: on one slice, and
+# on several, where XLA sends while it computes, and not always begins as early.
+TOLERANCE = {False: 0.05, True: 0.10}
 SEARCHED = [("1k", "v5e:8x8"), ("2k", "v6e:2x2"), ("256", "v5e:2x4")]
 _STATES = {}  # of a stage's model, optimizer, averages and adapter
 
@@ -33,7 +35,7 @@ def planned(kept):
 @pytest.mark.parametrize("kept", WHOLE, ids=str)
 def test_the_estimate_is_near_what_the_compiler_needs(kept):
   estimated = memory.estimate(planned(kept)).total
-  assert estimated == pytest.approx(kept.bytes, rel=TOLERANCE)
+  assert estimated == pytest.approx(kept.bytes, rel=TOLERANCE[kept.slices > 1])
 
 
 def test_plans_of_every_kind_are_compiled_and_most_not_fitted():

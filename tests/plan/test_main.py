@@ -232,8 +232,8 @@ def test_a_refusal_of_the_compiler_is_a_plan_that_does_not_fit(monkeypatch, refu
   assert planned.compilation.refused == refused
   wanted = round(29.31 * 2**30)
   assert planned.memory.gradients + planned.memory.temporary == wanted
-  # 29 GiB for 24 images, 14.9 free: halves do.
-  assert "accumulation=2 for fewer than 24 images" in report.does_not_fit(planned)
+  # 29.0 GiB for 24 images, and 14.2 free beside the gradients' sum: thirds do.
+  assert "accumulation=3 for fewer than 24 images" in report.does_not_fit(planned)
   assert "the compiler found none that fits" in report.text(planned)
   assert json.dumps(plans.as_dict(planned))
 
